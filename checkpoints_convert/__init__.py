@@ -1,0 +1,1 @@
+"""Other people's files to our models and back: for each source a table of names, then one loop."""

@@ -1,0 +1,96 @@
+"""From a family's table, a config and the tensors of files to a model: the one loop for all families."""
+
+import re
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from checkpoints_convert.family import Family, Tensor, tensors_of
+from checkpoints_convert.fill import Read, fill, named_leaves
+from checkpoints_convert.tensor_files import listed
+
+
+def assemble(
+    family: Family, config, found: dict[str, np.ndarray], *, dtype=None, mesh=None
+) -> nnx.Module:
+    """The model of a config with the tensors that were found, each read when its leaf is filled.
+
+    Raises ValueError, listing names, when tensors are missing or left over, or of another shape.
+    """
+    make = lambda: family.model(config, rngs=nnx.Rngs(0))  # noqa: E731
+    leaves = named_leaves(nnx.eval_shape(make))
+    wanted = tensors_of(family, leaves)
+    found = with_usual_names(family, found, wanted)
+    check_names(family, found, wanted)
+    return fill(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh)
+
+
+def with_usual_names(family: Family, found: dict, wanted: list[Tensor]) -> dict:
+    """The tensors under the family's usual names: files differ in what stands before them (`model.`, nothing)."""
+    found = dict(found)
+    for name, other in family.also:
+        if name not in found and other in found:
+            found[name] = found.pop(other)
+    usual = family.prefixes[0]
+    names = [tensor.theirs for tensor in wanted if tensor.theirs.startswith(usual)]
+    for prefix in (*family.prefixes, ""):
+        usual_name = {prefix + name.removeprefix(usual): name for name in names}
+        if any(name in found for name in usual_name):
+            return {usual_name.get(name, name): value for name, value in found.items()}
+    return found
+
+
+def check_names(family: Family, found: dict, wanted: list[Tensor]) -> None:
+    """Raises ValueError, listing names, unless the files have just the tensors that the config asks for."""
+    names = {tensor.theirs for tensor in wanted}
+    missing = sorted(names - found.keys())
+    ignored = re.compile("|".join(family.ignored) or "(?!)")
+    left = [name for name in sorted(found.keys() - names) if not ignored.search(name)]
+    table = next((t.theirs for t in wanted if "embedding.table" in t.ours), None)
+    copies = [name for name in left if name.endswith("lm_head.weight")]  # of the table, if tied
+    for name in copies if table in found else ():
+        if not same(found[name], found[table]):
+            raise ValueError(
+                f"checkpoint: config.json ties the head to the embedding, yet {name} differs from {table}"
+            )
+        left.remove(name)
+    if missing or left:
+        parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
+        parts += [f"{len(left)} left over ({listed(left)})"] if left else []
+        raise ValueError(
+            f"checkpoint: the files must have the tensors of {family.model_type}, got {'; '.join(parts)}"
+        )
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors have the same bytes."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))  # row by row
+
+
+def reader(found: dict[str, np.ndarray], wanted: list[Tensor], leaves: dict[str, Any]) -> Read:
+    """What gives `fill` each leaf: its rows of the mapped tensor it lies in."""
+    place = {}
+    for tensor in wanted:
+        value = found[tensor.theirs]
+        parts = [leaves[name].shape for name in tensor.ours]
+        must = (sum(part[0] for part in parts), *parts[0][1:])
+        must = must[::-1] if tensor.transposed else must
+        if value.shape != must:
+            raise ValueError(
+                f"checkpoint: {tensor.theirs} must have shape {must}, got {value.shape}"
+            )
+        start = 0
+        for name, part in zip(tensor.ours, parts, strict=True):
+            place[name] = (tensor, start, start + part[0])
+            start += part[0]
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        tensor, start, stop = place[name]
+        value = found[tensor.theirs]
+        value = (value.T if tensor.transposed else value)[start:stop]
+        return value.astype(np.float32) if value.dtype == np.float64 else value
+
+    return read

@@ -1,0 +1,67 @@
+"""A model whose leaves come from somewhere else, one at a time: what every converter ends in.
+
+The model is first made without memory (shapes only); each leaf is then read, cast and put where its
+sharding says, so that the host never holds more than the model and one tensor. A leaf is named by
+its path in the model: "layers.3.attention.q.w", "norm.scale".
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxllm.sharding import shardings
+
+# What reads a leaf: given its path and the shape it must have, the array (mapped from a file or
+# not).
+Read = Callable[[str, tuple[int, ...]], np.ndarray]
+
+
+def leaf_name(path) -> str:
+    """The path of a leaf as JAX gives it, as a name: without the variable and the dense format inside."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removesuffix(".rows").removesuffix(".value")
+
+
+def named_leaves(model: nnx.Module) -> dict[str, Any]:
+    """Every leaf of a model by its name; shapes only where the model is abstract."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model))
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def fill(make: Callable[[], nnx.Module], read: Read, *, dtype=None, mesh=None) -> nnx.Module:
+    """The model that `make` would make, with `read(name, shape)` at every leaf.
+
+    dtype: of all leaves; None keeps what is read. mesh: the model is sharded over it by its own
+      table.
+    """
+    graph, state = nnx.split(nnx.eval_shape(make))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    if mesh is None:
+        places = [jax.sharding.SingleDeviceSharding(jax.local_devices()[0])] * len(leaves)
+    else:
+        places = jax.tree.leaves(shardings(nnx.merge(graph, state), mesh))
+    filled = [
+        put(_read(read, leaf_name(path), leaf.shape), place, dtype)
+        for (path, leaf), place in zip(leaves, places, strict=True)
+    ]
+    return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, filled))
+
+
+def _read(read: Read, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    value = read(name, shape)
+    if value.shape != shape:
+        raise ValueError(f"checkpoint: {name} must have shape {shape}, got {value.shape}")
+    return value
+
+
+def put(value: np.ndarray, place: jax.sharding.Sharding, dtype=None) -> jax.Array:
+    """A copy of `value` on its devices; of a mapped file only each device's part is read."""
+    dtype = value.dtype if dtype is None else dtype
+    # subtle: copied even where nothing is cast, because JAX on a CPU may keep numpy's memory: the
+    # mapped file
+    part = lambda index: np.array(value[index], dtype=dtype, order="C", copy=True)  # noqa: E731
+    made = jax.make_array_from_callback(value.shape, place, part)
+    return jax.block_until_ready(made)  # so that the copy is gone before the next is made

@@ -1,0 +1,229 @@
+"""Hugging Face directories to our models and back: config.json, safetensors, tokenizer.
+
+    model, tokenizer = load("path/to/Llama-3.2-1B")
+    save(model, tokenizer, "out")                          # transformers reads it
+
+Reading goes tensor by tensor from the mapped files straight to each leaf's sharding, so the host
+holds at most the model and one tensor; numbers keep their type (float64 becomes float32). Writing
+gives the tensors back byte for byte. Pickled files are never opened. Which tensor is which leaf is
+told by tables (`family.py`, `llama_line.py`, `gpt.py`, `t5.py`); there is one loop for all
+families.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_convert import gpt, llama_line, t5, tensor_files
+from checkpoints_convert.assemble import assemble
+from checkpoints_convert.family import Family, Tensor, tensors_of
+from checkpoints_convert.fill import named_leaves
+from jaxllm.atomic import new_directory
+
+FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
+
+# What is fetched from the hub.
+PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "tokenizer_config.json",
+)
+
+
+def load(path_or_id, *, dtype=None, mesh=None, revision=None, local_files_only=False):
+    """The model of a Hugging Face directory or hub id, and its tokenizer (None if it has none).
+
+    dtype: what all weights are cast to; None keeps the file's types.
+    mesh: the model is sharded over it. revision, local_files_only: for hub ids.
+
+    The tokenizer is the checkpoint's own: whether `encode` puts a begin token in front is its
+    policy, and `apply_chat_template` has its chat template. End tokens (generation_config.json,
+    else config.json) are in `model.config.stop_tokens`.
+    """
+    path = directory(path_or_id, revision=revision, local_files_only=local_files_only)
+    family, raw = read_config(path)
+    config = translate(family, raw, path)
+    found = tensor_files.open_directory(path)
+    model = assemble(family, config, found, dtype=dtype, mesh=mesh)
+    return model, load_tokenizer(path)
+
+
+def directory(path_or_id, *, revision=None, local_files_only=False) -> Path:
+    """The local directory of a checkpoint; a hub id is fetched first, without pickles."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
+        raise FileNotFoundError(
+            f"huggingface.load: no such directory or hub id, got {str(path_or_id)!r}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        local = snapshot_download(
+            str(path_or_id),
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=PATTERNS,
+        )
+    except Exception as error:  # offline, unknown, gated: many types, one meaning
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            "huggingface.load: no such directory, and the hub did not give it, "
+            f"got {str(path_or_id)!r}: {reason}"
+        ) from error
+    return Path(local)
+
+
+def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
+    """The family of a directory and its config.json with the family's defaults filled in."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"huggingface.load: no config.json in {str(path)!r}")
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"huggingface.load: config.json must be JSON: {error}") from error
+    quantized = raw.get("quantization_config")
+    if quantized:
+        scheme = quantized.get("quant_method") or quantized.get("quant_algo") or "unknown"
+        raise ValueError(
+            "huggingface.load: weights must be plain floats, got a checkpoint quantized by another tool: "
+            f"quantization_config names {scheme!r}"
+        )
+    kind = raw.get("model_type")
+    for family in FAMILIES:
+        if family.model_type == kind:
+            return family, family.defaults | raw
+    supported = ", ".join(family.model_type for family in FAMILIES)
+    raise ValueError(f"huggingface.load: model_type must be one of {supported}, got {kind!r}")
+
+
+def model_type_of(path_or_id) -> str | None:
+    """What family a directory or hub id already read is written as again; None for any other source."""
+    path = Path(path_or_id)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return None
+    family, _ = read_config(directory(path_or_id, local_files_only=True))
+    return "gemma3_text" if family.model_type == "gemma3" else family.model_type
+
+
+def translate(family: Family, raw: dict[str, Any], path: Path):
+    """Our config, end tokens included."""
+    try:
+        config = family.config(raw)
+    except KeyError as error:
+        raise ValueError(
+            f"huggingface.load: config.json of {family.model_type} must have {error.args[0]}"
+        ) from error
+    end = raw.get("eos_token_id")
+    file = path / "generation_config.json"
+    if file.is_file():
+        end = json.loads(file.read_text("utf-8")).get("eos_token_id", end)
+    ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+    return dataclasses.replace(config, stop_tokens=ends)
+
+
+def load_tokenizer(path: Path):
+    """The tokenizer of a directory, None where there are no tokenizer files."""
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # whatever a broken or unsupported tokenizer file raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"huggingface.load: the tokenizer files must load, got {reason}"
+        ) from error
+
+
+def family_of(model, model_type: str | None = None) -> Family:
+    """The family a model is written as: the one named, else the first that can say all of its config."""
+    config = dataclasses.replace(model.config, stop_tokens=())
+    named = [f for f in FAMILIES if model_type in (None, f.model_type)]
+    for family in named:
+        if isinstance(model, family.model) and _says(family, config):
+            return family
+    names = ", ".join(family.model_type for family in named) or model_type
+    raise ValueError(f"huggingface.save: no family can describe this config: tried {names}")
+
+
+def _says(family: Family, config) -> bool:
+    """Whether writing the config as this family and reading it again gives it back."""
+    try:
+        return family.config(family.defaults | family.to_config(config)) == config
+    except (ValueError, KeyError):
+        return False
+
+
+def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Writes a directory that transformers (and `load`) reads: config, weights, tokenizer.
+
+    model_type: the family to write; None takes the first that can say the model's config ("llama"
+      for most). A model loaded as phi3 is written with phi3's fused tensors only when this says so.
+    max_shard_bytes: of weights in one file; more go to several files and an index.
+
+    Raises ValueError for weights that are not dense or a config that no family can say,
+    FileExistsError for a `path` that exists.
+    """
+    family = family_of(model, model_type)
+    leaves = named_leaves(model)
+    tensors = tensors_of(family, leaves)
+    dtype = model.dtype
+    with new_directory(path) as out:
+        raw = config_json(family, model.config, tokenizer, jnp.dtype(dtype).name)
+        _write_json(out / "config.json", raw)
+        ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw[key] is not None}
+        _write_json(out / "generation_config.json", ends)
+        tensor_files.write_directory(
+            out, [_entry(tensor, leaves) for tensor in tensors], max_shard_bytes
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(out))
+
+
+def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]:
+    """The config.json of a model."""
+    ends = config.stop_tokens
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "pad_token_id": None if tokenizer is None else tokenizer.pad_token_id,
+        **family.to_config(config),
+        "bos_token_id": None if tokenizer is None else tokenizer.bos_token_id,
+        "eos_token_id": None if not ends else ends[0] if len(ends) == 1 else list(ends),
+        "dtype": dtype,
+    }
+
+
+def _entry(tensor: Tensor, leaves: dict[str, Any]) -> tensor_files.Tensor:
+    """How a tensor of theirs is written: name, shape, type, and what makes it when it is its turn."""
+    parts = [leaves[name] for name in tensor.ours]
+    rows = sum(part.shape[0] for part in parts)
+    shape = (rows, *parts[0].shape[1:])
+
+    def read() -> np.ndarray:
+        arrays = [np.asarray(part) for part in parts]
+        value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return value.T if tensor.transposed else value
+
+    dtype = np.dtype(parts[0].dtype)
+    if dtype not in tensor_files.NAMES or any(part.dtype != dtype for part in parts):
+        raise ValueError(
+            f"huggingface.save: {tensor.theirs} must be of one float type, got {dtype}"
+        )
+    return tensor.theirs, shape[::-1] if tensor.transposed else shape, dtype, read
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

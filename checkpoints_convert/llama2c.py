@@ -1,0 +1,281 @@
+"""llama2.c's files to a `Decoder` and a tokenizer: float, int8 (version 2) and tokenizer `.bin`.
+
+Everything is little-endian; matrices are rows of outputs, as ours. Short names: V tokens, d width,
+L layers, h feed-forward width, H query heads, K key heads, e = d / H head size, S longest context.
+
+    float   seven int32 (d, h, L, H, K, V, S; V negative: the head is a matrix of its own), then
+    float32:
+            embedding, attention norms, wq, wk, wv, wo, ffn norms, w1, w2, w3, final norm,
+            cos and sin tables [S, e/2] each (skipped), head
+    int8    256 bytes: magic 0x616b3432, version 2, the seven int32, tied flag (uint8), group size
+      (int32); then float32 norms (attention, ffn, final), then embedding, wq, wk, wv, wo, w1, w2,
+      w3, head; each layer's matrix is its int8 values, then one float32 scale for each `group`
+      consecutive values
+    tokens  int32 length of the longest entry, then for each id a float32 score, an int32 byte
+    count, the bytes
+
+llama2.c turns neighbouring elements of a head, our `rope.py` the pair (i, i + e/2): rows of wq and
+wk are put in that order here. Converting is lossless for float files; int8 files become float32.
+"""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from checkpoints_convert.fill import fill
+from jaxllm.models.decoder import Config, Decoder
+from jaxllm.models.rope import Rope
+
+MAGIC = 0x616B3432
+
+# Our name under layers.i of each layered tensor.
+LAYERED = {
+    "attention_norm": "attention_norm.scale",
+    "wq": "attention.q.w",
+    "wk": "attention.k.w",
+    "wv": "attention.v.w",
+    "wo": "attention.o.w",
+    "ffn_norm": "mlp_norm.scale",
+    "w1": "mlp.gate.w",
+    "w2": "mlp.down.w",
+    "w3": "mlp.up.w",
+}
+FLOAT_ORDER = "attention_norm wq wk wv wo ffn_norm w1 w2 w3".split()
+INT8_ORDER = "wq wk wv wo w1 w2 w3".split()
+
+
+def load(path, *, tokenizer=None, dtype=None, mesh=None):
+    """The model of a llama2.c `.bin` file and its tokenizer.
+
+    tokenizer: path of the tokenizer file; None takes `tok<V>.bin`, `tokenizer.bin` or the only
+      `tok*.bin` that lies beside, and gives no tokenizer (None) where there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"llama2c.load: no such file, got path={str(path)!r}")
+    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    if data.size < 28:
+        raise ValueError(f"llama2c.load: {path.name} ends inside its header, got {data.size} bytes")
+    quantized = int(data[:4].view("<u4")[0]) == MAGIC
+    config, tensors = (_int8 if quantized else _float)(path.name, data)
+    model = fill(
+        lambda: Decoder(config, rngs=nnx.Rngs(0)),
+        lambda name, shape: tensors[name](),
+        dtype=dtype,
+        mesh=mesh,
+    )
+    file = _beside(path, config.vocab) if tokenizer is None else Path(tokenizer)
+    return model, None if file is None else load_tokenizer(file, config.vocab)
+
+
+def _beside(path: Path, vocab: int) -> Path | None:
+    """The tokenizer file in the model's folder, if there is one."""
+    for name in (f"tok{vocab}.bin", "tokenizer.bin"):
+        if (path.parent / name).is_file():
+            return path.parent / name
+    found = sorted(path.parent.glob("tok*.bin"))
+    return found[0] if len(found) == 1 else None
+
+
+def _config(who: str, header, tied: bool) -> Config:
+    d, h, L, H, K, V, S = (int(n) for n in header)
+    # The bound keeps a file of something else from being read as sizes.
+    if not all(0 < n < 1 << 24 for n in (d, h, L, H, K, V, S)) or d % H or H % K:
+        raise ValueError(f"llama2c.load: {who} has no llama2.c header, got {d, h, L, H, K, V, S}")
+    return Config(
+        layers=L,
+        width=d,
+        heads=H,
+        kv_heads=K,
+        head_dim=d // H,
+        ffn=h,
+        vocab=V,
+        context=S,
+        tied=tied,
+        rope=Rope(theta=10_000.0),
+        norm_eps=1e-5,
+        stop_tokens=(1, 2),  # a new begin token ends a text too: so texts are separated in training
+    )
+
+
+def _shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, one layer of the layered ones."""
+    d, k = c.width, c.kv_heads * c.head_dim
+    matrices = {"wq": (d, d), "wk": (k, d), "wv": (k, d), "wo": (d, d)}
+    matrices |= {"w1": (c.ffn, d), "w2": (d, c.ffn), "w3": (c.ffn, d)}
+    return matrices | {
+        "attention_norm": (d,),
+        "ffn_norm": (d,),
+        "norm": (d,),
+        "embedding": (c.vocab, d),
+        "head": (c.vocab, d),
+    }
+
+
+def _pairs_to_halves(w: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows (0, 1, 2, 3, ...) of each head in the order (0, 2, ..., 1, 3, ...)."""
+    rows, columns = w.shape
+    return w.reshape(-1, head_dim // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+class _Reader:
+    """Walks through a file and notes where each tensor lies; nothing is read until it is asked for."""
+
+    def __init__(self, who: str, data: np.ndarray, config: Config, start: int):
+        self.who, self.data, self.config, self.at = who, data, config, start
+        self.shapes = _shapes(config)
+        self.tensors: dict[str, Callable[[], np.ndarray]] = {}
+
+    def take(self, name: str, tensor: str, group: int | None = None):
+        """Notes that `name` of the model is the next `tensor` of the file: float32, or int8 by groups."""
+        shape = self.shapes[tensor]
+        count = int(np.prod(shape))
+        if group is not None and count % group:
+            raise ValueError(
+                f"llama2c.load: the group must divide {tensor}, got {group=}, {shape=}"
+            )
+        start = self.at
+        self.at += 4 * count if group is None else count + 4 * (count // group)
+
+        def read() -> np.ndarray:
+            part = self.data[start : start + (4 * count if group is None else count)]
+            if group is None:
+                value = part.view("<f4")
+            else:
+                scales = self.data[start + count : start + count + 4 * (count // group)].view("<f4")
+                codes = part.view(np.int8).reshape(-1, group)
+                value = codes.astype(np.float32) * scales[:, None]
+            value = value.reshape(shape)
+            rotated = tensor in ("wq", "wk")
+            return _pairs_to_halves(value, self.config.head_dim) if rotated else value
+
+        self.tensors[name] = read
+
+    def take_layers(self, tensor: str, group: int | None = None):
+        for i in range(self.config.layers):
+            self.take(f"layers.{i}.{LAYERED[tensor]}", tensor, group)
+
+    def finish(self) -> dict[str, Callable[[], np.ndarray]]:
+        """What was noted, if the file is just as long."""
+        if self.at != self.data.size:
+            raise ValueError(
+                f"llama2c.load: {self.who} must have {self.at} bytes by its header, got {self.data.size}"
+            )
+        return self.tensors
+
+
+def _float(who: str, data: np.ndarray):
+    header = data[:28].view("<i4")
+    tied = int(header[5]) > 0
+    config = _config(who, [*header[:5], abs(int(header[5])), header[6]], tied)
+    reader = _Reader(who, data, config, 28)
+    reader.take("embedding.table", "embedding")
+    for tensor in FLOAT_ORDER:
+        reader.take_layers(tensor)
+    reader.take("norm.scale", "norm")
+    reader.at += 4 * config.context * config.head_dim  # the tables of cos and sin
+    if not tied:
+        reader.take("head.w", "head")
+    return config, reader.finish()
+
+
+def _int8(who: str, data: np.ndarray):
+    if data.size < 256:
+        raise ValueError(f"llama2c.load: {who} ends inside its header, got {data.size} bytes")
+    version = int(data[4:8].view("<i4")[0])
+    if version != 2:
+        raise ValueError(f"llama2c.load: {who} must be of version 2, got {version=}")
+    header, tied = data[8:36].view("<i4"), bool(data[36])
+    (group,) = struct.unpack("<i", data[37:41].tobytes())
+    if group < 1:
+        raise ValueError(f"llama2c.load: the group size must be positive, got {group=}")
+    config = _config(who, header, tied)
+    reader = _Reader(who, data, config, 256)
+    reader.take_layers("attention_norm")
+    reader.take_layers("ffn_norm")
+    reader.take("norm.scale", "norm")
+    reader.take("embedding.table", "embedding", group)
+    for tensor in INT8_ORDER:
+        reader.take_layers(tensor, group)
+    if not tied:
+        reader.take("head.w", "head", group)
+    return config, reader.finish()
+
+
+def read_entries(path, vocab: int) -> list[tuple[float, bytes]]:
+    """Score and bytes of each of the `vocab` entries of a tokenizer file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"llama2c.load_tokenizer: no such file, got path={str(path)!r}")
+    data, at, entries = path.read_bytes(), 4, []
+    while len(entries) < vocab and at + 8 <= len(data):
+        score, size = struct.unpack_from("<fi", data, at)
+        if size < 0 or at + 8 + size > len(data):
+            break
+        entries.append((score, data[at + 8 : at + 8 + size]))
+        at += 8 + size
+    if len(entries) != vocab or at != len(data):
+        raise ValueError(
+            f"llama2c.load_tokenizer: {path.name} must hold {vocab} entries and no more, "
+            f"got {len(entries)} in {at} of {len(data)} bytes"
+        )
+    return entries
+
+
+def load_tokenizer(path, vocab: int):
+    """The tokenizer of a llama2.c tokenizer file as a `transformers` tokenizer; `encode` begins with token 1.
+
+    llama2.c joins the pair whose entry scores highest; here each way to make an entry is a merge,
+    ranked by score.
+    Exact but for one thing: where two ways to make the *same* entry overlap, llama2.c takes the
+      leftmost. Only runs
+    of one repeated string can do that, and no text we tried does. As in llama2.c, text is never
+    read as a special token ("<s>" is three characters), and the first token's leading space is not
+    printed; unlike in llama2.c that holds wherever decoding starts, as with every Llama tokenizer
+    of Hugging Face.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    entries = read_entries(path, vocab)
+    words = [text.decode("utf-8", errors="surrogateescape") for _, text in entries]
+    special = ["<unk>", "<s>", "</s>"]
+    words[:3] = special
+    ids = {word: i for i, word in reversed(list(enumerate(words)))}  # the first of equals
+    if len(ids) != vocab or any(f"<0x{i:02X}>" not in ids for i in range(256)):
+        raise ValueError(
+            f"llama2c.load_tokenizer: entries must differ and name all bytes, got {path=}"
+        )
+    merges = [
+        (-entries[i][0], i, len(word) - cut, word[:cut], word[cut:])
+        for word, i in ids.items()
+        for cut in range(1, len(word))
+        if i > 2 and word[:cut] in ids and word[cut:] in ids
+    ]
+    bpe = models.BPE(
+        vocab=ids,
+        merges=[(left, right) for *_, left, right in sorted(merges)],
+        unk_token="<unk>",
+        fuse_unk=False,
+        byte_fallback=True,
+    )
+    inner = Tokenizer(bpe)
+    inner.normalizer = normalizers.Prepend(" ")
+    inner.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+    )
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    inner.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )

@@ -1,0 +1,151 @@
+"""Safetensors files without a framework: tensors as views of the mapped file, and a writer of one tensor at a time.
+
+A file is eight bytes (little-endian length of the header), a JSON header {name: {dtype, shape,
+data_offsets}}, and the numbers, row by row (github.com/huggingface/safetensors). Written here and
+not taken from the package because its numpy side has no bfloat16 in every version, and to write
+without holding all tensors at once.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def open_file(path: Path) -> dict[str, np.ndarray]:
+    """Each tensor of a safetensors file as a view of the mapped file; nothing is read yet.
+
+    Raises ValueError for a file that is cut off or no safetensors, and for numbers that are not
+    floats.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        (length,) = struct.unpack("<Q", head) if len(head) == 8 else (size,)
+        if 8 + length > size:
+            raise ValueError(f"safetensors: {path.name} is cut off in its header, got {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"safetensors: the header of {path.name} must be JSON") from error
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end > size:
+        raise ValueError(f"safetensors: {path.name} must have {end} bytes, got {size}: cut off")
+    if not header:
+        return {}
+    data = np.memmap(path, np.uint8, "r")
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(
+                f"safetensors: numbers must be of {', '.join(DTYPES)}, got {name} of {entry['dtype']}"
+            )
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        if stop - start != dtype.itemsize * int(np.prod(shape)):
+            raise ValueError(f"safetensors: {name} of {shape=} must not have {stop - start} bytes")
+        tensors[name] = np.ndarray(shape, dtype, buffer=data, offset=8 + length + start)
+    return tensors
+
+
+def open_directory(path: Path) -> dict[str, np.ndarray]:
+    """Each tensor of a directory's `model.safetensors`, or of the files its index names."""
+    if not (path / INDEX).is_file():
+        if (path / SINGLE).is_file():
+            return open_file(path / SINGLE)
+        pickled = sorted(
+            file.name for end in ("bin", "pt", "pth") for file in path.glob(f"*.{end}")
+        )
+        if pickled:
+            raise ValueError(
+                "huggingface.load: weights must be in safetensors files; a pickle can run code when opened, so it "
+                "never is: convert it where you trust it, with transformers' save_pretrained, "
+                f"got {pickled[0]}"
+            )
+        raise FileNotFoundError(f"huggingface.load: no {SINGLE} or {INDEX} in {str(path)!r}")
+    places = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+    tensors = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not (path / name).is_file():
+            raise FileNotFoundError(
+                f"huggingface.load: the index names a file that is not there, got {name}"
+            )
+        tensors |= open_file(path / name)
+    lost = sorted(set(places) - set(tensors))
+    if lost:
+        raise ValueError(
+            f"huggingface.load: the index names tensors that no file has, got {listed(lost)}"
+        )
+    return tensors
+
+
+Tensor = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
+
+
+def write_file(path: Path, tensors: list[Tensor]) -> None:
+    """Writes (name, shape, dtype, read) as one safetensors file, each read when it is its turn."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape, dtype, _ in tensors:
+        end = at + num_bytes(shape, dtype)
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape, dtype, read in tensors:
+            value = np.ascontiguousarray(read())
+            assert value.shape == shape and value.dtype == dtype, name
+            file.write(value.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_directory(path: Path, tensors: Iterable[Tensor], max_shard_bytes: int) -> None:
+    """Writes tensors into `model.safetensors`, or several files of at most that size and their index."""
+    files: list[list[Tensor]] = [[]]
+    size = total = 0
+    for tensor in tensors:
+        count = num_bytes(tensor[1], tensor[2])
+        if files[-1] and size + count > max_shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size, total = size + count, total + count
+    if len(files) == 1:
+        write_file(path / SINGLE, files[0])
+        return
+    places = {}
+    for i, file in enumerate(files, 1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        write_file(path / name, file)
+        places |= {tensor[0]: name for tensor in file}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Bytes of a tensor in a file."""
+    return int(np.prod(shape)) * dtype.itemsize
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Names on one line, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

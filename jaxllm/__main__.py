@@ -1,0 +1,5 @@
+"""`python -m jaxllm`: the command line without an installed script."""
+
+from jaxllm.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""A directory that appears whole or not at all.
+
+It is written beside its final place, flushed to the disk, and renamed. What a killed process left
+behind is removed by the next that writes to the same place.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_directory(out) -> Iterator[Path]:
+    """A temporary directory that becomes `out` when the block ends, and vanishes when it raises.
+
+    Raises FileExistsError when `out` exists, OSError in one line when the disk is full.
+    """
+    out = Path(out).absolute()
+    if out.exists():
+        raise FileExistsError(f"save: the output must not exist yet, got {str(out)!r}")
+    made = _make_parents(out.parent)
+    _remove_stale(out)
+    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        os.rename(temporary, out)
+        _flush_one(out.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
+        if _is_full(error):
+            message = f"save: the disk must have room for the output, got {str(out)!r}"
+            raise OSError(errno.ENOSPC, message) from error
+        raise
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Makes missing parents; returns them, the deepest first."""
+    made = []
+    while not parent.exists():
+        made.append(parent)
+        parent = parent.parent
+    for path in reversed(made):
+        path.mkdir()
+    return made
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes temporary directories of `out` whose process is gone."""
+    for path in out.parent.glob(f"{out.name}.tmp*"):
+        pid = re.fullmatch(re.escape(out.name) + r"\.tmp(\d+)", path.name)
+        if pid is not None and not _is_alive(int(pid[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return pid != os.getpid()  # our own earlier attempt: nobody else can be using it
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error, however it was wrapped."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "ENOSPC" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        if isinstance(error, BaseExceptionGroup):
+            return any(_is_full(inner) for inner in error.exceptions)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _flush(directory: Path) -> None:
+    """Every file and folder below, and `directory` itself, to the disk."""
+    for path in directory.rglob("*"):
+        _flush_one(path)
+    _flush_one(directory)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,22 @@
+"""Keys and values kept between steps. A cache knows its own layout; models only append and attend.
+
+cache = append(cache, layer, k, v, lengths)    rows of one layer, written in place when donated
+out = attend(q, cache, layer, positions, ...)  queries against all that the layer holds
+cache = advance(cache, lengths)                once a chunk, after its last layer
+cache = truncate(cache, lengths)               forget the newest rows, per request
+cache = select(cache, rows)                    other requests in another order (fork, beams, tree paths)
+num_bytes(cache)                               bytes really held
+"""
+
+from jaxllm.cache import dense
+from jaxllm.cache.dense import (
+    DenseCache,
+    advance,
+    append,
+    attend,
+    num_bytes,
+    select,
+    truncate,
+)
+
+__all__ = ["DenseCache", "advance", "append", "attend", "dense", "num_bytes", "select", "truncate"]

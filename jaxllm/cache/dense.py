@@ -1,0 +1,179 @@
+"""The plain cache: every key and value as the model made it. Lossless.
+
+One array [B K, R, D] a layer for keys and one for values; R rows a request and head. The token at position p lies in row
+p mod R. A layer that attends to everything has R >= the longest request, so its row is the position; a layer
+with a sliding window has R = window + slack and overwrites its oldest rows. The slack is what a chunk may write,
+or a rollback forget, without losing a row that a query still sees. Keys are stored after rotation.
+
+Letters: B requests, K key heads, R rows, D head size, T tokens of a chunk, H query heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.attention import DistanceBias, attention, by_head
+from jaxllm.pytree import pytree, static
+
+
+@pytree
+class DenseCache:
+    """Keys and values of every layer, and how many tokens each request holds."""
+
+    keys: tuple[jax.Array, ...]  # a layer: [B K, R, D]
+    values: tuple[jax.Array, ...]  # a layer: [B K, R, D]
+    lengths: jax.Array  # [B] int32
+    windows: tuple[int | None, ...] = static()  # a layer: how far back it sees
+    rows: int = static()  # how many tokens a request may have
+    # True until the first chunk: that chunk attends to itself only, which is cheaper and known before tracing.
+    empty: bool = static()
+
+
+def make(
+    batch: int,
+    *,
+    windows: tuple[int | None, ...],
+    kv_heads: int,
+    head_dim: int,
+    rows: int,
+    slack: int,
+    dtype,
+) -> DenseCache:
+    """A cache of zeros for `rows` tokens a request; layers with a window hold window + slack if that is less."""
+    if rows < 1 or slack < 0:
+        raise ValueError(
+            f"cache.make: rows must be positive and slack not negative, got {rows=}, {slack=}"
+        )
+    sizes = [rows if window is None else min(rows, window + slack) for window in windows]
+    zeros = lambda size: jnp.zeros((batch * kv_heads, size, head_dim), dtype)  # noqa: E731
+    return DenseCache(
+        keys=tuple(map(zeros, sizes)),
+        values=tuple(map(zeros, sizes)),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        windows=windows,
+        rows=rows,
+        empty=True,
+    )
+
+
+def append(
+    cache: DenseCache,
+    layer: int,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    lengths: Int[Array, " B"],
+) -> DenseCache:
+    """The cache with the first `lengths[b]` tokens of the chunk written behind request b's rows of one layer.
+
+    `cache.lengths` stays: `advance` moves it once all layers are written. Raises ValueError when the chunk cannot
+    fit; that a request outgrows its rows over many chunks is the caller's to prevent (lengths are traced).
+    """
+    (B, T, K, _), R = k.shape, cache.keys[layer].shape[1]
+    if T > room(cache):
+        raise ValueError(f"cache.append: a chunk must fit, got {T=} tokens, room={room(cache)}")
+    if cache.empty and T <= R:  # rows past a request's length are never seen and soon overwritten
+        write = lambda old, new: old.at[:, :T].set(new)  # noqa: E731
+    else:
+        step = jnp.arange(T)[None, :]
+        kept = (step < lengths[:, None]) & (step >= lengths[:, None] - R)
+        row = jnp.where(kept, (cache.lengths[:, None] + step) % R, R)  # R lies outside: dropped
+        row, block = jnp.repeat(row, K, axis=0), jnp.arange(B * K)[:, None]
+        write = lambda old, new: old.at[block, row].set(new, mode="drop")  # noqa: E731
+    keys, values = list(cache.keys), list(cache.values)
+    keys[layer] = write(keys[layer], by_head(k.astype(keys[layer].dtype)))
+    values[layer] = write(values[layer], by_head(v.astype(values[layer].dtype)))
+    return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
+    """The cache that counts the chunk just written by all layers."""
+    return dataclasses.replace(cache, lengths=cache.lengths + lengths, empty=False)
+
+
+def row_positions(ends: Int[Array, " B"], R: int) -> Int[Array, "B R"]:
+    """The position of the token in each row when request b ends before `ends[b]`; negative where there is none."""
+    last, row = ends[:, None] - 1, jnp.arange(R)[None, :]
+    return last - (last - row) % R
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    cache: DenseCache,
+    layer: int,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Bool[Array, "B T R"] | None = None,
+    bias: DistanceBias | None = None,
+) -> Float[Array, "B T H D"]:
+    """What queries at `positions` read from a layer to which their own chunk (`lengths` tokens) was appended.
+
+    mask: hides further rows (tree decoding). bias: added to the scores by distance (T5).
+    """
+    keys, values = cache.keys[layer], cache.values[layer]
+    window = cache.windows[layer]
+    held = row_positions(cache.lengths + lengths, keys.shape[1])[:, None, :]  # [B, 1, R]
+    seen = (held >= 0) & (held <= positions[:, :, None])
+    if window is not None:
+        seen = seen & (held > positions[:, :, None] - window)
+    if mask is not None:
+        seen = seen & mask
+    added = None if bias is None else bias(held - positions[:, :, None])  # [B, H, T, R]
+    return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
+
+
+def truncate(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
+    """The cache with request b cut back to its first `lengths[b]` tokens; a longer length changes nothing.
+
+    Exact as long as no more than the slack is forgotten by a layer with a window.
+    """
+    return dataclasses.replace(cache, lengths=jnp.minimum(cache.lengths, lengths))
+
+
+def select(cache: DenseCache, rows: Int[Array, " N"]) -> DenseCache:
+    """The cache of requests `rows`, in that order, with repeats where asked."""
+    B = cache.lengths.shape[0]
+    split = lambda x: x.reshape(B, -1, *x.shape[1:])[rows].reshape(-1, *x.shape[1:])  # noqa: E731
+    take = lambda arrays: tuple(map(split, arrays))  # noqa: E731
+    return dataclasses.replace(
+        cache, keys=take(cache.keys), values=take(cache.values), lengths=cache.lengths[rows]
+    )
+
+
+def room(cache: DenseCache) -> int:
+    """The longest chunk that every layer can take next."""
+    if cache.empty:
+        return cache.rows
+    rings = [
+        keys.shape[1] - window + 1
+        for keys, window in zip(cache.keys, cache.windows, strict=True)
+        if keys.shape[1] < cache.rows
+    ]
+    return min([cache.rows, *rings])
+
+
+def grow(cache: DenseCache, rows: int) -> DenseCache:
+    """A copy with room for `rows` tokens a request; never smaller than the cache given."""
+    more = max(0, rows - cache.rows)
+
+    def wider(array):
+        full = (
+            array.shape[1] == cache.rows
+        )  # a layer that holds less overwrites its oldest rows: it stays
+        return jnp.pad(array, ((0, 0), (0, more if full else 0), (0, 0)))
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(map(wider, cache.keys)),
+        values=tuple(map(wider, cache.values)),
+        rows=cache.rows + more,
+    )
+
+
+def num_bytes(cache: DenseCache) -> int:
+    """Bytes of all arrays held."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

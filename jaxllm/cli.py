@@ -1,0 +1,289 @@
+"""The command line: a thin skin over the library, for people and for scripts.
+
+    jaxllm demo | generate | eval | convert
+
+Results go to stdout, progress and notes to stderr; with `--json` stdout holds exactly one JSON
+object. What the user can get wrong ends in one line on stderr and exit status 2, Ctrl-C in 130;
+a traceback is a bug.
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import click
+
+import jaxllm as jl
+from jaxllm import demo as demonstration
+from jaxllm.load import convert as convert_checkpoint
+
+OpenModel = Callable[[], tuple[Any, Any]]
+
+MODEL = click.option("--model", metavar="DIR|ID", help="Directory or hub id. [default: pico]")
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type the weights are converted to. [default: as stored]",
+)
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
+OFFLINE = click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that choose a model; the command gets `open_model()` in their place."""
+
+    @MODEL
+    @DTYPE
+    @REVISION
+    @OFFLINE
+    @functools.wraps(command)
+    def with_model(*, model, dtype, revision, local_files_only, **options):
+        def open_model() -> tuple[Any, Any]:
+            return jl.load(model, dtype=dtype, revision=revision, local_files_only=local_files_only)
+
+        command(open_model=open_model, **options)
+
+    return with_model
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(jl.__version__)
+def cli() -> None:
+    """Run, measure and convert language models with JAX."""
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to make for the report.")
+@JSON
+def demo(out: Path | None, as_json: bool) -> None:
+    """Show the model that ships: text, measures, a figure; writes a report."""
+    report = demonstration.run(out, note=note)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo((Path(report["out"]) / "report.md").read_text("utf-8"))
+
+
+@cli.command()
+@loads_a_model
+@click.option("--prompt", "prompts", multiple=True, help="Text to go on from; repeatable.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="UTF-8 file, one prompt.")
+@click.option("--max-new-tokens", type=int, default=64)
+@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this total only.")
+@click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid repeating.")
+@click.option("--seed", type=int, default=0)
+@click.option("--stop", multiple=True, help="Text that ends a completion; repeatable.")
+@click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
+@click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
+@click.option("--stream", is_flag=True, help="Print text as it comes (one prompt, no --chat).")
+@JSON
+def generate(
+    open_model: OpenModel,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    max_new_tokens: int,
+    seed: int,
+    stop: tuple[str, ...],
+    logprobs: bool,
+    chat: bool,
+    stream: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Go on from one or more prompts. tokens_per_s counts compilation too."""
+    if prompt_file is not None:
+        prompts = (*prompts, read_text(prompt_file, "--prompt-file").removesuffix("\n"))
+    if not prompts:
+        raise click.UsageError("generate: --prompt or --prompt-file must be given")
+    if stream and (as_json or chat or logprobs or len(prompts) > 1):
+        raise click.UsageError(
+            "generate: --stream takes one prompt and no --json, --chat, --logprobs"
+        )
+    sampler = jl.Sampler(**sampling)
+    model, tokenizer = open_model()
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "sampler": sampler,
+        "seed": seed,
+        "stop": stop,
+    }
+    if stream:
+        for token in jl.stream(model, tokenizer, prompts[0], **options):
+            click.echo(token.text, nl=False)
+        click.echo()
+        return
+    options["logprobs"] = logprobs
+    start = time.perf_counter()
+    if chat:
+        said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        outs = [jl.chat(model, tokenizer, messages, **options) for messages in said]
+    else:
+        outs = jl.generate(model, tokenizer, prompts, **options)
+    seconds = time.perf_counter() - start
+    made = sum(len(out.token_ids) for out in outs)
+    if as_json:
+        pairs = zip(prompts, outs, strict=True)
+        completions = [completion_json(prompt, out) for prompt, out in pairs]
+        print_json({"prompts": completions, "tokens_per_s": made / seconds})
+        return
+    for prompt, out in zip(prompts, outs, strict=True):
+        click.echo(out.text if chat else prompt + out.text)
+        if out.logprobs is not None:
+            click.echo(" ".join(f"{value:.4f}" for value in out.logprobs))
+    note(f"{made} tokens in {seconds:.1f} s, compilation included")
+
+
+def completion_json(prompt: str, out: Any) -> dict[str, Any]:
+    """One entry of `prompts`; `logprobs` only where they were asked for."""
+    fields = {"prompt": prompt, "text": out.text, "prompt_ids": out.prompt_ids}
+    fields["token_ids"] = out.token_ids
+    if out.logprobs is not None:
+        fields["logprobs"] = out.logprobs
+    return fields | {"finish_reason": out.finish_reason}
+
+
+@cli.command("eval")
+@loads_a_model
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file: its perplexity.")
+@click.option("--context", type=int, help="Tokens of a window. [default: the model's context]")
+@click.option("--stride", type=int, help="Tokens between windows. [default: side by side]")
+@click.option("--task", help="Multiple-choice task; needs --data.")
+@click.option("--data", type=click.Path(path_type=Path), help="JSON lines file of the task.")
+@click.option("--limit", type=int, help="Take the first examples only.")
+@JSON
+def evaluate(
+    open_model: OpenModel,
+    text: Path | None,
+    context: int | None,
+    stride: int | None,
+    task: str | None,
+    data: Path | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of a text, or accuracy at a multiple-choice task."""
+    if (text is None) == (task is None):
+        raise click.UsageError("eval: exactly one of --text and --task must be given")
+    if (task is None) != (data is None):
+        raise click.UsageError("eval: --task and --data must be given together")
+    if text is not None:
+        words = read_text(text, "--text")
+        model, tokenizer = open_model()
+        if tokenizer is None:
+            raise ValueError("eval: text needs a tokenizer, and this model has none")
+        found = jl.perplexity(
+            model,
+            tokenizer.encode(words),
+            context=context,
+            stride=stride,
+            num_bytes=len(words.encode()),
+            progress=True,
+        )
+        held = jl.report_bytes(model)
+        result = {
+            "perplexity": found.perplexity,
+            "bits_per_byte": found.bits_per_byte,
+            "nll_per_token": found.nll_per_token,
+            "tokens": found.tokens,
+            "bits_per_weight": held.bits_per_weight,
+            "weight_bytes": held.weight_bytes,
+        }
+    else:
+        model, tokenizer = open_model()
+        scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=True)
+        fields = ("task", "accuracy", "stderr", "examples")
+        result = {name: getattr(scored, name) for name in fields}
+    tell(result, as_json)
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["native", "huggingface"]), default="native")
+@DTYPE
+@JSON
+def convert(
+    src: str, dst: Path, to: Literal["native", "huggingface"], dtype: str | None, as_json: bool
+) -> None:
+    """Read a checkpoint SRC (file, directory, hub id) and write the new directory DST."""
+    start = time.perf_counter()
+    model, _ = convert_checkpoint(src, dst, to, dtype=dtype)
+    held = jl.report_bytes(model)
+    result = {"out": str(dst), "weight_bytes": held.weight_bytes}
+    result |= {"bits_per_weight": held.bits_per_weight, "seconds": time.perf_counter() - start}
+    tell(result, as_json)
+
+
+def tell(result: dict[str, Any], as_json: bool) -> None:
+    """A flat result: one JSON object, or a line a field."""
+    if as_json:
+        print_json(result)
+        return
+    for name, value in result.items():
+        click.echo(f"{name:16} {value:.6g}" if isinstance(value, float) else f"{name:16} {value}")
+
+
+def read_text(path: Path, option: str) -> str:
+    """A file's text; the error says which option named it."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{option}: the file must be UTF-8, got {path} with a bad byte at {error.start}"
+        ) from error
+
+
+def note(text: str) -> None:
+    """A line for people: stderr, never stdout."""
+    click.echo(text, err=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one JSON object of a command."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 2 what was asked cannot be, 130 interrupted."""
+    sys.exit(status(args))
+
+
+def status(args: list[str] | None = None) -> int:
+    """Runs the command line; its exit status."""
+    # A text longer than the context is refused, or cut into windows, here: no warning is due.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return cli.main(args, prog_name="jaxllm", standalone_mode=False) or 0
+    except click.ClickException as error:
+        return refuse(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        note("jaxllm: interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of stdout went away, as in `jaxllm ... | head`
+        silence_stdout()
+        return 141
+    except OSError as error:  # without "[Errno 2]"
+        where = "" if error.filename is None else f": {error.filename}"
+        return refuse(f"{error.strerror}{where}" if error.strerror else str(error))
+    except (ValueError, NotImplementedError) as error:
+        return refuse(str(error))
+
+
+def silence_stdout() -> None:
+    """Lets what is still buffered go nowhere, so that the end of Python does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refuse(message: str) -> int:
+    """Says in one line why not; exit status 2."""
+    note("jaxllm: " + " ".join(message.split()))
+    return 2

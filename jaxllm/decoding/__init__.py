@@ -1,0 +1,1 @@
+"""How tokens are chosen: plain generation now, speculation and early exit as they land."""

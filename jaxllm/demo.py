@@ -1,0 +1,239 @@
+"""`jaxllm demo`: what the library does, shown on the model that ships, written down as a report.
+
+A report is a list of sections, a section a list of rows (name, value, unit) with a sentence before
+them; `SECTIONS` names the functions that make them, in order. A method that lands later adds its
+function there. `run` gives the same report as a dict, `report.json` and `report.md`.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxllm as jl
+from jaxllm.atomic import new_directory
+from jaxllm.measure.perplexity import score
+from jaxllm.training import exercises
+
+PROMPTS = ("Once upon a time", "The king", "Tom has 3 apples and buys 4 more.")
+
+# Written for this file: text that no model has been trained on.
+PASSAGE = (
+    "The lamp in the old lighthouse went out on the second night of the storm. Anna heard the wind "
+    "before she saw the dark, and she knew that the boats would come back soon. She took the small "
+    "stove from the kitchen, carried it up the long stairs, and set it behind the glass. The fire "
+    "was weak, but it was warm and it did not go out. All night she fed it with bits of wood. In "
+    "the morning the men came up the path, wet and tired, and asked who had lit it. Anna said that "
+    "nobody had. They looked at the stove, and at her black hands, and they laughed."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One fact of a report."""
+
+    name: str
+    value: float | int | str
+    unit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Facts that belong together, and the figure that shows them."""
+
+    name: str
+    title: str
+    text: str
+    rows: tuple[Row, ...]
+    figure: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What every section is given."""
+
+    model: Any
+    tokenizer: Any
+    out: Path  # figures go here
+
+
+def generation(shown: Shown) -> Section:
+    """What the model says to three prompts."""
+    outs = jl.generate(shown.model, shown.tokenizer, list(PROMPTS), max_new_tokens=48)
+    rows = (Row(prompt, out.text) for prompt, out in zip(PROMPTS, outs, strict=True))
+    return Section("generation", "Text", "Greedy, 48 tokens at most.", tuple(rows))
+
+
+def perplexity(shown: Shown) -> Section:
+    """How well the model predicts a text it has not seen."""
+    ids = shown.tokenizer.encode(PASSAGE)
+    found = jl.perplexity(shown.model, ids, num_bytes=len(PASSAGE.encode()))
+    rows = (
+        Row("perplexity", round(found.perplexity, 3)),
+        Row("bits per byte", round(found.bits_per_byte, 3), "bits"),
+        Row("tokens predicted", found.tokens),
+    )
+    return Section("perplexity", "Perplexity", "Of a passage that was written for this.", rows)
+
+
+def size(shown: Shown) -> Section:
+    """Bytes of the weights."""
+    held = jl.report_bytes(shown.model)
+    rows = (
+        Row("weights", held.weights),
+        Row("their bytes", held.weight_bytes, "bytes"),
+        Row("bits per weight", round(held.bits_per_weight, 3), "bits"),
+    )
+    return Section("size", "Size", "Counted from the arrays that are held.", rows)
+
+
+def speed(shown: Shown) -> Section:
+    """Tokens per second once compiled, alone and eight requests at a time."""
+    rows = []
+    for batch in (1, 8):
+        prompts = [PASSAGE[: 100 + i] for i in range(batch)]
+        best = 0.0
+        for _ in range(3):  # the first one compiles
+            start = time.perf_counter()
+            outs = jl.generate(
+                shown.model, shown.tokenizer, prompts, max_new_tokens=64, stop_tokens=()
+            )
+            made = sum(len(o.token_ids) for o in outs)
+            best = max(best, made / (time.perf_counter() - start))
+        rows.append(Row(f"batch {batch}", round(best, 1), "tokens/s"))
+    text = f"Prefill included, compilation not; best of 3 on {device()}."
+    return Section("speed", "Speed", text, tuple(rows))
+
+
+def repetition(shown: Shown) -> Section:
+    """A passage read twice: what the model has in its cache, it need not guess."""
+    passage = np.asarray(shown.tokenizer.encode(PASSAGE, add_special_tokens=False), np.int32)
+    words = exercises.Words.of(
+        shown.tokenizer, bos=shown.tokenizer.bos_token, eos=shown.tokenizer.eos_token
+    )
+    one = exercises.repeat(
+        np.random.default_rng(0), words, 0, passage=passage, prompt=exercises.REPEAT_ALL[0]
+    )
+    scored = score(shown.model, [one.tokens])
+    reads = {}
+    rows = [Row("tokens", len(passage))]
+    for name, begin in (("first time", 1), ("again", one.prompt_length)):
+        span = slice(begin - 1, begin - 1 + len(passage))  # score[j] is that of token j + 1
+        reads[name] = -scored.logprobs[0][span] / np.log(2)
+        right = 100 * float(scored.greedy[0][span].mean())
+        rows.append(Row(f"{name}: bits per token", round(float(reads[name].mean()), 3), "bits"))
+        rows.append(Row(f"{name}: likeliest token right", round(right, 1), "%"))
+    figure = "repetition.png"
+    draw_reads(shown.out / figure, reads)
+    text = (
+        "The same passage twice in one context, with KVzip's repeat prompt between. The second "
+        "time the answer stands in the cache; a cache that loses something loses it here."
+    )
+    return Section("repetition", "A passage read twice", text, tuple(rows), figure)
+
+
+SECTIONS: tuple[Callable[[Shown], Section], ...] = (
+    generation,
+    perplexity,
+    repetition,
+    size,
+    speed,
+)
+
+
+def run(
+    out: Path | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    note: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Makes the report of the shipped model in the new directory `out`; returns it as a dict.
+
+    out: None takes jaxllm-report, or jaxllm-report-2, ... where that exists.
+    model, tokenizer: another model than the shipped one.
+    note: is told what is being done.
+    """
+    out = free_name(Path("jaxllm-report")) if out is None else out
+    begin = time.perf_counter()
+    with new_directory(out) as unfinished:
+        if model is None:
+            model, tokenizer = jl.load()
+        sections = []
+        for number, section in enumerate(SECTIONS, 1):
+            note(f"{number}/{len(SECTIONS)} {section.__name__}: {section.__doc__}")
+            sections.append(section(Shown(model, tokenizer, unfinished)))
+        report = {
+            "out": str(out),
+            "jaxllm": jl.__version__,
+            "jax": jax.__version__,
+            "device": device(),
+            "seconds": round(time.perf_counter() - begin, 1),
+            "sections": [dataclasses.asdict(section) for section in sections],
+        }
+        (unfinished / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
+        (unfinished / "report.md").write_text(markdown(report), "utf-8")
+    return report
+
+
+def free_name(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
+    number, name = 1, wanted
+    while name.exists():
+        number += 1
+        name = wanted.with_name(f"{wanted.name}-{number}")
+    return name
+
+
+def device() -> str:
+    """What the numbers were measured on."""
+    one = jax.devices()[0]
+    if one.platform == "cpu":
+        return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{len(jax.devices())} x {one.device_kind}"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = ["# jaxllm demo", ""]
+    lines += [
+        f"jaxllm {report['jaxllm']}, jax {report['jax']}, {report['device']}, "
+        f"{report['seconds']} s in all.",
+        "",
+    ]
+    for section in report["sections"]:
+        lines += [f"## {section['title']}", "", section["text"], "", "| | |", "|---|---|"]
+        for row in section["rows"]:
+            value = f"{row['value']} {row['unit']}".rstrip()
+            lines.append(f"| {cell(row['name'])} | {cell(value)} |")
+        lines.append("")
+        if section["figure"]:
+            lines += [f"![{section['title']}]({section['figure']})", ""]
+    return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """Text that stays inside its table cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def draw_reads(path: Path, reads: dict[str, np.ndarray]) -> None:
+    """Bits per token of each reading, side by side along the passage, as a PNG."""
+    from matplotlib.figure import Figure  # subtle: pyplot would choose a backend and keep state
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, bits), colour in zip(reads.items(), ("#b0b0b0", "#0b6e99"), strict=True):
+        axes.plot(bits, label=f"{name}: {bits.mean():.2f} bits a token", color=colour, lw=1.4)
+    axes.set(xlabel="token of the passage", ylabel="surprise (bits)", ylim=(0, None))
+    axes.set_title("What the model has read it need not guess", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,320 @@
+"""The Llama line of decoders: Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi 3.
+
+One forward pass; what tells the families apart are features of the config, never their names. A block is
+
+    x = x + post?(attention(norm(x)))
+    x = x + post?(mlp(norm(x)))                 mlp(h) = down(act(gate(h)) * up(h))
+
+with grouped-query attention (arXiv:2305.13245), rotary positions (`rope.py`), RMS norms (arXiv:1910.07467), and
+optionally biases on q, k, v, norms of q and k per head (Qwen 3, Gemma 3), sliding windows by layer (Mistral,
+Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), and a second rotation for the layers
+with a window (Gemma 3). Norms, rotation, softmax and logits are float32 whatever the weights are.
+
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    logits, _ = model(jnp.array([[1, 2, 3]]))                # [B, T, V]
+
+Letters: B batch, T tokens of this chunk, D width, H query heads, K key heads, E head size, F ffn, V vocabulary.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxllm import cache as kv
+from jaxllm.attention import causal_attention
+from jaxllm.cache import DenseCache
+from jaxllm.models.layers import Embedding, Linear, RmsNorm, Tap, below, see
+from jaxllm.models.rope import Rope, rotate
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and features of a decoder; hashable, so usable as a static argument."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int  # longest sequence, in tokens
+    tied: bool = True  # the head is the embedding
+    rope: Rope = Rope()
+    local_rope: Rope | None = None  # for layers with a window, if other than `rope`
+    windows: tuple[
+        int | None, ...
+    ] = ()  # tokens a layer sees, itself included; () sees all everywhere
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # 1 where files store a norm's scale minus one (Gemma)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None  # None is 1 / sqrt(head_dim)
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    stop_tokens: tuple[int, ...] = ()  # any of them ends a generation
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"decoder: kv_heads must divide heads, got {self.heads=}, {self.kv_heads=}"
+            )
+        if len(self.windows) not in (0, self.layers):
+            raise ValueError(
+                f"decoder: one window a layer, got {len(self.windows)} for {self.layers=}"
+            )
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens the layer sees, or None for all."""
+        return self.windows[layer] if self.windows else None
+
+
+TINY = Config(
+    layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=128, context=64, tied=False
+)
+
+# Logical axes of each parameter on a mesh with the axis "model"; weights are [K, N]. First match decides,
+# what matches nothing is replicated. "kv" is "model" where the key heads can be split, else replicated.
+SHARDING = (
+    (r"embedding\.table", P("model", None)),
+    (r"head\.w", P(None, "model")),
+    (r"attention\.q\.w|mlp\.(gate|up)\.w", P(None, "model")),
+    (r"attention\.[kv]\.w", P(None, "kv")),
+    (r"attention\.o\.w|mlp\.down\.w", P("model", None)),
+    (r"attention\.q\.bias|mlp\.(gate|up)\.bias", P("model")),
+    (r"attention\.[kv]\.bias", P("kv")),
+)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of one layer, with its rotation and its window."""
+
+    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs, dtype):
+        c = config
+        make = lambda K, N, bias: Linear(K, N, bias=bias, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
+        self.q = make(c.width, c.heads * c.head_dim, c.qkv_bias)
+        self.k = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o = make(c.heads * c.head_dim, c.width, c.out_bias)
+        norm = lambda: RmsNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)  # noqa: E731
+        self.q_norm = norm() if c.qk_norm else None
+        self.k_norm = norm() if c.qk_norm else None
+        self.rope = c.local_rope if window is not None and c.local_rope is not None else c.rope
+        self.window = window
+        self.head_dim = c.head_dim
+        self.scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        self.softcap = c.attention_softcap
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: DenseCache | None,
+        index: int,
+        positions,
+        lengths,
+        tap,
+    ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+        heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)  # noqa: E731
+        q = heads(self.q(x, below(tap, "q")))  # [B, T, H, E]
+        k = heads(self.k(x, below(tap, "k")))  # [B, T, K, E]
+        v = heads(self.v(x, below(tap, "v")))  # [B, T, K, E]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+        cos, sin = self.rope.angles(self.head_dim, positions, last + 1)
+        q = see(tap, "q_rotated", rotate(q, cos, sin))
+        k = see(tap, "k_rotated", rotate(k, cos, sin))
+        v = see(tap, "values", v)
+        fresh = cache is None or cache.empty
+        if cache is not None:
+            cache = kv.append(cache, index, k, v, lengths)
+        if fresh:
+            y = causal_attention(
+                q, k, v, scale=self.scale, window=self.window, softcap=self.softcap
+            )
+        else:
+            y = kv.attend(
+                q, cache, index, positions, lengths, scale=self.scale, softcap=self.softcap
+            )
+        return self.o(y.reshape(*x.shape[:2], -1), below(tap, "o")), cache
+
+
+class Mlp(nnx.Module):
+    """The gated feed-forward part of one layer (arXiv:2002.05202)."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+        make = lambda K, N: Linear(K, N, bias=config.mlp_bias, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
+        self.gate = make(config.width, config.ffn)
+        self.up = make(config.width, config.ffn)
+        self.down = make(config.ffn, config.width)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
+        gate = ACTIVATIONS[self.activation](self.gate(x, below(tap, "gate")))
+        return self.down(gate * self.up(x, below(tap, "up")), below(tap, "down"))
+
+
+class Block(nnx.Module):
+    """One layer."""
+
+    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs, dtype):
+        norm = lambda: RmsNorm(  # noqa: E731
+            config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
+        self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
+        self.mlp_post_norm = norm() if config.post_norms else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: DenseCache | None = None,
+        *,
+        index: int = 0,
+        positions: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+        """The block's output, and the cache with this layer's rows appended (not yet advanced).
+
+        index: which layer of the cache is this block's. positions, lengths: as in `Decoder.__call__`.
+        """
+        positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
+        h = self.attention_norm(x)
+        h, cache = self.attention(h, cache, index, positions, lengths, below(tap, "attention"))
+        x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
+        h = self.mlp(self.mlp_norm(x), below(tap, "mlp"))
+        x = x + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
+        return see(tap, "out", x), cache
+
+
+class Decoder(nnx.Module):
+    """A language model of the Llama line: a pytree whose leaves are its weights."""
+
+    SHARDING = SHARDING
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        self.embedding = Embedding(
+            config.vocab, config.width, std=config.width**-0.5, rngs=rngs, dtype=dtype
+        )
+        self.layers = nnx.List(
+            [Block(config, config.window(i), rngs=rngs, dtype=dtype) for i in range(config.layers)]
+        )
+        self.norm = RmsNorm(
+            config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
+        )
+        head = lambda: Linear(  # noqa: E731
+            config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype
+        )
+        self.head = None if config.tied else head()
+
+    @property
+    def dtype(self):
+        """The type of activations: that of the embedding."""
+        return self.embedding.table.get_value().dtype
+
+    def make_cache(self, batch: int, rows: int, *, slack: int = 0, dtype=None) -> DenseCache:
+        """An empty cache for `rows` tokens a request.
+
+        slack: the longest chunk after the first, or rollback, that layers with a window must survive.
+        """
+        return kv.dense.make(
+            batch,
+            windows=tuple(self.config.window(i) for i in range(self.config.layers)),
+            kv_heads=self.config.kv_heads,
+            head_dim=self.config.head_dim,
+            rows=rows,
+            slack=slack,
+            dtype=self.dtype if dtype is None else dtype,
+        )
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads."""
+        x = self.embedding(tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x
+
+    def unembed(self, x: Float[Array, "*B D"], tap: Tap | None = None) -> Float[Array, "*B V"]:
+        """Float32 logits of any layer's output: final norm, head, soft cap."""
+        x = see(tap, "norm", self.norm(x))
+        if self.head is None:
+            logits = self.embedding.attend(x)
+        else:
+            logits = self.head(x, below(tap, "head"), jnp.float32)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
+        return logits
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: DenseCache | None = None,
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        logits: Literal["all", "last"] = "all",
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DenseCache | None]:
+        """Float32 logits of a chunk, and the cache with the chunk in it (None if none was given).
+
+        tokens: the next tokens of each request. Where requests differ in length, the shorter ones are padded on the
+          right with any valid id and `lengths` says how many tokens are real.
+        cache: what came before; from `make_cache`. A chunk sees it and itself.
+        positions: where the tokens stand, if not right behind the cache.
+        logits: "last" gives one row a request, that of its last real token, and saves the head's other products.
+        tap: see `layers.py`.
+        """
+        positions, lengths = chunk(tokens.shape, cache, positions, lengths)
+        x = see(tap, "embedding", self.embed(tokens))
+        for i, layer in enumerate(self.layers):
+            x, cache = layer(
+                x,
+                cache,
+                index=i,
+                positions=positions,
+                lengths=lengths,
+                tap=below(tap, f"layers.{i}"),
+            )
+        if cache is not None:
+            cache = kv.advance(cache, lengths)
+        if logits == "last":
+            x = last_token(x, lengths)
+        return self.unembed(x, tap), cache
+
+
+def chunk(shape, cache, positions, lengths):
+    """Where the tokens of a chunk stand and how many are real, with what was left out filled in."""
+    B, T = shape
+    if lengths is None:
+        lengths = jnp.full((B,), T, jnp.int32)
+    if positions is None:
+        start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths
+        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    return positions, lengths
+
+
+def last_token(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """The row of each request's last real token."""
+    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,101 @@
+"""The small parts every model is made of: linear, embedding, two norms, and the tap through which methods see.
+
+A tap is a function `tap(name, array) -> array` given to a forward pass; it is called at every linear's input and
+output and where a model says so, may replace what it is shown, and leaves nothing behind once traced. Names are
+paths: "layers.3.attention.q.in".
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxllm.quant.dense import Dense
+from jaxllm.quant.matmul import matmul
+
+Tap = Callable[[str, jax.Array], jax.Array]
+
+
+def see(tap: Tap | None, name: str, x: jax.Array) -> jax.Array:
+    """`x` as the tap leaves it."""
+    return x if tap is None else tap(name, x)
+
+
+def below(tap: Tap | None, prefix: str) -> Tap | None:
+    """The tap as seen from inside `prefix`: names get it in front."""
+    return None if tap is None else lambda name, x: tap(f"{prefix}.{name}", x)
+
+
+def along_last(v: Float[Array, " N"], like: jax.Array) -> jax.Array:
+    """`v` with axes of size 1 in front, ready to meet the last axis of `like`."""
+    return jnp.expand_dims(v, range(like.ndim - 1))
+
+
+class Linear(nnx.Module):
+    """`y = x @ w + bias`; `w` is a weight of any format (`jaxllm/quant/matmul.py`)."""
+
+    def __init__(self, K: int, N: int, *, bias: bool = False, std: float, rngs: nnx.Rngs, dtype):
+        rows = std * jax.random.normal(rngs.params(), (N, K), jnp.float32)
+        self.w = nnx.Param(Dense(rows.astype(dtype)))
+        self.bias = nnx.Param(jnp.zeros((N,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B K"], tap: Tap | None = None, out_dtype=None):
+        """The product in `out_dtype` (that of `x` if None)."""
+        out_dtype = x.dtype if out_dtype is None else out_dtype
+        x = see(tap, "in", x)
+        if self.bias is None:
+            y = matmul(x, self.w.get_value(), out_dtype)
+        else:
+            y = matmul(x, self.w.get_value(), jnp.float32)
+            bias = self.bias.get_value().astype(jnp.float32)
+            y = (y + along_last(bias, y)).astype(out_dtype)
+        return see(tap, "out", y)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D] read by token, and, when the head is tied, multiplied by as well."""
+
+    def __init__(self, V: int, D: int, *, std: float, rngs: nnx.Rngs, dtype):
+        table = std * jax.random.normal(rngs.params(), (V, D), jnp.float32)
+        self.table = nnx.Param(table.astype(dtype))
+
+    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return self.table.get_value()[tokens]
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The tied head: float32 logits."""
+        return matmul(x, Dense(self.table.get_value()), jnp.float32)
+
+
+class RmsNorm(nnx.Module):
+    """`x / rms(x) * (offset + scale)` in float32, returned in `x`'s type (arXiv:1910.07467; offset 1 in Gemma)."""
+
+    def __init__(self, D: int, *, eps: float, offset: float = 0.0, dtype):
+        self.scale = nnx.Param(jnp.full((D,), 1.0 - offset, dtype))
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale.get_value().astype(jnp.float32) + self.offset
+        return (y * along_last(scale, y)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / std * scale + bias` in float32, returned in `x`'s type (arXiv:1607.06450)."""
+
+    def __init__(self, D: int, *, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((D,), dtype))
+        self.bias = nnx.Param(jnp.zeros((D,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale.get_value().astype(jnp.float32)
+        bias = self.bias.get_value().astype(jnp.float32)
+        return (y * along_last(scale, y) + along_last(bias, y)).astype(x.dtype)

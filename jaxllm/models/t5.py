@@ -1,0 +1,436 @@
+"""T5: an encoder reads the source, a decoder writes the target and sees the source in each layer.
+
+Raffel et al., arXiv:1910.10683 (v1.0); Shazeer, arXiv:2002.05202 (v1.1's gated GELU). Blocks are
+
+    encoder   x = x + attention(norm(x));  x = x + mlp(norm(x))
+    decoder   x = x + attention(norm(x));  x = x + cross(norm(x), memory);  x = x + mlp(norm(x))
+
+with RMS norms, no biases on linears, and no scaling of scores. Where a token stands is known only
+through a number that each head adds to the scores of self-attention, one for each bucket of
+distances, the same in all layers. v1.0 has mlp(h) = down(relu(up(h))) and a head that is the
+embedding, read after scaling by 1 / sqrt(width); v1.1 has mlp(h) = down(gelu(gate(h)) * up(h)) and
+a head of its own. Norms, softmax and logits are float32 whatever the weights are; float16, for
+which T5 was not trained, is kept finite as in Hugging Face's version.
+
+    model = T5(TINY, rngs=nnx.Rngs(0))
+    memory = model.encode(jnp.array([[5, 6, 7]]))
+    logits, _ = model(jnp.array([[model.config.decoder_start]]), memory=memory)      # [B, T, V]
+
+Letters: B batch, T tokens of this chunk, S source tokens, D width, H heads, E head size, F ffn,
+V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm import cache as kv
+from jaxllm.attention import DistanceBias, attention, by_head, causal_attention
+from jaxllm.cache import DenseCache
+from jaxllm.models.decoder import ACTIVATIONS, chunk, last_token
+from jaxllm.models.layers import Embedding, Linear, RmsNorm, Tap, below, see
+from jaxllm.pytree import pytree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and features; hashable, so usable as a static argument."""
+
+    encoder_layers: int
+    layers: int  # of the decoder
+    width: int
+    heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int = 512  # longest target to generate, in tokens; the model itself knows no limit
+    tied: bool = True  # the head is the embedding
+    head_scale: float = 1.0  # on what the head reads; v1.0: 1 / sqrt(width)
+    gated: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "relu"
+    buckets: int = 32  # of distances; the encoder has one half for each direction
+    max_distance: int = 128  # from which on all distances are one
+    norm_eps: float = 1e-6
+    decoder_start: int = 0  # the token that every target begins with
+    stop_tokens: tuple[int, ...] = ()  # any of them ends a generation
+
+    def __post_init__(self):
+        if self.buckets % 4 or self.buckets // 2 >= self.max_distance:
+            raise ValueError(
+                "t5: buckets must be a multiple of 4 and less than twice max_distance, "
+                f"got {self.buckets=}, {self.max_distance=}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+
+TINY = Config(encoder_layers=2, layers=2, width=32, heads=4, head_dim=8, ffn=64, vocab=128)
+
+
+def v1_0(layers: int, width: int, heads: int, ffn: int, head_dim: int = 64) -> Config:
+    """One of the published sizes of T5 (arXiv:1910.10683, section 3.7)."""
+    return Config(
+        encoder_layers=layers,
+        layers=layers,
+        width=width,
+        heads=heads,
+        head_dim=head_dim,
+        ffn=ffn,
+        vocab=32_128,
+        head_scale=width**-0.5,
+        stop_tokens=(1,),
+    )
+
+
+T5_SMALL = v1_0(6, 512, 8, 2048)
+T5_BASE = v1_0(12, 768, 12, 3072)
+T5_LARGE = v1_0(24, 1024, 16, 4096)
+T5_3B = v1_0(24, 1024, 32, 16_384, head_dim=128)
+T5_11B = v1_0(24, 1024, 128, 65_536, head_dim=128)
+
+
+def v1_1(layers: int, width: int, heads: int, ffn: int) -> Config:
+    """One of the sizes of T5 v1.1, which are those of Flan-T5 too."""
+    return dataclasses.replace(
+        v1_0(layers, width, heads, ffn),
+        tied=False,
+        head_scale=1.0,
+        gated=True,
+        activation="gelu_tanh",
+    )
+
+
+T5_V1_1_SMALL = v1_1(8, 512, 6, 1024)
+T5_V1_1_BASE = v1_1(12, 768, 12, 2048)
+T5_V1_1_LARGE = v1_1(24, 1024, 16, 2816)
+T5_V1_1_XL = v1_1(24, 2048, 32, 5120)
+T5_V1_1_XXL = v1_1(24, 4096, 64, 10_240)
+
+# Logical axes of each parameter on a mesh with the axis "model"; weights are [K, N]. First match
+# decides, what matches nothing is replicated. "kv" is "model" where the heads can be split, else
+# replicated.
+SHARDING = (
+    (r"embedding\.table", P("model", None)),
+    (r"relative\.table", P(None, "kv")),  # a column a head
+    (r"head\.w", P(None, "model")),
+    (r"(attention|cross)\.q\.w|mlp\.(gate|up)\.w", P(None, "model")),
+    (r"(attention|cross)\.[kv]\.w", P(None, "kv")),
+    (r"(attention|cross)\.o\.w|mlp\.down\.w", P("model", None)),
+)
+
+
+@pytree
+class Memory:
+    """What the decoder sees of the sources: keys and values of each of its layers."""
+
+    keys: tuple[jax.Array, ...]  # a layer: [B H, S, E]
+    values: tuple[jax.Array, ...]  # a layer: [B H, S, E]
+    lengths: jax.Array  # [B] int32
+
+
+def buckets(config: Config, *, causal: bool) -> np.ndarray:
+    """The bucket of each distance, key position - query position, from -max_distance on.
+
+    Half of a direction's buckets are for one distance each, the others grow with its logarithm.
+    """
+    count = config.buckets if causal else config.buckets // 2
+    exact = count // 2
+    distance = np.arange(config.max_distance + 1, dtype=np.float32)
+    # in float32, as whoever trained the tables computed it
+    grown = np.log(np.maximum(distance, 1) / np.float32(exact))
+    grown = grown / np.float32(math.log(config.max_distance / exact)) * np.float32(count - exact)
+    bucket = np.where(distance < exact, distance, np.minimum(exact + np.trunc(grown), count - 1))
+    behind, ahead = bucket[:0:-1], bucket[1:]
+    ahead = np.zeros_like(ahead) if causal else ahead + count
+    return np.concatenate([behind, bucket[:1], ahead]).astype(np.int32)
+
+
+class RelativeBias(nnx.Module):
+    """A number for each bucket of distances and each head, looked up by distance."""
+
+    def __init__(self, config: Config, *, causal: bool, rngs: nnx.Rngs, dtype):
+        table = jax.random.normal(rngs.params(), (config.buckets, config.heads), jnp.float32)
+        self.table = nnx.Param((config.width**-0.5 * table).astype(dtype))
+        self.config, self.causal = config, causal
+
+    def __call__(self, distance: Int[Array, "*B T S"]) -> Float[Array, "*B H T S"]:
+        """Float32 numbers to add to scores, for distances key position - query position."""
+        far = self.config.max_distance
+        of_distance = self.table.get_value()[buckets(self.config, causal=self.causal)]
+        bias = of_distance.astype(jnp.float32)[jnp.clip(distance, -far, far) + far]  # [.., T, S, H]
+        return jnp.moveaxis(bias, -1, -3)
+
+
+class Attention(nnx.Module):
+    """The four linears of self-attention or cross-attention; scores are not scaled."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+        c, inner = config, config.heads * config.head_dim
+        make = lambda K, N, std: Linear(K, N, std=std, rngs=rngs, dtype=dtype)  # noqa: E731
+        self.q = make(c.width, inner, (c.width * c.head_dim) ** -0.5)
+        self.k = make(c.width, inner, c.width**-0.5)
+        self.v = make(c.width, inner, c.width**-0.5)
+        self.o = make(inner, c.width, inner**-0.5)
+        self.head_dim = c.head_dim
+
+    # the names under which every model shows what its cache is given; nothing is turned here
+    def queries(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
+        q = self.q(x, below(tap, "q")).reshape(*x.shape[:2], -1, self.head_dim)
+        return see(tap, "q_rotated", q)
+
+    def keys(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
+        k = self.k(x, below(tap, "k")).reshape(*x.shape[:2], -1, self.head_dim)
+        return see(tap, "k_rotated", k)
+
+    def values(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
+        v = self.v(x, below(tap, "v")).reshape(*x.shape[:2], -1, self.head_dim)
+        return see(tap, "values", v)
+
+    def out(self, y: Float[Array, "B T H E"], tap: Tap | None) -> Float[Array, "B T D"]:
+        return self.o(y.reshape(*y.shape[:2], -1), below(tap, "o"))
+
+
+class Mlp(nnx.Module):
+    """The feed-forward part of one layer, with a gate or without."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+        make = lambda K, N: Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
+        self.gate = make(config.width, config.ffn) if config.gated else None
+        self.up = make(config.width, config.ffn)
+        self.down = make(config.ffn, config.width)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
+        act = ACTIVATIONS[self.activation]
+        # subtle: trained T5 leaves the range of float16 here, and inf - inf would follow in `down`
+        inner = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+        h = self.up(x, below(tap, "up"), inner)
+        h = act(h) if self.gate is None else act(self.gate(x, below(tap, "gate"), inner)) * h
+        return self.down(h, below(tap, "down"), x.dtype)
+
+
+def add(x: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The sum, in float16 cut to its range."""
+    x = x + h
+    if x.dtype == jnp.float16:
+        x = jnp.clip(x, jnp.finfo(x.dtype).min, jnp.finfo(x.dtype).max)
+    return x
+
+
+class EncoderBlock(nnx.Module):
+    """One layer of the encoder."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+        self.attention_norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Bool[Array, "B 1 S"],
+        bias: Float[Array, "1 H S S"],
+        tap: Tap | None = None,
+    ) -> Float[Array, "B S D"]:
+        part, t = self.attention, below(tap, "attention")
+        h = self.attention_norm(x)
+        q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
+        y = attention(q, by_head(k), by_head(v), mask, scale=1.0, bias=bias)
+        x = add(x, part.out(y, t))
+        x = add(x, self.mlp(self.mlp_norm(x), below(tap, "mlp")))
+        return see(tap, "out", x)
+
+
+class Encoder(nnx.Module):
+    """All layers of the encoder, their shared bias and the final norm."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+        self.relative = RelativeBias(config, causal=False, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List(
+            [EncoderBlock(config, rngs=rngs, dtype=dtype) for _ in range(config.encoder_layers)]
+        )
+        self.norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], lengths: Int[Array, " B"], tap: Tap | None = None
+    ) -> Float[Array, "B S D"]:
+        step = jnp.arange(x.shape[1], dtype=jnp.int32)
+        bias = self.relative((step[None, :] - step[:, None])[None])  # [1, H, S, S]
+        mask = (step[None, :] < lengths[:, None])[:, None]  # [B, 1, S]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, bias, below(tap, f"layers.{i}"))
+        return see(tap, "norm", self.norm(x))
+
+
+class Block(nnx.Module):
+    """One layer of the decoder."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+        norm = lambda: RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)  # noqa: E731
+        self.attention_norm = norm()
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.cross_norm = norm()
+        self.cross = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = norm()
+        self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: DenseCache | None = None,
+        *,
+        memory: Memory,
+        bias: DistanceBias,
+        index: int = 0,
+        positions: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+        """The block's output, and the cache with this layer's rows appended (not yet advanced).
+
+        memory: of the sources. bias: the model's, `model.relative`. index: which layer of the cache
+          and of the memory is this block's. positions, lengths: as in `T5.__call__`.
+        """
+        positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
+        part, t = self.attention, below(tap, "attention")
+        h = self.attention_norm(x)
+        q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
+        if cache is not None:
+            cache = kv.append(cache, index, k, v, lengths)
+        if cache is None or cache.empty:  # before it is advanced: the first chunk
+            y = causal_attention(q, k, v, scale=1.0, bias=bias)
+        else:
+            y = kv.attend(q, cache, index, positions, lengths, scale=1.0, bias=bias)
+        x = add(x, part.out(y, t))
+
+        part, t = self.cross, below(tap, "cross")
+        q = part.queries(self.cross_norm(x), t)
+        keys, values = memory.keys[index], memory.values[index]
+        there = jnp.arange(keys.shape[1])[None, :] < memory.lengths[:, None]  # [B, S]
+        y = attention(q, keys, values, there[:, None], scale=1.0)
+        x = add(x, part.out(y, t))
+
+        x = add(x, self.mlp(self.mlp_norm(x), below(tap, "mlp")))
+        return see(tap, "out", x), cache
+
+
+class T5(nnx.Module):
+    """An encoder and a decoder, whose are `layers` and the cache: a pytree of weights."""
+
+    SHARDING = SHARDING
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        self.embedding = Embedding(config.vocab, config.width, std=1.0, rngs=rngs, dtype=dtype)
+        self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
+        self.relative = RelativeBias(config, causal=True, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List(
+            [Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)]
+        )
+        self.norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        head = lambda: Linear(  # noqa: E731
+            config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype
+        )
+        self.head = None if config.tied else head()
+
+    @property
+    def dtype(self):
+        """The type of activations: that of the embedding."""
+        return self.embedding.table.get_value().dtype
+
+    def make_cache(self, batch: int, rows: int, *, slack: int = 0, dtype=None) -> DenseCache:
+        """An empty cache for `rows` target tokens a request.
+
+        slack: is for layers with a window, and there are none.
+        """
+        return kv.dense.make(
+            batch,
+            windows=(None,) * self.config.layers,
+            kv_heads=self.config.heads,
+            head_dim=self.config.head_dim,
+            rows=rows,
+            slack=slack,
+            dtype=self.dtype if dtype is None else dtype,
+        )
+
+    def encode(
+        self,
+        tokens: Int[Array, "B S"],
+        lengths: Int[Array, " B"] | None = None,
+        *,
+        tap: Tap | None = None,
+    ) -> Memory:
+        """What the decoder will see of the sources; `lengths` tokens of each are real."""
+        _, lengths = chunk(tokens.shape, None, None, lengths)
+        x = see(tap, "encoder.embedding", self.embed(tokens))
+        x = self.encoder(x, lengths, below(tap, "encoder"))
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            t = below(tap, f"layers.{i}.cross")
+            keys.append(by_head(layer.cross.keys(x, t)))
+            values.append(by_head(layer.cross.values(x, t)))
+        return Memory(tuple(keys), tuple(values), lengths)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads, of the encoder or of the decoder."""
+        return self.embedding(tokens)
+
+    def unembed(self, x: Float[Array, "*B D"], tap: Tap | None = None) -> Float[Array, "*B V"]:
+        """Float32 logits of any decoder layer's output: final norm, scale, head."""
+        x = see(tap, "norm", self.norm(x))
+        if self.head is None:
+            logits = self.embedding.attend(x)
+        else:
+            logits = self.head(x, below(tap, "head"), jnp.float32)
+        return logits * self.config.head_scale
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: DenseCache | None = None,
+        *,
+        memory: Memory,
+        lengths: Int[Array, " B"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        logits: Literal["all", "last"] = "all",
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DenseCache | None]:
+        """Float32 logits of a chunk of targets, and the cache with it (None if none was given).
+
+        memory: of the sources, from `encode`. A target begins with `config.decoder_start`.
+        The other arguments mean what they mean in `decoder.Decoder`; `positions` count only against
+          a cache, as distances.
+        """
+        if memory.lengths.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                "t5: memory must hold one source a request, "
+                f"got {memory.lengths.shape[0]} for {tokens.shape=}"
+            )
+        positions, lengths = chunk(tokens.shape, cache, positions, lengths)
+        x = see(tap, "embedding", self.embed(tokens))
+        for i, layer in enumerate(self.layers):
+            x, cache = layer(
+                x,
+                cache,
+                memory=memory,
+                bias=self.relative,
+                index=i,
+                positions=positions,
+                lengths=lengths,
+                tap=below(tap, f"layers.{i}"),
+            )
+        if cache is not None:
+            cache = kv.advance(cache, lengths)
+        if logits == "last":
+            x = last_token(x, lengths)
+        return self.unembed(x, tap), cache

@@ -1,0 +1,46 @@
+"""The plain format: every number of the weight as it is. Lossless.
+
+The logical shape is [K, N], K inputs and N outputs, and `y = x @ w`. Stored as `rows` [N, K], one row an
+output: the order of every checkpoint, so that a file is mapped and never transposed, and the faster one
+for a single row on a CPU, where each output is then one contiguous dot product (2026-11-21, 2 Zen 4
+cores, jax 0.10.2: 34 GB/s of weights against 28 for [K, N]).
+"""
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxllm.pytree import pytree
+
+
+@pytree
+class Dense:
+    """A [K, N] weight held as its N output rows."""
+
+    rows: jax.Array  # [N, K]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The logical shape (K, N)."""
+        N, K = self.rows.shape
+        return K, N
+
+    @property
+    def dtype(self):
+        return self.rows.dtype
+
+
+def quantize(w: Float[Array, "K N"]) -> Dense:
+    """The weight `w`, unchanged."""
+    return Dense(w.T)
+
+
+def dequantize(w: Dense) -> Float[Array, "K N"]:
+    """The weight as one array."""
+    return w.rows.T
+
+
+def specs(w: Dense, spec: PartitionSpec) -> Dense:
+    """Where each leaf of `w` goes when its logical [K, N] axes are laid out as `spec`."""
+    K, N = spec
+    return jax.tree.map(lambda rows: PartitionSpec(N, K), w)

@@ -1,0 +1,1 @@
+"""Training: any loss on any pytree (`trainer`), and the recipe of the shipped models (`pico`)."""

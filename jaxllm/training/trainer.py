@@ -1,0 +1,287 @@
+"""Minimises any `loss(params, batch)` over any pytree, and resumes bit for bit after a kill.
+
+What makes the resume exact: batches are a pure function of the step, the optimizer's state is saved
+with the weights (Orbax, each step directory appears whole or not at all), and the same compiled
+step runs before and after. Exact on one machine with one version of jax; the last bits may differ
+elsewhere.
+
+The optimizer sees a flat dict {path: array} of the trained leaves, for instance
+".layers[0].attention.q.w.rows"; what is not trained (integers, or not chosen by `trainable`) never
+reaches `jax.grad` nor the optimizer's state.
+
+    trained = train(loss, model, batches, optimizer=optax.adamw(1e-3), steps=100)
+    plot_losses({"train": trained.losses}, "loss.png")
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Loss = Callable[[Any, Any], Any]  # (params, batch) -> scalar, or (scalar, dict of scalars)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run leaves behind."""
+
+    params: Any
+    opt_state: Any
+    losses: np.ndarray  # float32 [steps], those before a resume included
+    aux: dict[str, float]  # of the last step
+    seconds: float  # of training, over all resumes
+    tokens: int  # in the batches' "tokens", over all resumes
+
+
+def paths(params: Any) -> dict[str, Any]:
+    """The leaves of a pytree by path, as the optimizer and `trainable` see them."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def is_float(path: str, leaf: Any) -> bool:
+    """Whether a leaf can be trained at all."""
+    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+
+
+def _microbatches(batch: Any, accumulate: int) -> Any:
+    """Leaves [B, ...] as [accumulate, B / accumulate, ...]."""
+
+    def cut(x):
+        if x.ndim == 0 or x.shape[0] % accumulate:
+            raise ValueError(
+                f"train: accumulate must divide each batch leaf's rows, got {accumulate=}, {x.shape=}"
+            )
+        return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+
+    return jax.tree.map(cut, batch)
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, rebuild: Callable, accumulate: int
+) -> Callable:
+    """The compiled step (trained, opt_state, frozen, batch) -> (trained, opt_state, loss, aux).
+
+    `trained` and `opt_state` are donated. Gradients are the mean over `accumulate` microbatches, of
+    which one at a time is in memory.
+    """
+
+    def objective(trained, frozen, micro):
+        out = loss(rebuild(trained, frozen), micro)
+        value, aux = out if isinstance(out, tuple) else (out, {})
+        return value.astype(jnp.float32), aux
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained, opt_state, frozen, batch):
+        if accumulate == 1:
+            (value, aux), grads = gradient(trained, frozen, batch)
+        else:
+
+            def one(total, micro):
+                return jax.tree.map(jnp.add, total, gradient(trained, frozen, micro)), None
+
+            micros = _microbatches(batch, accumulate)
+            shapes = jax.eval_shape(gradient, trained, frozen, jax.tree.map(lambda x: x[0], micros))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            total, _ = jax.lax.scan(one, zeros, micros)
+            mean = jax.tree.map(lambda x: x / jnp.asarray(accumulate, x.dtype), total)
+            (value, aux), grads = mean
+        # subtle: optax's Muon and Adam mix int32 counters with floats, so strict promotion ends here
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, opt_state = optimizer.update(grads, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, value, aux
+
+    return step
+
+
+def _manager(folder: str | Path):
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+
+def _save(manager, step: int, state: Any, history: dict) -> None:
+    import orbax.checkpoint as ocp
+
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history)
+        ),
+        force=True,
+    )
+    manager.wait_until_finished()
+
+
+def _restore(manager, step: int, like: Any) -> tuple[Any, dict]:
+    import orbax.checkpoint as ocp
+
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    out = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
+        ),
+    )
+    return out["state"], out["history"]
+
+
+def train(
+    loss: Loss,
+    params: Any,
+    batches: Callable[[int], Any],
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    accumulate: int = 1,
+    checkpoint: str | Path | None = None,
+    save_every: int = 100,
+    log_every: int = 10,
+    progress: bool = True,
+    trainable: Callable[[str, Any], bool] | None = None,
+) -> Trained:
+    """Runs `steps` steps, starting from the newest checkpoint in the directory `checkpoint` if any.
+
+    loss: scalar, or (scalar, dict of scalars); means over the rows of the batch it is given.
+    batches: pure function of the step; leaves have the batch's rows as first axis. An entry
+      "tokens" is counted for the progress bar's tokens/s. Called one step ahead in a thread.
+    accumulate: microbatches a step; divides the rows of a batch.
+    trainable: chooses among the float leaves by path and value; None trains them all.
+    """
+    if steps < 1 or accumulate < 1 or save_every < 1 or log_every < 1:
+        raise ValueError(
+            "train: steps, accumulate, save_every, log_every must be at least 1, got "
+            f"{steps=}, {accumulate=}, {save_every=}, {log_every=}"
+        )
+    treedef = jax.tree.structure(params)
+    every = paths(params)
+    chosen = [n for n, x in every.items() if is_float(n, x) and (not trainable or trainable(n, x))]
+    if not chosen:
+        raise ValueError("train: at least one float leaf must be trainable, got none")
+    frozen = {n: x for n, x in every.items() if n not in set(chosen)}
+    trained = {n: jnp.array(every[n], copy=True) for n in chosen}  # ours to donate
+
+    def rebuild(trained, frozen):
+        return treedef.unflatten([trained[n] if n in trained else frozen[n] for n in every])
+
+    opt_state = jax.jit(optimizer.init)(trained)
+    first, losses, seconds, tokens = 0, [], 0.0, 0
+    manager = _manager(checkpoint) if checkpoint is not None else None
+    if manager is not None and manager.latest_step() is not None:
+        state, history = _restore(
+            manager, manager.latest_step(), {"trained": trained, "opt_state": opt_state}
+        )
+        trained, opt_state = state["trained"], state["opt_state"]
+        first, losses = history["step"], history["losses"]
+        seconds, tokens = history["seconds"], history["tokens"]
+
+    step_fn = make_step(loss, optimizer, rebuild, accumulate)
+    pending: list[jax.Array] = []  # losses still on the device
+    aux: dict = {}
+
+    def flush():
+        losses.extend(float(x) for x in pending)
+        pending.clear()
+        if losses and not np.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"train: the loss must be finite, got {losses[-1]} by step {len(losses)}"
+            )
+
+    bar = None
+    if progress:
+        from tqdm import tqdm
+
+        bar = tqdm(total=steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
+    clock = time.monotonic()
+    mark, mark_tokens = clock, tokens
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        coming = ahead.submit(batches, first) if first < steps else None
+        for step in range(first, steps):
+            batch = coming.result()
+            if step + 1 < steps:
+                coming = ahead.submit(batches, step + 1)
+            trained, opt_state, value, aux = step_fn(trained, opt_state, frozen, batch)
+            pending.append(value)
+            if isinstance(batch, Mapping) and "tokens" in batch:
+                tokens += int(np.size(batch["tokens"]))
+            if bar is not None:
+                bar.update(1)
+            last = step + 1 == steps
+            if last or (step + 1) % log_every == 0:
+                flush()
+                now = time.monotonic()
+                if bar is not None:
+                    shown = {"loss": f"{np.mean(losses[-log_every:]):.3f}"}
+                    shown |= {k: f"{float(v):.3f}" for k, v in aux.items()}
+                    if tokens > mark_tokens:
+                        rate = (tokens - mark_tokens) / max(now - mark, 1e-9)
+                        shown["tokens/s"] = f"{rate:.0f}"
+                    bar.set_postfix(shown)
+                mark, mark_tokens = now, tokens
+            if manager is not None and (last or (step + 1) % save_every == 0):
+                flush()
+                history = {
+                    "step": step + 1,
+                    "losses": losses,
+                    "seconds": seconds + time.monotonic() - clock,
+                    "tokens": tokens,
+                }
+                _save(manager, step + 1, {"trained": trained, "opt_state": opt_state}, history)
+    if bar is not None:
+        bar.close()
+    if manager is not None:
+        manager.close()
+    return Trained(
+        params=rebuild(trained, frozen),
+        opt_state=opt_state,
+        losses=np.asarray(losses, np.float32),
+        aux={k: float(v) for k, v in aux.items()},
+        seconds=seconds + time.monotonic() - clock,
+        tokens=tokens,
+    )
+
+
+def plot_losses(
+    curves: Mapping[str, np.ndarray], path: str | Path, *, smooth: int = 50, title: str = ""
+) -> None:
+    """Draws loss curves (nats against steps; thin as logged, thick a running mean) to a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, losses in curves.items():
+        losses = np.asarray(losses, np.float64)
+        window = max(1, min(smooth, len(losses) // 4))
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        (line,) = axes.plot(np.arange(window - 1, len(losses)), mean, linewidth=1.6, label=name)
+        axes.plot(losses, linewidth=0.4, alpha=0.35, color=line.get_color())
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def save_history(trained: Trained, path: str | Path) -> None:
+    """Writes losses, seconds and tokens as one JSON object."""
+    history = {
+        "losses": [round(float(x), 5) for x in trained.losses],
+        "seconds": round(trained.seconds, 1),
+        "tokens": trained.tokens,
+    }
+    Path(path).write_text(json.dumps(history) + "\n")

@@ -1,0 +1,71 @@
+"""minGPT's gpt-nano, which sorts six digits: its own intermediate values, and what it sorts."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoints_convert import mingpt
+
+
+@pytest.fixture(scope="module")
+def model(shared_data):
+    model, tokenizer = mingpt.load(shared_data / "models/gpt_nano_sort/gpt-nano-sort-model.json")
+    assert tokenizer is None
+    return model
+
+
+@pytest.fixture(scope="module")
+def golden(shared_data):
+    saved = json.loads(
+        (shared_data / "models/gpt_nano_sort/gpt-nano-sort-t0-partials.json").read_text()
+    )
+    return {name: mingpt.tensor(entry) for name, entry in saved.items() if "shape" in entry}
+
+
+def test_gpt_nano_reproduces_its_golden_activations(model, golden):
+    seen = {}
+
+    def tap(name, x):
+        seen[name] = np.asarray(x)
+        return x
+
+    logits, _ = model(jnp.asarray(golden["idx"], jnp.int32), tap=tap)
+    heads = golden["q"].transpose(0, 2, 1, 3)
+    expected = {
+        "embedding": golden["x"],
+        "layers.0.attention.q.in": golden["ln1"],
+        "layers.0.attention.q_rotated": heads,
+        "layers.0.attention.o.in": golden["y"],
+        "layers.0.attention.o.out": golden["yProj"],
+        "layers.0.mlp.up.in": golden["ln2"],
+        "layers.0.mlp.down.in": golden["gelu"],
+        "layers.0.mlp.down.out": golden["mlp"],
+        "layers.0.out": golden["block0"],
+        "layers.1.out": golden["block1"],
+        "layers.2.out": golden["block2"],
+        "norm": golden["ln_f"],
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(seen[name], value, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(logits, golden["lm_head"], atol=1e-4)
+
+
+def test_gpt_nano_sorts_six_digits_fed_back_one_at_a_time(model):
+    digits = np.array(list(itertools.product(range(3), repeat=6)))[::7]  # 105 of the 729 lists
+    rows = np.concatenate([digits, np.zeros((len(digits), 5), int)], axis=1)
+    forward = jax.jit(lambda m, rows: jnp.argmax(m(rows)[0], axis=-1))
+    for i in range(5, 11):
+        chosen = np.asarray(forward(model, jnp.asarray(rows, jnp.int32)))[:, i]
+        np.testing.assert_array_equal(chosen, np.sort(digits, axis=1)[:, i - 5])
+        if i < 10:
+            rows[:, i + 1] = chosen
+
+
+def test_a_file_that_is_not_mingpt_is_one_line(tmp_path):
+    (tmp_path / "x.json").write_text('{"config": {"n_layer": 1}}')
+    with pytest.raises(ValueError, match="must be minGPT's config and tensors in JSON, got x.json"):
+        mingpt.load(tmp_path / "x.json")

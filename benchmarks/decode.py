@@ -223,10 +223,7 @@ def measure(
     settings = []
     bar = tqdm(total=len(dtypes) * len(batches) * (rounds + 1) * len(remotes), file=sys.stderr)
     for dtype in dtypes:
-        loaded = {
-            name: remote("load", directory=directory, dtype=dtype)
-            for name, remote in remotes.items()
-        }
+        loaded = {name: remote("load", directory=directory, dtype=dtype) for name, remote in remotes.items()}
         step_bytes = loaded["jaxllm"]["step_bytes"]
         for batch in batches:
             times: dict[str, dict[str, list[float]]] = {
@@ -260,9 +257,7 @@ def measure(
                 "libraries": {},
             }
             for name in LIBRARIES:
-                speeds = {
-                    part: spread([tokens[part] / s for s in times[name][part]]) for part in PARTS
-                }
+                speeds = {part: spread([tokens[part] / s for s in times[name][part]]) for part in PARTS}
                 steps_per_s = speeds["decode"]["median"] / batch
                 entry["libraries"][name] = {
                     "tokens_per_s": speeds,
@@ -318,17 +313,14 @@ def markdown(report: dict[str, Any]) -> str:
         kind = f"| {entry['dtype']} | {entry['batch']} |"
         for name, got in entry["libraries"].items():
             speeds = " | ".join(show(got["tokens_per_s"][part], 1) for part in PARTS)
-            lines.append(
-                f"{kind} {name} | {speeds} | {got['gb_per_s']:.1f} | {got['first_call_s']:.1f} s |"
-            )
+            lines.append(f"{kind} {name} | {speeds} | {got['gb_per_s']:.1f} | {got['first_call_s']:.1f} s |")
         ratios = " | ".join(show(entry["jaxllm_over_transformers"][part], 2) for part in PARTS)
         lines.append(f"{kind} jaxllm / transformers | {ratios} | | |")
     lines.append("")
     lines.append(
         "Equal tokens: "
         + ", ".join(
-            f"{entry['dtype']} x {entry['batch']}: {entry['same_tokens']:.1%}"
-            for entry in report["results"]
+            f"{entry['dtype']} x {entry['batch']}: {entry['same_tokens']:.1%}" for entry in report["results"]
         )
         + "."
     )

@@ -1,4 +1,4 @@
-"""From a family's table, a config and the tensors of files to a model: the one loop for all families."""
+"""A family's table, a config and the tensors of files make a model: one loop for all families."""
 
 import re
 from typing import Any
@@ -11,9 +11,7 @@ from checkpoints_convert.fill import Read, fill, named_leaves
 from checkpoints_convert.tensor_files import listed
 
 
-def assemble(
-    family: Family, config, found: dict[str, np.ndarray], *, dtype=None, mesh=None
-) -> nnx.Module:
+def assemble(family: Family, config, found: dict[str, np.ndarray], *, dtype=None, mesh=None) -> nnx.Module:
     """The model of a config with the tensors that were found, each read when its leaf is filled.
 
     Raises ValueError, listing names, when tensors are missing or left over, or of another shape.
@@ -27,7 +25,7 @@ def assemble(
 
 
 def with_usual_names(family: Family, found: dict, wanted: list[Tensor]) -> dict:
-    """The tensors under the family's usual names: files differ in what stands before them (`model.`, nothing)."""
+    """The tensors under the family's usual names: files differ in what stands before (`model.`)."""
     found = dict(found)
     for name, other in family.also:
         if name not in found and other in found:
@@ -42,7 +40,7 @@ def with_usual_names(family: Family, found: dict, wanted: list[Tensor]) -> dict:
 
 
 def check_names(family: Family, found: dict, wanted: list[Tensor]) -> None:
-    """Raises ValueError, listing names, unless the files have just the tensors that the config asks for."""
+    """Raises ValueError, listing names, unless the files have just what the config asks for."""
     names = {tensor.theirs for tensor in wanted}
     missing = sorted(names - found.keys())
     ignored = re.compile("|".join(family.ignored) or "(?!)")
@@ -51,9 +49,7 @@ def check_names(family: Family, found: dict, wanted: list[Tensor]) -> None:
     copies = [name for name in left if name.endswith("lm_head.weight")]  # of the table, if tied
     for name in copies if table in found else ():
         if not same(found[name], found[table]):
-            raise ValueError(
-                f"checkpoint: config.json ties the head to the embedding, yet {name} differs from {table}"
-            )
+            raise ValueError(f"checkpoint: config.json ties the head, yet {name} differs from {table}")
         left.remove(name)
     if missing or left:
         parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
@@ -79,9 +75,7 @@ def reader(found: dict[str, np.ndarray], wanted: list[Tensor], leaves: dict[str,
         must = (sum(part[0] for part in parts), *parts[0][1:])
         must = must[::-1] if tensor.transposed else must
         if value.shape != must:
-            raise ValueError(
-                f"checkpoint: {tensor.theirs} must have shape {must}, got {value.shape}"
-            )
+            raise ValueError(f"checkpoint: {tensor.theirs} must have shape {must}, got {value.shape}")
         start = 0
         for name, part in zip(tensor.ours, parts, strict=True):
             place[name] = (tensor, start, start + part[0])

@@ -1,9 +1,9 @@
-"""What describes one family of Hugging Face checkpoints: how its config reads, and which tensor is which leaf.
+"""What describes one family of checkpoints: how its config reads, which tensor is which leaf.
 
 A `Row` says that one of their tensors is some of our leaves stacked along the first axis ("{i}" is
 the layer): a plain rename has one leaf, a fused q, k, v three. A row whose leaves a model does not
 have (biases, a tied head) is left out. So one table serves reading and writing, and every family
-goes through the one loop of `huggingface.py`.
+goes through the one loop of `assemble.py`.
 """
 
 import dataclasses
@@ -39,8 +39,7 @@ class Family:
     to_config: Callable[[Any], dict[str, Any]]  # ours to config.json
     rows: tuple[Row, ...]
     defaults: dict[str, Any]  # what a key means that config.json leaves out
-    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # their tensors that say nothing, as
-      patterns
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # patterns of tensors that say nothing
     also: tuple[tuple[str, str], ...] = ()  # (usual name, name some files have in its place)
     prefixes: tuple[str, ...] = ("model.",)  # of files: each is tried in place of the first, "" too
 
@@ -55,7 +54,7 @@ class Tensor:
 
 
 def tensors_of(family: Family, leaves: dict[str, Any]) -> list[Tensor]:
-    """The family's table written out for a model with these leaves, in the table's order, layer by layer.
+    """The family's table written out for a model with these leaves, layer by layer.
 
     Raises ValueError for a leaf that the table does not have.
     """
@@ -75,7 +74,7 @@ def tensors_of(family: Family, leaves: dict[str, Any]) -> list[Tensor]:
     unknown = set(leaves) - {name for tensor in tensors for name in tensor.ours}
     if unknown:
         raise ValueError(
-            f"huggingface: {family.model_type} has no name for {', '.join(sorted(unknown)[:8])}; only dense "
-            "weights can be written"
+            f"huggingface: {family.model_type} has no name for {', '.join(sorted(unknown)[:8])}; "
+            "only dense weights can be written"
         )
     return tensors

@@ -14,13 +14,12 @@ from flax import nnx
 
 from jaxllm.sharding import shardings
 
-# What reads a leaf: given its path and the shape it must have, the array (mapped from a file or
-# not).
+# What reads a leaf: given its name and the shape it must have, the array, mapped or not.
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
 def leaf_name(path) -> str:
-    """The path of a leaf as JAX gives it, as a name: without the variable and the dense format inside."""
+    """The path of a leaf as a name: without the variable and the dense format inside."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return name.removesuffix(".rows").removesuffix(".value")
 
@@ -34,8 +33,8 @@ def named_leaves(model: nnx.Module) -> dict[str, Any]:
 def fill(make: Callable[[], nnx.Module], read: Read, *, dtype=None, mesh=None) -> nnx.Module:
     """The model that `make` would make, with `read(name, shape)` at every leaf.
 
-    dtype: of all leaves; None keeps what is read. mesh: the model is sharded over it by its own
-      table.
+    dtype: of all leaves; None keeps what is read.
+    mesh: the model is sharded over it by its own table.
     """
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)

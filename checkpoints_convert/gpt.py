@@ -70,8 +70,7 @@ def gpt2_to(c: Config) -> dict[str, Any]:
 def opt(raw: dict[str, Any]) -> Config:
     if not raw["layer_norm_elementwise_affine"]:
         raise ValueError(
-            "huggingface.load: opt must have scales on its norms, "
-            "got layer_norm_elementwise_affine=False"
+            "huggingface.load: opt must have scales on its norms, got layer_norm_elementwise_affine=False"
         )
     width, narrow = raw["hidden_size"], raw["word_embed_proj_dim"]
     first = bool(raw["do_layer_norm_before"])

@@ -62,9 +62,7 @@ def directory(path_or_id, *, revision=None, local_files_only=False) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
-        raise FileNotFoundError(
-            f"huggingface.load: no such directory or hub id, got {str(path_or_id)!r}"
-        )
+        raise FileNotFoundError(f"huggingface.load: no such directory or hub id, got {str(path_or_id)!r}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -96,8 +94,8 @@ def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
     if quantized:
         scheme = quantized.get("quant_method") or quantized.get("quant_algo") or "unknown"
         raise ValueError(
-            "huggingface.load: weights must be plain floats, got a checkpoint quantized by another tool: "
-            f"quantization_config names {scheme!r}"
+            "huggingface.load: weights must be plain floats, got a checkpoint quantized by another "
+            f"tool: quantization_config names {scheme!r}"
         )
     kind = raw.get("model_type")
     for family in FAMILIES:
@@ -108,7 +106,7 @@ def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def model_type_of(path_or_id) -> str | None:
-    """What family a directory or hub id already read is written as again; None for any other source."""
+    """What a directory or hub id already read is written as again; None for any other source."""
     path = Path(path_or_id)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         return None
@@ -142,13 +140,11 @@ def load_tokenizer(path: Path):
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # whatever a broken or unsupported tokenizer file raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"huggingface.load: the tokenizer files must load, got {reason}"
-        ) from error
+        raise ValueError(f"huggingface.load: the tokenizer files must load, got {reason}") from error
 
 
 def family_of(model, model_type: str | None = None) -> Family:
-    """The family a model is written as: the one named, else the first that can say all of its config."""
+    """The family a model is written as: the one named, else the first that can say its config."""
     config = dataclasses.replace(model.config, stop_tokens=())
     named = [f for f in FAMILIES if model_type in (None, f.model_type)]
     for family in named:
@@ -180,14 +176,13 @@ def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_00
     leaves = named_leaves(model)
     tensors = tensors_of(family, leaves)
     dtype = model.dtype
-    with new_directory(path) as out:
+    size = sum(array.nbytes for array in leaves.values())
+    with new_directory(path, num_bytes=size) as out:
         raw = config_json(family, model.config, tokenizer, jnp.dtype(dtype).name)
         _write_json(out / "config.json", raw)
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw[key] is not None}
         _write_json(out / "generation_config.json", ends)
-        tensor_files.write_directory(
-            out, [_entry(tensor, leaves) for tensor in tensors], max_shard_bytes
-        )
+        tensor_files.write_directory(out, [_entry(tensor, leaves) for tensor in tensors], max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(out))
 
@@ -207,7 +202,7 @@ def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]
 
 
 def _entry(tensor: Tensor, leaves: dict[str, Any]) -> tensor_files.Tensor:
-    """How a tensor of theirs is written: name, shape, type, and what makes it when it is its turn."""
+    """How a tensor of theirs is written: name, shape, type, and what makes it in its turn."""
     parts = [leaves[name] for name in tensor.ours]
     rows = sum(part.shape[0] for part in parts)
     shape = (rows, *parts[0].shape[1:])
@@ -219,9 +214,7 @@ def _entry(tensor: Tensor, leaves: dict[str, Any]) -> tensor_files.Tensor:
 
     dtype = np.dtype(parts[0].dtype)
     if dtype not in tensor_files.NAMES or any(part.dtype != dtype for part in parts):
-        raise ValueError(
-            f"huggingface.save: {tensor.theirs} must be of one float type, got {dtype}"
-        )
+        raise ValueError(f"huggingface.save: {tensor.theirs} must be of one float type, got {dtype}")
     return tensor.theirs, shape[::-1] if tensor.transposed else shape, dtype, read
 
 

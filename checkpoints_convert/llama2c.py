@@ -4,15 +4,14 @@ Everything is little-endian; matrices are rows of outputs, as ours. Short names:
 L layers, h feed-forward width, H query heads, K key heads, e = d / H head size, S longest context.
 
     float   seven int32 (d, h, L, H, K, V, S; V negative: the head is a matrix of its own), then
-    float32:
-            embedding, attention norms, wq, wk, wv, wo, ffn norms, w1, w2, w3, final norm,
+            float32: embedding, attention norms, wq, wk, wv, wo, ffn norms, w1, w2, w3, final norm,
             cos and sin tables [S, e/2] each (skipped), head
     int8    256 bytes: magic 0x616b3432, version 2, the seven int32, tied flag (uint8), group size
-      (int32); then float32 norms (attention, ffn, final), then embedding, wq, wk, wv, wo, w1, w2,
-      w3, head; each layer's matrix is its int8 values, then one float32 scale for each `group`
-      consecutive values
+            (int32); then float32 norms (attention, ffn, final), then embedding, wq, wk, wv, wo, w1,
+            w2, w3, head; each layer's matrix is its int8 values, then one float32 scale for each
+            `group` consecutive values
     tokens  int32 length of the longest entry, then for each id a float32 score, an int32 byte
-    count, the bytes
+            count, the bytes
 
 llama2.c turns neighbouring elements of a head, our `rope.py` the pair (i, i + e/2): rows of wq and
 wk are put in that order here. Converting is lossless for float files; int8 files become float32.
@@ -122,7 +121,7 @@ def _pairs_to_halves(w: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 class _Reader:
-    """Walks through a file and notes where each tensor lies; nothing is read until it is asked for."""
+    """Walks through a file and notes where each tensor lies; each is read when asked for."""
 
     def __init__(self, who: str, data: np.ndarray, config: Config, start: int):
         self.who, self.data, self.config, self.at = who, data, config, start
@@ -130,13 +129,11 @@ class _Reader:
         self.tensors: dict[str, Callable[[], np.ndarray]] = {}
 
     def take(self, name: str, tensor: str, group: int | None = None):
-        """Notes that `name` of the model is the next `tensor` of the file: float32, or int8 by groups."""
+        """Notes that `name` is the next `tensor` of the file: float32, or int8 by groups."""
         shape = self.shapes[tensor]
         count = int(np.prod(shape))
         if group is not None and count % group:
-            raise ValueError(
-                f"llama2c.load: the group must divide {tensor}, got {group=}, {shape=}"
-            )
+            raise ValueError(f"llama2c.load: the group must divide {tensor}, got {group=}, {shape=}")
         start = self.at
         self.at += 4 * count if group is None else count + 4 * (count // group)
 
@@ -210,7 +207,8 @@ def read_entries(path, vocab: int) -> list[tuple[float, bytes]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"llama2c.load_tokenizer: no such file, got path={str(path)!r}")
-    data, at, entries = path.read_bytes(), 4, []
+    data, at = path.read_bytes(), 4
+    entries: list[tuple[float, bytes]] = []
     while len(entries) < vocab and at + 8 <= len(data):
         score, size = struct.unpack_from("<fi", data, at)
         if size < 0 or at + 8 + size > len(data):
@@ -226,16 +224,14 @@ def read_entries(path, vocab: int) -> list[tuple[float, bytes]]:
 
 
 def load_tokenizer(path, vocab: int):
-    """The tokenizer of a llama2.c tokenizer file as a `transformers` tokenizer; `encode` begins with token 1.
+    """The tokenizer of a llama2.c file as one of `transformers`; `encode` begins with token 1.
 
     llama2.c joins the pair whose entry scores highest; here each way to make an entry is a merge,
-    ranked by score.
-    Exact but for one thing: where two ways to make the *same* entry overlap, llama2.c takes the
-      leftmost. Only runs
-    of one repeated string can do that, and no text we tried does. As in llama2.c, text is never
-    read as a special token ("<s>" is three characters), and the first token's leading space is not
-    printed; unlike in llama2.c that holds wherever decoding starts, as with every Llama tokenizer
-    of Hugging Face.
+    ranked by score. Exact but for one thing: where two ways to make the *same* entry overlap,
+    llama2.c takes the leftmost. Only runs of one repeated string can do that, and no text we tried
+    does. As in llama2.c, text is never read as a special token ("<s>" is three characters), and the
+    first token's leading space is not printed; unlike in llama2.c that holds wherever decoding
+    starts, as with every Llama tokenizer of Hugging Face.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -246,9 +242,7 @@ def load_tokenizer(path, vocab: int):
     words[:3] = special
     ids = {word: i for i, word in reversed(list(enumerate(words)))}  # the first of equals
     if len(ids) != vocab or any(f"<0x{i:02X}>" not in ids for i in range(256)):
-        raise ValueError(
-            f"llama2c.load_tokenizer: entries must differ and name all bytes, got {path=}"
-        )
+        raise ValueError(f"llama2c.load_tokenizer: entries must differ and name all bytes, got {path=}")
     merges = [
         (-entries[i][0], i, len(word) - cut, word[:cut], word[cut:])
         for word, i in ids.items()

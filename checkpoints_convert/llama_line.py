@@ -1,4 +1,4 @@
-"""The Llama line of Hugging Face: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi 3, as tables for `Decoder`.
+"""The Llama line of Hugging Face as tables for `Decoder`: Llama, Mistral, Qwen, Gemma, Phi 3.
 
 A config.json is read as transformers reads it: a missing key has that family's default, rope is
 described by `rope_parameters` (transformers 5, one dictionary, or one for each type of layer) or by
@@ -60,8 +60,8 @@ def rope(p: dict[str, Any], raw: dict[str, Any], theta: float, *, fraction: floa
             fields["attention_factor"] = float(_or(p.get("attention_factor"), scale))
         case _:
             raise ValueError(
-                "huggingface.load: rope_type must be one of default, linear, llama3, yarn, longrope, "
-                f"got rope_type={kind!r}"
+                "huggingface.load: rope_type must be one of default, linear, llama3, yarn, "
+                f"longrope, got rope_type={kind!r}"
             )
     return Rope(**fields)
 
@@ -96,7 +96,7 @@ def ropes(raw: dict[str, Any], *, theta=10_000.0, local_theta=None, fraction=1.0
     nested = "full_attention" in p or "sliding_attention" in p
     outer = (p.get("full_attention") or {}) if nested else p
     inner = (p.get("sliding_attention") or {}) if nested else {}
-    fields = {"rope": rope(outer, raw, theta, fraction=fraction)}
+    fields: dict[str, Any] = {"rope": rope(outer, raw, theta, fraction=fraction)}
     if nested or local_theta is not None:
         base = float(raw.get("rope_local_base_freq") or local_theta or theta)
         local = rope(inner, raw, base, fraction=fraction)
@@ -105,15 +105,15 @@ def ropes(raw: dict[str, Any], *, theta=10_000.0, local_theta=None, fraction=1.0
 
 
 def windows(raw: dict[str, Any], types: list[str] | None) -> tuple[int | None, ...]:
-    """The window of each layer; () where none has one. `types` None: all layers have `sliding_window`."""
+    """The window of each layer; () where none has one. types: None is a window in all layers."""
     size, layers = raw.get("sliding_window"), raw["num_hidden_layers"]
     if types is None:
         types = ["sliding_attention"] * layers
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown or len(types) != layers:
         raise ValueError(
-            "huggingface.load: layer_types must name full_attention or sliding_attention for each layer, "
-            f"got {sorted(set(types))} for {len(types)} of {layers}"
+            "huggingface.load: layer_types must name full_attention or sliding_attention for each "
+            f"layer, got {sorted(set(types))} for {len(types)} of {layers}"
         )
     if size is None or "sliding_attention" not in types:
         return ()
@@ -198,9 +198,7 @@ def _qwen_windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
 
 def _gemma(raw: dict[str, Any], **fields) -> Config:
     if raw.get("use_bidirectional_attention"):
-        raise ValueError(
-            "huggingface.load: attention must be causal, got use_bidirectional_attention=True"
-        )
+        raise ValueError("huggingface.load: attention must be causal, got use_bidirectional_attention=True")
     made = sizes(raw | {"hidden_activation": raw["hidden_activation"] or "gelu_pytorch_tanh"})
     scalar, bias = raw["query_pre_attn_scalar"], bool(raw["attention_bias"])
     return Config(
@@ -242,10 +240,8 @@ def phi3(raw: dict[str, Any]) -> Config:
     fraction = float(raw.get("partial_rotary_factor") or 1.0)
     p = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     fraction = float(p.get("partial_rotary_factor", fraction))
-    if (
-        p.get("rope_type") or p.get("type")
-    ) == "yarn":  # the first files said yarn and meant longrope
-        p["rope_type"] = "longrope"
+    if (p.get("rope_type") or p.get("type")) == "yarn":
+        p["rope_type"] = "longrope"  # the first files said yarn and meant this
     raw = raw | {"rope_scaling": None, "rope_parameters": p}
     return Config(**sizes(raw), **ropes(raw, fraction=fraction), windows=windows(raw, None))
 
@@ -272,7 +268,7 @@ def rope_to(r: Rope) -> dict[str, Any]:
 
 
 def to_config(c: Config) -> dict[str, Any]:
-    """Our config in the keys that the families share. A family without such a key does not read it."""
+    """Our config in the keys that families share; one without such a key does not read it."""
     names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
     scalar = c.head_dim if c.attention_scale is None else round(c.attention_scale**-2, 9)
     raw: dict[str, Any] = {
@@ -301,9 +297,7 @@ def to_config(c: Config) -> dict[str, Any]:
 
 
 def _types(c: Config) -> list[str]:
-    return [
-        "full_attention" if c.window(i) is None else "sliding_attention" for i in range(c.layers)
-    ]
+    return ["full_attention" if c.window(i) is None else "sliding_attention" for i in range(c.layers)]
 
 
 def _plain(*keys: str):
@@ -360,8 +354,7 @@ ATTENTION = tuple(
     for theirs, ours in (("weight", "w"), ("bias", "bias"))
 )
 QK_NORMS = tuple(
-    row(LAYER + f"self_attn.{name}_norm.weight", f"layers.{{i}}.attention.{name}_norm.scale")
-    for name in "qk"
+    row(LAYER + f"self_attn.{name}_norm.weight", f"layers.{{i}}.attention.{name}_norm.scale") for name in "qk"
 )
 MLP = tuple(
     row(LAYER + f"mlp.{name}_proj.{theirs}", f"layers.{{i}}.mlp.{name}.{ours}")

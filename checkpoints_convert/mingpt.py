@@ -1,9 +1,8 @@
 """A minGPT model in JSON to a `Gpt`: llm-viz's export of `gpt-nano` (github.com/bbycroft/llm-viz).
 
-One object: `config` (n_layer, n_head, n_embd, vocab_size, block_size) and, by PyTorch's parameter
-  name,
-{shape, dtype, data} with `data` the base64 of little-endian float32, row by row. Names are GPT-2's;
-matrices are [out, in] here, the head is its own, and `attn.bias` is the causal mask.
+One object: `config` (n_layer, n_head, n_embd, vocab_size, block_size) and, by PyTorch's name of
+each parameter, {shape, dtype, data} with `data` the base64 of little-endian float32, row by row.
+Names are GPT-2's; matrices are [out, in] here, the head is its own, `attn.bias` is the causal mask.
 """
 
 import base64

@@ -24,6 +24,9 @@ def t5(raw: dict[str, Any]) -> Config:
     # subtle: what the first files call gated-gelu is the tanh form
     act = "gelu_new" if (gated, act) == ("gated", "gelu") else act
     start = raw.get("decoder_start_token_id")
+    start = raw["pad_token_id"] if start is None else start
+    if start is None:
+        raise ValueError("huggingface.load: t5 must have decoder_start_token_id or pad_token_id, got neither")
     return Config(
         encoder_layers=raw["num_layers"],
         layers=raw["num_decoder_layers"] or raw["num_layers"],
@@ -40,7 +43,7 @@ def t5(raw: dict[str, Any]) -> Config:
         buckets=raw["relative_attention_num_buckets"],
         max_distance=raw["relative_attention_max_distance"],
         norm_eps=raw["layer_norm_epsilon"],
-        decoder_start=raw["pad_token_id"] if start is None else start,
+        decoder_start=start,
     )
 
 

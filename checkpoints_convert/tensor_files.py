@@ -1,4 +1,4 @@
-"""Safetensors files without a framework: tensors as views of the mapped file, and a writer of one tensor at a time.
+"""Safetensors files without a framework: views of the mapped file, and a writer.
 
 A file is eight bytes (little-endian length of the header), a JSON header {name: {dtype, shape,
 data_offsets}}, and the numbers, row by row (github.com/huggingface/safetensors). Written here and
@@ -49,12 +49,11 @@ def open_file(path: Path) -> dict[str, np.ndarray]:
     if not header:
         return {}
     data = np.memmap(path, np.uint8, "r")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(
-                f"safetensors: numbers must be of {', '.join(DTYPES)}, got {name} of {entry['dtype']}"
-            )
+            kind = entry["dtype"]
+            raise ValueError(f"safetensors: numbers must be of {', '.join(DTYPES)}, got {name} of {kind}")
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, stop = entry["data_offsets"]
         if stop - start != dtype.itemsize * int(np.prod(shape)):
@@ -68,29 +67,24 @@ def open_directory(path: Path) -> dict[str, np.ndarray]:
     if not (path / INDEX).is_file():
         if (path / SINGLE).is_file():
             return open_file(path / SINGLE)
-        pickled = sorted(
-            file.name for end in ("bin", "pt", "pth") for file in path.glob(f"*.{end}")
-        )
+        pickled = sorted(file.name for end in ("bin", "pt", "pth") for file in path.glob(f"*.{end}"))
         if pickled:
             raise ValueError(
-                "huggingface.load: weights must be in safetensors files; a pickle can run code when opened, so it "
-                "never is: convert it where you trust it, with transformers' save_pretrained, "
+                "huggingface.load: weights must be in safetensors files; a pickle can run code "
+                "when opened, so it never is: convert it where you trust it, with transformers' "
+                "save_pretrained, "
                 f"got {pickled[0]}"
             )
         raise FileNotFoundError(f"huggingface.load: no {SINGLE} or {INDEX} in {str(path)!r}")
     places = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (path / name).is_file():
-            raise FileNotFoundError(
-                f"huggingface.load: the index names a file that is not there, got {name}"
-            )
+            raise FileNotFoundError(f"huggingface.load: the index names a file that is not there, got {name}")
         tensors |= open_file(path / name)
     lost = sorted(set(places) - set(tensors))
     if lost:
-        raise ValueError(
-            f"huggingface.load: the index names tensors that no file has, got {listed(lost)}"
-        )
+        raise ValueError(f"huggingface.load: the index names tensors that no file has, got {listed(lost)}")
     return tensors
 
 
@@ -118,7 +112,7 @@ def write_file(path: Path, tensors: list[Tensor]) -> None:
 
 
 def write_directory(path: Path, tensors: Iterable[Tensor], max_shard_bytes: int) -> None:
-    """Writes tensors into `model.safetensors`, or several files of at most that size and their index."""
+    """Writes `model.safetensors`, or several files of at most that size and their index."""
     files: list[list[Tensor]] = [[]]
     size = total = 0
     for tensor in tensors:
@@ -131,7 +125,7 @@ def write_directory(path: Path, tensors: Iterable[Tensor], max_shard_bytes: int)
     if len(files) == 1:
         write_file(path / SINGLE, files[0])
         return
-    places = {}
+    places: dict[str, str] = {}
     for i, file in enumerate(files, 1):
         name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
         write_file(path / name, file)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 
 @contextmanager
-def new_directory(out) -> Iterator[Path]:
+def new_directory(out, *, num_bytes: int = 0) -> Iterator[Path]:
     """A temporary directory that becomes `out` when the block ends, and vanishes when it raises.
+
+    num_bytes: the least that will be written; a disk without that room is refused at once.
 
     Raises FileExistsError when `out` exists, OSError in one line when the disk is full.
     """
@@ -27,6 +29,8 @@ def new_directory(out) -> Iterator[Path]:
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
         temporary.mkdir()
+        if shutil.disk_usage(temporary).free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield temporary
         _flush(temporary)
         os.rename(temporary, out)

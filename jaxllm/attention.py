@@ -81,9 +81,7 @@ def causal_attention(
     k, v = by_head(k), by_head(v)
     size = max(64, -(-T // 8))
     block = jax.checkpoint(
-        lambda q, k, v, mask, bias: attention(
-            q, k, v, mask, scale=scale, softcap=softcap, bias=bias
-        )
+        lambda q, k, v, mask, bias: attention(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)
     )
     outs = []
     for start in range(0, T, size):

@@ -105,9 +105,7 @@ def generate(
     if not prompts:
         raise click.UsageError("generate: --prompt or --prompt-file must be given")
     if stream and (as_json or chat or logprobs or len(prompts) > 1):
-        raise click.UsageError(
-            "generate: --stream takes one prompt and no --json, --chat, --logprobs"
-        )
+        raise click.UsageError("generate: --stream takes one prompt and no --json, --chat, --logprobs")
     sampler = jl.Sampler(**sampling)
     model, tokenizer = open_model()
     options: dict[str, Any] = {

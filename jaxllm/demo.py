@@ -102,9 +102,7 @@ def speed(shown: Shown) -> Section:
         best = 0.0
         for _ in range(3):  # the first one compiles
             start = time.perf_counter()
-            outs = jl.generate(
-                shown.model, shown.tokenizer, prompts, max_new_tokens=64, stop_tokens=()
-            )
+            outs = jl.generate(shown.model, shown.tokenizer, prompts, max_new_tokens=64, stop_tokens=())
             made = sum(len(o.token_ids) for o in outs)
             best = max(best, made / (time.perf_counter() - start))
         rows.append(Row(f"batch {batch}", round(best, 1), "tokens/s"))
@@ -115,9 +113,7 @@ def speed(shown: Shown) -> Section:
 def repetition(shown: Shown) -> Section:
     """A passage read twice: what the model has in its cache, it need not guess."""
     passage = np.asarray(shown.tokenizer.encode(PASSAGE, add_special_tokens=False), np.int32)
-    words = exercises.Words.of(
-        shown.tokenizer, bos=shown.tokenizer.bos_token, eos=shown.tokenizer.eos_token
-    )
+    words = exercises.Words.of(shown.tokenizer, bos=shown.tokenizer.bos_token, eos=shown.tokenizer.eos_token)
     one = exercises.repeat(
         np.random.default_rng(0), words, 0, passage=passage, prompt=exercises.REPEAT_ALL[0]
     )
@@ -204,8 +200,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = ["# jaxllm demo", ""]
     lines += [
-        f"jaxllm {report['jaxllm']}, jax {report['jax']}, {report['device']}, "
-        f"{report['seconds']} s in all.",
+        f"jaxllm {report['jaxllm']}, jax {report['jax']}, {report['device']}, {report['seconds']} s in all.",
         "",
     ]
     for section in report["sections"]:

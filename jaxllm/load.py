@@ -17,7 +17,9 @@ This is the only file that names `checkpoints_convert`, and only inside function
 import dataclasses
 import importlib.resources
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +57,7 @@ def load(path_or_id=None, *, dtype=None, mesh=None, revision=None, local_files_o
     revision, local_files_only: for hub ids.
 
     Errors are one line: FileNotFoundError where nothing is found, ValueError where what is found
-      cannot be read.
+    cannot be read.
     """
     dtype = None if dtype is None else float_type(dtype)
     if path_or_id is None:
@@ -91,23 +93,49 @@ def _load_file(path: Path, *, dtype, mesh):
         head = file.read(4)
     if path.suffix in (".pt", ".pth", ".ckpt", ".pkl") or head[:2] == b"PK" or head[:1] == b"\x80":
         raise ValueError(
-            "load: a pickle can run code when opened, so it never is: convert it to safetensors where you trust "
-            f"it, with transformers' save_pretrained, got {str(path)!r}"
+            "load: a pickle can run code when opened, so it never is: convert it to safetensors "
+            f"where you trust it, with transformers' save_pretrained, got {str(path)!r}"
         )
     if path.suffix == ".json":
         from checkpoints_convert import mingpt
 
         return mingpt.load(path, dtype=dtype, mesh=mesh)
     if path.suffix != ".bin":
-        raise ValueError(
-            f"load: must be a directory, a hub id or a llama2.c .bin file, got {str(path)!r}"
-        )
+        raise ValueError(f"load: must be a directory, a hub id or a llama2.c .bin file, got {str(path)!r}")
     from checkpoints_convert import llama2c
 
     return llama2c.load(path, dtype=dtype, mesh=mesh)
 
 
-def convert(src, dst, to: Literal["native", "huggingface"] = "native", *, dtype=None):
+Layout = Literal["native", "huggingface"]
+
+
+def save(
+    model: nnx.Module,
+    path,
+    tokenizer=None,
+    *,
+    to: Layout = "native",
+    model_type: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory, whole or not at all.
+
+    to: "native" for any weights, "huggingface" for dense ones and a directory that transformers
+      loads; then `model_type` is the family to write (None: the first that can say the model's
+      config) and `max_shard_bytes` the most weights in one file.
+
+    Raises FileExistsError where `path` exists, OSError when the disk is full.
+    """
+    if to == "native":
+        save_native(model, path, tokenizer)
+        return
+    from checkpoints_convert import huggingface
+
+    huggingface.save(model, tokenizer, path, model_type=model_type, max_shard_bytes=max_shard_bytes)
+
+
+def convert(src, dst, to: Layout = "native", *, dtype=None):
     """Reads a checkpoint and writes it as another directory; returns the model and its tokenizer.
 
     A Hugging Face directory is written as the family it was read as.
@@ -115,26 +143,24 @@ def convert(src, dst, to: Literal["native", "huggingface"] = "native", *, dtype=
     if Path(dst).exists():
         raise FileExistsError(f"convert: the output must not exist yet, got {str(dst)!r}")
     model, tokenizer = load(src, dtype=dtype)
-    if to == "native":
-        save(model, dst, tokenizer)
-        return model, tokenizer
-    from checkpoints_convert import huggingface
+    model_type = None
+    if to == "huggingface":
+        from checkpoints_convert import huggingface
 
-    huggingface.save(model, tokenizer, dst, model_type=huggingface.model_type_of(src))
+        model_type = huggingface.model_type_of(src)
+    save(model, dst, tokenizer, to=to, model_type=model_type)
     return model, tokenizer
 
 
-def save(model: nnx.Module, path, tokenizer=None) -> None:
-    """Writes a native directory, whole or not at all.
-
-    Raises FileExistsError where `path` exists, and TypeError for a weight of an unknown format.
-    """
+def save_native(model: Any, path, tokenizer=None) -> None:
+    """Writes a native directory; TypeError for a weight of an unknown format."""
     import orbax.checkpoint as ocp
 
-    name = type(model).__name__
+    name, config = type(model).__name__, model.config
     if models().get(name, (None,))[0] is not type(model):
         raise TypeError(f"save: the model must be one of {', '.join(models())}, got {name}")
-    described, arrays = {}, {}
+    described: dict[str, Any] = {}
+    arrays: dict[str, jax.Array] = {}
     for key, variable in _variables(nnx.state(model)):
         value = variable.get_value()
         described[key] = describe(value, key)
@@ -143,16 +169,28 @@ def save(model: nnx.Module, path, tokenizer=None) -> None:
         "format": "jaxllm",
         "version": VERSION,
         "model": name,
-        "config": to_json(model.config),
+        "config": to_json(config),
         "weights": described,
     }
-    with new_directory(path) as out:
+    with new_directory(path, num_bytes=sum(array.nbytes for array in arrays.values())) as out:
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(out))
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(out / "weights", arrays)
             checkpointer.wait_until_finished()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's log: it prints the traceback of an error that is raised anyway."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def load_native(path, *, dtype=None, mesh=None):
@@ -166,8 +204,10 @@ def load_native(path, *, dtype=None, mesh=None):
     graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
     weights = manifest["weights"]
     _check_weights(dict(_variables(state)), weights)
-    rebuild = lambda make: _replace(state, {k: build(d, k, make) for k, d in weights.items()})  # noqa: E731
-    abstract = rebuild(lambda key, shape, dtype: jax.ShapeDtypeStruct(shape, dtype))
+    rebuild = lambda make: _replace(  # noqa: E731
+        state, {key: build(described, key, make) for key, described in weights.items()}
+    )
+    abstract = rebuild(_shape)
     restored = _restore(path / "weights", nnx.merge(graph, abstract), mesh)
     model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored[key]))
     if dtype is not None:
@@ -206,23 +246,26 @@ def _replace(state, values: dict[str, Any]):
 
 
 def _check_weights(variables: dict[str, nnx.Variable], weights: dict[str, Any]) -> None:
-    """Raises ValueError unless the manifest has just the model's weights, in their logical shapes."""
+    """Raises ValueError unless the manifest has just the model's weights, in their shapes."""
     if variables.keys() != weights.keys():
         differ = sorted(variables.keys() ^ weights.keys())
         raise ValueError(
-            f"load: {MANIFEST} must have the model's weights, got {len(differ)} that differ: {differ[0]}, ..."
+            f"load: {MANIFEST} must have the model's weights, got {len(differ)} names that differ: "
+            f"{differ[0]}, ..."
         )
     for key, variable in variables.items():
-        made = build(
-            weights[key], key, lambda key, shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-        )
+        made = build(weights[key], key, lambda key, shape, dtype: jax.ShapeDtypeStruct(shape, dtype))
         shape, must = tuple(made.shape), tuple(variable.get_value().shape)
         if shape != must:
             raise ValueError(f"load: {key} must have shape {must}, got {shape=}")
 
 
+def _shape(name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _restore(path: Path, abstract: nnx.Module, mesh) -> dict[str, jax.Array]:
-    """The arrays of an Orbax directory by name, of just the types and shapes of the abstract model."""
+    """The arrays of an Orbax directory by name, of the abstract model's types and shapes."""
     import orbax.checkpoint as ocp
 
     want = {key: leaf for name, v in _variables(nnx.state(abstract))
@@ -236,11 +279,10 @@ def _restore(path: Path, abstract: nnx.Module, mesh) -> dict[str, jax.Array]:
         places = {key: leaf for name, v in _variables(shardings(abstract, mesh))
                   for key, leaf in arrays_of(v.get_value(), name)}  # fmt: skip
     target = {
-        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[key])
-        for key, leaf in want.items()
+        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[key]) for key, leaf in want.items()
     }
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(path)
             stored = getattr(stored, "item_metadata", stored).tree
             _check_stored(stored, target)
@@ -251,7 +293,7 @@ def _restore(path: Path, abstract: nnx.Module, mesh) -> dict[str, jax.Array]:
 
 
 def _check_stored(stored: dict[str, Any], target: dict[str, jax.ShapeDtypeStruct]) -> None:
-    """Raises ValueError unless the arrays are what the manifest says: Orbax would cast them silently."""
+    """Raises ValueError unless arrays are what the manifest says: Orbax casts silently."""
     if stored.keys() != target.keys():
         differ = sorted(stored.keys() ^ target.keys())
         raise ValueError(f"load: weights and {MANIFEST} must name the same arrays, got {differ[0]}")
@@ -282,8 +324,7 @@ def _cast(model: nnx.Module, dtype) -> nnx.Module:
     return nnx.merge(graph, jax.tree.map(one, state, is_leaf=is_variable))
 
 
-# A weight is an array or a format, and a format's fields are arrays, formats, None, or static
-# values.
+# A weight is an array or a format; a format's fields are arrays, formats, None, or static values.
 
 
 def describe(value: Any, name: str) -> dict[str, Any] | None:
@@ -305,7 +346,7 @@ def describe(value: Any, name: str) -> dict[str, Any] | None:
 
 
 def arrays_of(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Each array of a weight under the name it has in the file: the weight's, then the path of fields."""
+    """Each array of a weight by its name in the file: the weight's, then the path of fields."""
     if dataclasses.is_dataclass(value) and type(value) in jaxllm.quant.matmul.FORMATS:
         for field in dataclasses.fields(value):
             if not field.metadata.get("static"):
@@ -323,24 +364,19 @@ def build(described: dict[str, Any] | None, name: str, make) -> Any:
         return make(name, tuple(described["shape"]), jnp.dtype(described["dtype"]))
     formats = {cls.__name__: cls for cls in jaxllm.quant.matmul.FORMATS}
     if kind not in formats:
-        raise ValueError(
-            f"load: {name} must be of a format of {', '.join(formats)}, got format={kind!r}"
-        )
-    parts = {
-        key: build(part, f"{name}/{key}", make) for key, part in described.get("fields", {}).items()
-    }
+        raise ValueError(f"load: {name} must be of a format of {', '.join(formats)}, got format={kind!r}")
+    parts = {key: build(part, f"{name}/{key}", make) for key, part in described.get("fields", {}).items()}
     static = {key: from_json(part) for key, part in described.get("static", {}).items()}
     names = {field.name for field in dataclasses.fields(formats[kind])}
     if names != parts.keys() | static.keys():
         raise ValueError(f"load: {name} must have the fields of {kind}, got {[*parts, *static]}")
-    made = object.__new__(formats[kind])  # as when JAX rebuilds it: leaves may be shapes
+    made: Any = object.__new__(formats[kind])  # as when JAX rebuilds it: leaves may be shapes
     for key, part in (parts | static).items():
         object.__setattr__(made, key, part)
     return made
 
 
-# Static values and configs in JSON: numbers, strings, None, tuples of these, types, and the closed
-# list below.
+# Static values and configs in JSON: numbers, strings, None, tuples of these, types, configs.
 
 
 def to_json(value: Any) -> Any:
@@ -370,7 +406,5 @@ def from_json(value: Any, config_class: type | None = None) -> Any:
         raise ValueError(f"load: {MANIFEST} names an unknown type, got type={kind!r}")
     unknown = fields.keys() - {field.name for field in dataclasses.fields(made)}
     if unknown:
-        raise ValueError(
-            f"load: {kind} has no field {', '.join(sorted(unknown))}: a newer version wrote it"
-        )
+        raise ValueError(f"load: {kind} has no field {', '.join(sorted(unknown))}: a newer version wrote it")
     return made(**fields)

@@ -22,9 +22,7 @@ from jaxllm.quant.dense import Dense
 
 def make_mesh(*, data: int = 1, model: int = 1, devices=None) -> Mesh:
     """A mesh of data * model devices with axes "data" and "model"."""
-    return jax.make_mesh(
-        (data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def path_name(path) -> str:

@@ -49,9 +49,7 @@ def jaxllm(capfd, monkeypatch, tmp_path):
 @pytest.fixture
 def generate(jaxllm, tiny_checkpoint):
     """`jaxllm generate` with the tiny model, 5 new tokens unless told otherwise."""
-    return lambda *args: jaxllm(
-        "generate", "--model", tiny_checkpoint, "--max-new-tokens", 5, *args
-    )
+    return lambda *args: jaxllm("generate", "--model", tiny_checkpoint, "--max-new-tokens", 5, *args)
 
 
 def assert_refused(done: Done, message: str, *, left: list[Path] | None = None):
@@ -185,9 +183,7 @@ TEXT = "the man and the dog in the sun, " * 10
 
 def test_eval_of_a_text_gives_the_promised_fields(jaxllm, tiny_checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    done = jaxllm(
-        "eval", "--model", tiny_checkpoint, "--text", "text.txt", "--context", 32, "--json"
-    )
+    done = jaxllm("eval", "--model", tiny_checkpoint, "--text", "text.txt", "--context", 32, "--json")
     assert done.status == 0, done.err
     found = done.json
     assert list(found) == [

@@ -1,9 +1,10 @@
-"""`load` finds out what it was given; the native format comes back bit for bit, whole or not at all."""
+"""`load` knows what it was given; the native format comes back bit for bit, whole or not at all."""
 
 import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from tiny_llama import write_checkpoint
 import jaxllm.quant.matmul
 from jaxllm import load as loading
 from jaxllm.atomic import new_directory
-from jaxllm.models import decoder, gpt
+from jaxllm.models import decoder, gpt, t5
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.rope import Rope
 from jaxllm.pytree import pytree, static
@@ -62,8 +63,10 @@ def test_special_numbers_keep_their_bits(tmp_path):
     assert_same(model, loading.load(tmp_path / "out")[0])
 
 
-def test_a_gpt_comes_back_too(tmp_path):
-    model = gpt.Gpt(gpt.TINY, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("family", [(gpt.Gpt, gpt.TINY), (t5.T5, t5.TINY)])
+def test_the_other_models_come_back_too(family, tmp_path):
+    kind, config = family
+    model = kind(config, rngs=nnx.Rngs(0))
     loading.save(model, tmp_path / "out")
     assert_same(model, loading.load(tmp_path / "out")[0])
 
@@ -223,8 +226,6 @@ def saved(tmp_path_factory):
 
 
 def edited(saved, tmp_path, edit):
-    import shutil
-
     path = tmp_path / "edited"
     shutil.copytree(saved, path)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -260,8 +261,6 @@ def test_a_manifest_that_does_not_fit_is_one_line(saved, tmp_path, edit, message
 
 
 def test_a_directory_without_its_weights_is_one_line(saved, tmp_path):
-    import shutil
-
     path = edited(saved, tmp_path, lambda manifest: None)
     shutil.rmtree(path / "weights")
     with pytest.raises(ValueError, match="cannot be read") as caught:
@@ -312,7 +311,7 @@ def test_an_output_that_exists_is_refused_and_untouched(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["weights", "manifest", "flush"])
+@pytest.mark.parametrize("where", ["before", "weights", "manifest", "flush"])
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, where):
     import orbax.checkpoint as ocp
 
@@ -320,6 +319,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, where):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     match where:
+        case "before":
+            usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         case "weights":
             monkeypatch.setattr(ocp.StandardCheckpointer, "save", full)
         case "manifest":

@@ -49,9 +49,7 @@ def test_key_heads_are_replicated_when_there_are_fewer_than_shards(single):
 
 def test_what_cannot_be_split_evenly_is_refused():
     model = nnx.eval_shape(lambda: Decoder(dataclasses.replace(TINY, ffn=63), rngs=nnx.Rngs(0)))
-    with pytest.raises(
-        ValueError, match=r"must divide layers\.0\.mlp\.down\.w, got \(32, 63\) over 2"
-    ):
+    with pytest.raises(ValueError, match=r"must divide layers\.0\.mlp\.down\.w, got \(32, 63\) over 2"):
         shardings(model, make_mesh(model=2))
     six = dataclasses.replace(TINY, heads=6, kv_heads=6, head_dim=8)
     model = nnx.eval_shape(lambda: Decoder(six, rngs=nnx.Rngs(0)))

@@ -43,9 +43,7 @@ def make(
 ) -> DenseCache:
     """A cache of zeros for `rows` tokens a request; layers with a window hold window + slack if that is less."""
     if rows < 1 or slack < 0:
-        raise ValueError(
-            f"cache.make: rows must be positive and slack not negative, got {rows=}, {slack=}"
-        )
+        raise ValueError(f"cache.make: rows must be positive and slack not negative, got {rows=}, {slack=}")
     sizes = [rows if window is None else min(rows, window + slack) for window in windows]
     zeros = lambda size: jnp.zeros((batch * kv_heads, size, head_dim), dtype)  # noqa: E731
     return DenseCache(
@@ -161,9 +159,7 @@ def grow(cache: DenseCache, rows: int) -> DenseCache:
     more = max(0, rows - cache.rows)
 
     def wider(array):
-        full = (
-            array.shape[1] == cache.rows
-        )  # a layer that holds less overwrites its oldest rows: it stays
+        full = array.shape[1] == cache.rows  # a layer that holds less overwrites its oldest rows: it stays
         return jnp.pad(array, ((0, 0), (0, more if full else 0), (0, 0)))
 
     return dataclasses.replace(

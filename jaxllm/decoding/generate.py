@@ -201,9 +201,7 @@ def bucket(n: int) -> int:
 class _Run:
     """One batch of requests on its way: checked, rounded up, prefilled, then advanced."""
 
-    def __init__(
-        self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, logprobs
-    ):
+    def __init__(self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, logprobs):
         self.model, self.tokenizer = model, tokenizer
         self.prompts = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
         if not self.prompts:
@@ -278,9 +276,7 @@ class _Run:
                 else:
                     least = middle + 1
             counts[i], stopped[i] = least, True
-        self.state = dataclasses.replace(
-            self.state, counts=jnp.asarray(counts), stopped=jnp.asarray(stopped)
-        )
+        self.state = dataclasses.replace(self.state, counts=jnp.asarray(counts), stopped=jnp.asarray(stopped))
 
     def completions(self, stop: Sequence[str]) -> list[Completion]:
         """What has been made so far."""
@@ -325,9 +321,7 @@ def _encode(tokenizer, prompt: Prompt, index: int) -> list[int]:
         if not prompt:
             raise ValueError(f"generate: a prompt must not be empty, got '' as number {index}")
         if tokenizer is None:
-            raise ValueError(
-                "generate: text needs a tokenizer, this model has none: give token ids"
-            )
+            raise ValueError("generate: text needs a tokenizer, this model has none: give token ids")
         prompt = tokenizer.encode(prompt)
     ids = [int(token) for token in prompt]
     if not ids:
@@ -339,9 +333,7 @@ def _check_range(prompts: list[list[int]], vocab: int) -> None:
     for i, ids in enumerate(prompts):
         if min(ids) < 0 or max(ids) >= vocab:
             wrong = next(token for token in ids if not 0 <= token < vocab)
-            raise ValueError(
-                f"generate: token ids must lie in 0 to {vocab - 1}, got {wrong} in prompt {i}"
-            )
+            raise ValueError(f"generate: token ids must lie in 0 to {vocab - 1}, got {wrong} in prompt {i}")
 
 
 def _stop_tokens(model, tokenizer, given) -> tuple[int, ...]:

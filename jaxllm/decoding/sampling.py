@@ -33,9 +33,7 @@ class Sampler:
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(
-                f"Sampler: temperature must be 0 or a positive number, got {self.temperature}"
-            )
+            raise ValueError(f"Sampler: temperature must be 0 or a positive number, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"Sampler: top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -43,9 +41,7 @@ class Sampler:
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"Sampler: min_p must lie in [0, 1], got {self.min_p}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(
-                f"Sampler: repetition_penalty must be positive, got {self.repetition_penalty}"
-            )
+            raise ValueError(f"Sampler: repetition_penalty must be positive, got {self.repetition_penalty}")
 
     def plan(self) -> "Plan":
         """The same settings as arrays, so that another temperature needs no new compilation."""

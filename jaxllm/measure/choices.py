@@ -151,9 +151,7 @@ def front_token(tokenizer: Any) -> int:
     raise ValueError("measure: the tokenizer needs a begin or an end token to score a text's start")
 
 
-def encode_example(
-    tokenizer: Any, context: str, continuations: Sequence[str]
-) -> tuple[list[list[int]], int]:
+def encode_example(tokenizer: Any, context: str, continuations: Sequence[str]) -> tuple[list[list[int]], int]:
     """The tokens of context + each continuation, and how many of them are context for all."""
     shared = encode(tokenizer, context)
     rows = [encode(tokenizer, context + continuation) for continuation in continuations]
@@ -173,9 +171,7 @@ def fit(rows: list[list[int]], first: int, context: int) -> tuple[list[list[int]
     firsts = [first - cut for cut in cuts]
     if min(firsts) < 1:
         longest = max(len(row) - first for row in rows)
-        raise ValueError(
-            f"choices: a choice must fit the model's context, got {longest} tokens, {context=}"
-        )
+        raise ValueError(f"choices: a choice must fit the model's context, got {longest} tokens, {context=}")
     return [row[cut:] for row, cut in zip(rows, cuts, strict=True)], firsts, any(cuts)
 
 

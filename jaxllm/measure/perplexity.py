@@ -62,9 +62,7 @@ def _predict(
     return logprobs, jnp.argmax(logits, axis=2) == targets
 
 
-def _call(
-    model: Any, rows: list[np.ndarray], batch: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _call(model: Any, rows: list[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """`_predict` for up to `batch` sequences of up to length + 1 tokens, padded to one shape."""
     tokens, targets = np.zeros((2, batch, length), np.int32)
     lengths = np.ones((batch,), np.int32)
@@ -89,9 +87,7 @@ def as_tokens(who: str, tokens: Any, vocab: int) -> Integer[np.ndarray, " N"]:
     tokens = np.asarray(tokens)
     tokens = tokens if tokens.size else tokens.astype(np.int32)  # an empty list has no integers
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"{who}: tokens must be one row of integers, got {tokens.shape=}, {tokens.dtype=}"
-        )
+        raise ValueError(f"{who}: tokens must be one row of integers, got {tokens.shape=}, {tokens.dtype=}")
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
         wrong = tokens[(tokens < 0) | (tokens >= vocab)][0]
         raise ValueError(f"{who}: token ids must lie in [0, {vocab}), got token={wrong}")
@@ -124,9 +120,7 @@ def score(
         groups.setdefault(length, []).append(i)
     logprobs: list[Any] = [None] * len(rows)
     greedy: list[Any] = [None] * len(rows)
-    with tqdm(
-        total=len(rows), unit="seq", desc="score", file=sys.stderr, disable=not progress
-    ) as bar:
+    with tqdm(total=len(rows), unit="seq", desc="score", file=sys.stderr, disable=not progress) as bar:
         for length, members in sorted(groups.items()):
             size = min(_rows_per_call(model, length, batch), 1 << (len(members) - 1).bit_length())
             for start in range(0, len(members), size):
@@ -173,9 +167,7 @@ def perplexity(
     """
     context = model.config.context if context is None else context
     if not 2 <= context <= model.config.context:
-        raise ValueError(
-            f"perplexity: context must lie in [2, {model.config.context}], got {context=}"
-        )
+        raise ValueError(f"perplexity: context must lie in [2, {model.config.context}], got {context=}")
     front = np.zeros((0,), np.int32)
     text = as_tokens("perplexity", tokens, model.config.vocab)
     if bos is not None:
@@ -184,23 +176,17 @@ def perplexity(
     room = context - len(front)
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
-        raise ValueError(
-            f"perplexity: stride must lie in [1, {room}] (text in a window), got {stride=}"
-        )
+        raise ValueError(f"perplexity: stride must lie in [1, {room}] (text in a window), got {stride=}")
     if len(text) + len(front) < 2:
         raise ValueError(f"perplexity: needs a token to predict, got {len(text)} tokens, {bos=}")
     if num_bytes is not None and num_bytes < 1:
         raise ValueError(f"perplexity: num_bytes must be positive, got {num_bytes=}")
 
-    starts = range(
-        0, max(1, len(text) - room + stride), stride
-    )  # the first to reach the end is the last
+    starts = range(0, max(1, len(text) - room + stride), stride)  # the first to reach the end is the last
     length = min(context, len(front) + len(text))
     size = min(_rows_per_call(model, length, batch), len(starts))
     total, count = 0.0, 0
-    with tqdm(
-        total=len(text), unit="tok", desc="perplexity", file=sys.stderr, disable=not progress
-    ) as bar:
+    with tqdm(total=len(text), unit="tok", desc="perplexity", file=sys.stderr, disable=not progress) as bar:
         for first in range(0, len(starts), size):
             some = starts[first : first + size]
             rows = [np.concatenate([front, text[s : s + room]]) for s in some]
@@ -209,9 +195,7 @@ def perplexity(
             values, _ = _call(model, rows, size, length)
             seen = 0
             for row, value, start in zip(rows, values, some, strict=False):
-                known = (
-                    0 if start == 0 else room - stride
-                )  # tokens of text that an earlier window predicted
+                known = 0 if start == 0 else room - stride  # tokens of text that an earlier window predicted
                 skip = max(0, known + len(front) - 1)  # value[j] is that of row[j + 1]
                 new = value[skip : len(row) - 1].astype(np.float64)
                 total, count = total - float(new.sum()), count + len(new)

@@ -86,9 +86,7 @@ def report_bytes(model: Any) -> Report:
     whole = (*FORMATS, nnx.Variable)  # what has a logical size of its own
     seen: set[int] = set()
     parts: dict[str, Part] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(
-        model, is_leaf=lambda x: isinstance(x, whole)
-    )[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, whole))[0]:
         weight = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         arrays = [x for x in jax.tree.leaves(weight) if id(x) not in seen]
         if not arrays:

@@ -54,9 +54,7 @@ class Config:
     tied: bool = True  # the head is the embedding
     rope: Rope = Rope()
     local_rope: Rope | None = None  # for layers with a window, if other than `rope`
-    windows: tuple[
-        int | None, ...
-    ] = ()  # tokens a layer sees, itself included; () sees all everywhere
+    windows: tuple[int | None, ...] = ()  # tokens a layer sees, itself included; () sees all everywhere
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # 1 where files store a norm's scale minus one (Gemma)
@@ -73,22 +71,16 @@ class Config:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"decoder: kv_heads must divide heads, got {self.heads=}, {self.kv_heads=}"
-            )
+            raise ValueError(f"decoder: kv_heads must divide heads, got {self.heads=}, {self.kv_heads=}")
         if len(self.windows) not in (0, self.layers):
-            raise ValueError(
-                f"decoder: one window a layer, got {len(self.windows)} for {self.layers=}"
-            )
+            raise ValueError(f"decoder: one window a layer, got {len(self.windows)} for {self.layers=}")
 
     def window(self, layer: int) -> int | None:
         """How many tokens the layer sees, or None for all."""
         return self.windows[layer] if self.windows else None
 
 
-TINY = Config(
-    layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=128, context=64, tied=False
-)
+TINY = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=128, context=64, tied=False)
 
 # Logical axes of each parameter on a mesh with the axis "model"; weights are [K, N]. First match decides,
 # what matches nothing is replicated. "kv" is "model" where the key heads can be split, else replicated.
@@ -146,13 +138,9 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = kv.append(cache, index, k, v, lengths)
         if fresh:
-            y = causal_attention(
-                q, k, v, scale=self.scale, window=self.window, softcap=self.softcap
-            )
+            y = causal_attention(q, k, v, scale=self.scale, window=self.window, softcap=self.softcap)
         else:
-            y = kv.attend(
-                q, cache, index, positions, lengths, scale=self.scale, softcap=self.softcap
-            )
+            y = kv.attend(q, cache, index, positions, lengths, scale=self.scale, softcap=self.softcap)
         return self.o(y.reshape(*x.shape[:2], -1), below(tap, "o")), cache
 
 
@@ -215,15 +203,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
-        self.embedding = Embedding(
-            config.vocab, config.width, std=config.width**-0.5, rngs=rngs, dtype=dtype
-        )
+        self.embedding = Embedding(config.vocab, config.width, std=config.width**-0.5, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
             [Block(config, config.window(i), rngs=rngs, dtype=dtype) for i in range(config.layers)]
         )
-        self.norm = RmsNorm(
-            config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
-        )
+        self.norm = RmsNorm(config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
         head = lambda: Linear(  # noqa: E731
             config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype
         )

@@ -81,9 +81,7 @@ TINY = Config(layers=2, width=32, heads=4, ffn=64, vocab=128, context=64)
 
 def gpt2(layers: int, width: int, heads: int) -> Config:
     """One of the four published sizes of GPT-2."""
-    return Config(
-        layers=layers, width=width, heads=heads, ffn=4 * width, vocab=50_257, context=1024
-    )
+    return Config(layers=layers, width=width, heads=heads, ffn=4 * width, vocab=50_257, context=1024)
 
 
 GPT2_SMALL = gpt2(12, 768, 12)
@@ -119,9 +117,7 @@ OPT_66B = opt(64, 9216, 72)
 
 def gpt3(layers: int, width: int, heads: int) -> Config:
     """A GPT-3 shape, with GPT-2's 50,257 tokens filled up to a multiple of 1,024."""
-    return Config(
-        layers=layers, width=width, heads=heads, ffn=4 * width, vocab=51_200, context=2048
-    )
+    return Config(layers=layers, width=width, heads=heads, ffn=4 * width, vocab=51_200, context=2048)
 
 
 # The four sizes that ExeGPT (ASPLOS 2024, table 2) schedules; 175B is GPT-3's own.
@@ -132,7 +128,7 @@ GPT_341B = gpt3(120, 15360, 120)
 
 # Logical axes of each parameter on a mesh with the axis "model"; weights are [K, N]. First match
 # decides, what matches nothing is replicated. "kv" is "model" where the heads can be split, else
-# replicated. Embedding and head are split by width: GPT-2's 50,257 tokens have no divisor of a mesh.
+# replicated. Embedding and head are split by width: no mesh divides GPT-2's 50,257 tokens.
 SHARDING = (
     (r"embedding\.table", P(None, "model")),
     (r"head\.w", P("model", None)),
@@ -242,12 +238,8 @@ class Gpt(nnx.Module):
         )
         make = lambda K, N: Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
         self.project_in = None if config.embedding_width is None else make(narrow, width)
-        self.layers = nnx.List(
-            [Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.layers)]
-        )
-        self.norm = (
-            LayerNorm(width, eps=config.norm_eps, dtype=dtype) if config.final_norm else None
-        )
+        self.layers = nnx.List([Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.layers)])
+        self.norm = LayerNorm(width, eps=config.norm_eps, dtype=dtype) if config.final_norm else None
         self.project_out = None if config.embedding_width is None else make(width, narrow)
         self.head = None if config.tied else make(narrow, config.vocab)
 

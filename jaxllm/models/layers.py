@@ -62,7 +62,14 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(table.astype(dtype))
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return self.table.get_value()[tokens]
+        table = self.table.get_value()
+        if table.dtype.itemsize != 2:
+            return table[tokens]
+        # subtle: XLA:CPU gathers 16-bit floats by first turning the whole table into float32, and would take
+        # even their bits out of a decoding loop as a copy
+        table, tokens = jax.lax.optimization_barrier((table, tokens))
+        bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
+        return jax.lax.bitcast_convert_type(bits, table.dtype)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The tied head: float32 logits."""

@@ -56,9 +56,7 @@ class Rope:
                 return base / self.factor
             case "llama3":
                 turns = self.original_context * base / (2 * math.pi)
-                kept = (turns - self.low_freq_factor) / (
-                    self.high_freq_factor - self.low_freq_factor
-                )
+                kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
                 kept = np.clip(kept, 0.0, 1.0)
                 return base * (kept + (1 - kept) / self.factor)
             case "yarn":

@@ -334,9 +334,7 @@ class T5(nnx.Module):
         self.embedding = Embedding(config.vocab, config.width, std=1.0, rngs=rngs, dtype=dtype)
         self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
         self.relative = RelativeBias(config, causal=True, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List(
-            [Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)]
-        )
+        self.layers = nnx.List([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)])
         self.norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
         head = lambda: Linear(  # noqa: E731
             config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype

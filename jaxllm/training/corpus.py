@@ -287,9 +287,7 @@ class Batches:
             weights = (weights * (B * T / total)).astype(np.float32)
         return {"tokens": tokens, "weights": weights, "answers": answers}
 
-    def _fill(
-        self, rng: np.random.Generator, kind: str, tokens: np.ndarray, weights: np.ndarray
-    ) -> None:
+    def _fill(self, rng: np.random.Generator, kind: str, tokens: np.ndarray, weights: np.ndarray) -> None:
         """Packs whole exercises of one kind into a row, what is left with sums."""
         used = 0
         while used < len(tokens):

@@ -63,10 +63,10 @@ MEMBERS = {
 
 # Weights among texts; a text that is not there is left out.
 TEXTS = {
-    "tinyshakespeare": 0.2,
-    "gsm8k": 0.22,
-    "wikitext2": 0.22,
-    "stories": 0.34,
+    "tinyshakespeare": 0.18,
+    "gsm8k": 0.25,
+    "wikitext2": 0.3,
+    "stories": 0.25,
     "tinystories": 0.02,
 }
 
@@ -123,9 +123,7 @@ def make_optimizer(
     )
 
 
-def log_likelihood(
-    model: Decoder, tokens: Array
-) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
+def log_likelihood(model: Decoder, tokens: Array) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
     """Log-probabilities of every token, and of those that came."""
     logits, _ = model(tokens[:, :-1])
     logp = jax.nn.log_softmax(logits)
@@ -135,9 +133,7 @@ def log_likelihood(
 def _answered(logp, batch) -> dict[str, Array]:
     """Share of the exercises' answer tokens that greedy decoding would get right."""
     right = (jnp.argmax(logp, -1) == batch["tokens"][:, 1:]) & batch["answers"]
-    share = right.sum().astype(jnp.float32) / jnp.maximum(
-        batch["answers"].sum().astype(jnp.float32), 1.0
-    )
+    share = right.sum().astype(jnp.float32) / jnp.maximum(batch["answers"].sum().astype(jnp.float32), 1.0)
     return {"answers": share}
 
 
@@ -188,13 +184,13 @@ def export(model: Decoder, tokenizer: Any, folder: Path) -> None:
     """Writes a Hugging Face directory, weights in bfloat16; `folder` must not exist."""
     from transformers import AutoTokenizer
 
-    from checkpoints_convert import huggingface
+    from jaxllm.load import save
 
     with tempfile.TemporaryDirectory() as place:
         corpus.save_tokenizer(tokenizer, place, context=model.config.context)
         fast = AutoTokenizer.from_pretrained(place)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-    huggingface.save(half, fast, str(folder), max_shard_bytes=SHARD_BYTES)
+    save(half, folder, fast, to="huggingface", max_shard_bytes=SHARD_BYTES)
 
 
 def load_model(folder: str | Path) -> Decoder:
@@ -223,11 +219,7 @@ def card(facts: Mapping[str, Any], texts: Sequence[corpus.Text], parts: Sequence
         f"{len(trained.losses)} steps, {trained.tokens:,} tokens, {trained.seconds / 3600:.2f} hours; "
         f"last loss {np.mean(trained.losses[-50:]):.3f} nats a token (exercises included).",
         *([f"Started from {facts['init']}."] if facts["init"] else []),
-        *(
-            ["Its first two layers were wired as induction heads before training."]
-            if facts["wired"]
-            else []
-        ),
+        *(["Its first two layers were wired as induction heads before training."] if facts["wired"] else []),
         *([f"Also taught by {facts['teacher']}."] if facts["teacher"] else []),
         "",
         "![loss](loss.png)",
@@ -297,9 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pad=tokenizer.token_to_id(corpus.PAD),
     )
     sizes = ", ".join(f"{n} {len(s):,}" for n, s in streams.items())
-    print(
-        f"pico {args.member}: {sizes} tokens of text; {batches.tokens_before(args.steps):,} to train"
-    )
+    print(f"pico {args.member}: {sizes} tokens of text; {batches.tokens_before(args.steps):,} to train")
     model = load_model(args.init) if args.init else initial(config, args.seed, wired=not args.plain)
     params: Any = model
     loss, trainable = cross_entropy, None
@@ -333,9 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     partial = out.with_name(out.name + ".partial")
     export(model, tokenizer, partial)
-    trainer.plot_losses(
-        {args.member: trained.losses}, partial / "loss.png", title=f"pico {args.member}"
-    )
+    trainer.plot_losses({args.member: trained.losses}, partial / "loss.png", title=f"pico {args.member}")
     trainer.save_history(trained, partial / "history.json")
     (partial / "README.md").write_text(card(facts, texts, plan))
     partial.rename(out)

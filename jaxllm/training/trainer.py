@@ -120,9 +120,7 @@ def _save(manager, step: int, state: Any, history: dict) -> None:
 
     manager.save(
         step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history)
-        ),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history)),
         force=True,
     )
     manager.wait_until_finished()
@@ -134,9 +132,7 @@ def _restore(manager, step: int, like: Any) -> tuple[Any, dict]:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     out = manager.restore(
         step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
-        ),
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()),
     )
     return out["state"], out["history"]
 

@@ -75,9 +75,7 @@ def test_a_ring_keeps_window_plus_slack_rows_and_survives_a_rollback_of_the_slac
     cache = feed(cache, k[:, 20:25], v[:, 20:25], 5 * ONES)
     back = kv.truncate(cache, 20 * ONES)
     q = tokens(1)[0]
-    np.testing.assert_allclose(
-        read(back, q, back.lengths - 1)[0, 0], direct(q, k, v, 19, 4), atol=2e-6
-    )
+    np.testing.assert_allclose(read(back, q, back.lengths - 1)[0, 0], direct(q, k, v, 19, 4), atol=2e-6)
 
 
 def test_a_chunk_longer_than_the_slack_allows_is_refused():
@@ -97,9 +95,7 @@ def test_select_forks_requests_and_grow_keeps_them():
     wide = kv.dense.grow(cache, 20)
     assert wide.rows == 20 and wide.keys[0].shape[1] == 20
     q = tokens(1)[0]
-    np.testing.assert_allclose(
-        read(wide, q, cache.lengths - 1), read(cache, q, cache.lengths - 1), atol=1e-6
-    )
+    np.testing.assert_allclose(read(wide, q, cache.lengths - 1), read(cache, q, cache.lengths - 1), atol=1e-6)
 
 
 def test_bytes_are_those_of_the_arrays_held():

@@ -1,4 +1,4 @@
-"""Hugging Face directories: every family there and back byte for byte, both spellings of configs, broken files."""
+"""Hugging Face directories: families there and back, both spellings of configs, broken files."""
 
 import json
 import os
@@ -422,8 +422,13 @@ def test_the_first_phi_3_files_call_longrope_by_other_names(kind, tmp_path):
 
 
 def test_the_text_part_of_gemma_3_with_images_is_read(tmp_path):
-    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 7,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 7,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
     raw = {
         "model_type": "gemma3",
         "text_config": text,
@@ -641,9 +646,7 @@ def test_a_config_without_a_size_says_which(checkpoint):
 
 
 def test_a_hub_id_that_is_not_at_hand_is_one_line(monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match="the hub did not give it, got 'no-one/no-model'"
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match="the hub did not give it, got 'no-one/no-model'") as caught:
         huggingface.load("no-one/no-model", local_files_only=True)
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="no such directory or hub id"):
@@ -662,9 +665,7 @@ def test_the_tokenizers_own_policy_decides_about_the_begin_token(checkpoint):
     _, tokenizer = huggingface.load(checkpoint)
     assert tokenizer.encode("in") == [259]
     inner = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 262)]
-    )
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 262)])
     inner.save(str(checkpoint / "tokenizer.json"))
     _, tokenizer = huggingface.load(checkpoint)
     assert tokenizer.encode("in") == [262, 259]
@@ -707,9 +708,7 @@ def test_a_model_is_written_as_the_first_family_that_can_say_it(features, kind):
 def test_what_no_family_can_say_is_refused(tmp_path):
     config = decoder.Config(**(vars(decoder.TINY) | {"windows": (4, 8)}))
     model = Decoder(config, rngs=nnx.Rngs(0))
-    with pytest.raises(
-        ValueError, match="no family can describe this config: tried llama, mistral"
-    ):
+    with pytest.raises(ValueError, match="no family can describe this config: tried llama, mistral"):
         huggingface.save(model, None, tmp_path / "out")
     with pytest.raises(ValueError, match="tried qwen3"):
         plain = Decoder(decoder.TINY, rngs=nnx.Rngs(0))
@@ -724,7 +723,7 @@ def test_an_output_that_exists_is_refused(checkpoint):
 
 
 def test_filling_holds_one_tensor_beside_the_model():
-    """The counting fake: sources that know how many of them are alive when the next is asked for."""
+    """The counting fake: sources that know how many of them are alive."""
     alive, most, calls = [0], [0], []
 
     def read(name, shape):

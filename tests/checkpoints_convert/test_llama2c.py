@@ -58,9 +58,7 @@ def test_the_int8_file_agrees_with_249_of_251_golden_choices(stories, golden):
     assert tokenizer.encode(golden["prompt"]) == golden["prompt_ids"]
 
 
-@pytest.mark.parametrize(
-    ("leaf", "largest"), [("q", 0.0070), ("k", 0.0044), ("v", 0.0017), ("o", 0.0024)]
-)
+@pytest.mark.parametrize(("leaf", "largest"), [("q", 0.0070), ("k", 0.0044), ("v", 0.0017), ("o", 0.0024)])
 def test_int8_weights_differ_from_float_ones_by_no_more_than_stated(stories, loaded, leaf, largest):
     eight, _ = llama2c.load(stories / "stories260K-q8.bin")
     weights = lambda model: np.stack(  # noqa: E731
@@ -166,9 +164,7 @@ def test_every_tensor_lands_where_it_belongs_and_q_k_rows_are_permuted(tmp_path)
     row = lambda linear: np.asarray(linear.w.get_value().rows)  # noqa: E731
     halves = [0, 2, 1, 3]  # of a head of size 4: neighbours (0, 1), (2, 3) become (0, 2), (1, 3)
     np.testing.assert_array_equal(row(layer.attention.k), tensors["wk"][1][halves])
-    np.testing.assert_array_equal(
-        row(layer.attention.q), tensors["wq"][1][halves + [4 + i for i in halves]]
-    )
+    np.testing.assert_array_equal(row(layer.attention.q), tensors["wq"][1][halves + [4 + i for i in halves]])
     pairs = [
         (row(layer.attention.v), "wv"),
         (row(layer.attention.o), "wo"),

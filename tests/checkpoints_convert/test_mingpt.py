@@ -20,9 +20,7 @@ def model(shared_data):
 
 @pytest.fixture(scope="module")
 def golden(shared_data):
-    saved = json.loads(
-        (shared_data / "models/gpt_nano_sort/gpt-nano-sort-t0-partials.json").read_text()
-    )
+    saved = json.loads((shared_data / "models/gpt_nano_sort/gpt-nano-sort-t0-partials.json").read_text())
     return {name: mingpt.tensor(entry) for name, entry in saved.items() if "shape" in entry}
 
 

@@ -31,9 +31,7 @@ def greedy(model):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return PreTrainedTokenizerFast(
-        tokenizer_object=byte_tokenizer(), bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), bos_token="<s>", eos_token="</s>")
 
 
 def test_greedy_tokens_and_logprobs_are_those_of_whole_passes(model, greedy):
@@ -104,9 +102,7 @@ def test_a_long_prompt_behind_a_cache_is_read_in_pieces_that_fit_the_window(mode
     assert module.kv.dense.room(cache) == 1
     rest = list(range(20, 33))
     out = jl.generate(model, None, [rest], cache=cache, max_new_tokens=5)[0]
-    assert (
-        out.token_ids == jl.generate(model, None, [[1, 2, 3, *rest]], max_new_tokens=5)[0].token_ids
-    )
+    assert out.token_ids == jl.generate(model, None, [[1, 2, 3, *rest]], max_new_tokens=5)[0].token_ids
 
 
 def test_nearby_shapes_share_a_compilation(model):
@@ -157,3 +153,30 @@ def test_a_chat_is_laid_out_by_the_template(model, tokenizer):
 def test_what_cannot_be_generated_is_refused(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         jl.generate(model, None, prompts, **options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_compiled_loop_holds_no_second_copy_of_the_weights(dtype):
+    """XLA:CPU likes to take conversions of weights out of the loop, and then holds the model twice."""
+    config = dataclasses.replace(TINY, width=256, ffn=512, vocab=8192, heads=8, head_dim=32)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    request, state = jax.eval_shape(_started, model)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    memory = module._decode.lower(model, request, state, step).compile().memory_analysis()
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
+    assert memory.temp_size_in_bytes < weights / 20
+
+
+def _started(model):
+    """A run of one request about to enter the loop."""
+    request = module._Request(
+        budgets=jnp.ones((1,), jnp.int32),
+        keys=module._keys(0, 1),
+        stop_tokens=jnp.zeros((1,), jnp.int32),
+        plan=jl.Sampler().plan(),
+        memory=None,
+    )
+    tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
+    logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
+    state = module._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
+    return request, state

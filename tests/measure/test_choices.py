@@ -111,9 +111,7 @@ class Counter:
     config: Config = static()
 
     def __call__(self, tokens, *, lengths):
-        return self.scale * jax.nn.one_hot(
-            (tokens + 1) % self.config.vocab, self.config.vocab
-        ), None
+        return self.scale * jax.nn.one_hot((tokens + 1) % self.config.vocab, self.config.vocab), None
 
 
 def test_the_last_word_is_right_when_each_of_its_tokens_is_the_arg_max(tmp_path):

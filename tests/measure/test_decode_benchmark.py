@@ -10,9 +10,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_the_benchmark_runs_at_tiny_size_and_both_libraries_make_the_same_tokens(
-    torch, root, tmp_path
-):
+def test_the_benchmark_runs_at_tiny_size_and_both_libraries_make_the_same_tokens(torch, root, tmp_path):
     command = [sys.executable, str(root / "benchmarks" / "decode.py"), "--tiny", "--rounds", "1"]
     command += ["--dtype", "float32", "--batch", "2", "--out", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(root)}

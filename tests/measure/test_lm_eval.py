@@ -122,9 +122,7 @@ def test_unknown_settings_and_no_room_are_refused(adapter):
 
 def test_chats_are_text_with_one_begin_token(adapter):
     chat = adapter.apply_chat_template([{"role": "user", "content": "ab"}])
-    assert adapter.loglikelihood(requests((chat, "c"))) == adapter.loglikelihood(
-        requests(("ab", "c"))
-    )
+    assert adapter.loglikelihood(requests((chat, "c"))) == adapter.loglikelihood(requests(("ab", "c")))
     assert adapter.tokenizer_name == "made__letters"
     assert adapter.chat_template(True) == "a template" and adapter.chat_template() == ""
 
@@ -140,10 +138,7 @@ def test_a_local_task_runs_through_the_harness(adapter, tmp_path, monkeypatch):
 
     rng = np.random.default_rng(0)
     word = lambda: "".join(rng.choice(list("abcdef"), 4))  # noqa: E731
-    lines = [
-        {"query": word(), "choices": [word(), word()], "gold": int(rng.integers(2))}
-        for _ in range(12)
-    ]
+    lines = [{"query": word(), "choices": [word(), word()], "gold": int(rng.integers(2))} for _ in range(12)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tasks = {

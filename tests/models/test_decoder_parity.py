@@ -1,4 +1,4 @@
-"""Logits and greedy tokens of `Decoder` equal Hugging Face's, family by family, on random tiny checkpoints.
+"""Logits and greedy tokens of `Decoder` equal Hugging Face's on random tiny checkpoints.
 
 The checkpoints are written by transformers itself and read by `checkpoints_convert`. They are made
 so that every
@@ -123,7 +123,7 @@ def their_model(torch, name: str, seed: int):
 
 @pytest.fixture(scope="module")
 def made(torch, tmp_path_factory):
-    """(name, seed) -> their model and ours, which read the files that theirs wrote; each made once."""
+    """(name, seed) -> their model, and ours, which read the files that theirs wrote."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -192,9 +192,29 @@ def test_logits_equal_theirs_in_prefill_and_decode_of_a_ragged_batch(torch, made
         assert difference[n:].max() <= 1e-4 * scale, (name, b, difference[n:].max(), scale)
 
 
-@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if n != "phi3_between"])
+SLOW = {
+    "llama2",
+    "linear",
+    "yarn",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "phi3_partial",
+    "phi3_short",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in CHECKPOINTS
+        if name != "phi3_between"
+    ],
+)
 def test_greedy_generation_equals_theirs_over_64_tokens_on_three_seeds(torch, made, name):
-    """Not for `phi3_between`: where a text outgrows the trained length, theirs starts again with new keys."""
+    """Not for `phi3_between`: where a text outgrows the trained length, theirs starts again."""
     for seed in range(3):
         theirs, ours = made(name, seed)
         prompt = texts()[seed, :12]
@@ -213,9 +233,7 @@ def changed(model: Decoder, **changes) -> Decoder:
     """The same weights under another config; what that config has no use for is left out."""
     config = dataclasses.replace(model.config, **changes)
     leaves = named_leaves(model)
-    return fill(
-        lambda: Decoder(config, rngs=nnx.Rngs(0)), lambda name, shape: np.asarray(leaves[name])
-    )
+    return fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), lambda name, shape: np.asarray(leaves[name]))
 
 
 # (checkpoint, field of the config, its value when off; a function takes the rope as it is)

@@ -182,9 +182,7 @@ def test_saving_gives_the_tensors_back_byte_for_byte(torch, case, tmp_path, toke
 
 def test_files_with_other_prefixes_masks_and_a_copied_head_load(case, tmp_path):
     name, path, _, ours = case
-    prefix, others = {"gpt2": ("transformer.", [""])}.get(
-        name, ("model.decoder.", ["decoder.", ""])
-    )
+    prefix, others = {"gpt2": ("transformer.", [""])}.get(name, ("model.decoder.", ["decoder.", ""]))
     for i, other in enumerate(others):
         tensors = {other + n.removeprefix(prefix): x for n, x in open_directory(path).items()}
         table = next(x for n, x in tensors.items() if x.shape[0] == V)

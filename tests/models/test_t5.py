@@ -127,6 +127,7 @@ def test_buckets_of_a_small_table_by_hand():
     assert both[12] == 0 and both[:12].max() == 3 and both[13:].min() == 5 and both.max() == 7
 
 
+@pytest.mark.parametrize("case", [V1_0], indirect=True, ids=["v1.0"])
 def test_generation_begins_with_the_start_token(case):
     model, (_, forward), (sources, _), memory, _ = case
     prompts = [sources[i, :n].tolist() for i, n in enumerate(LENGTHS.tolist())]
@@ -137,14 +138,23 @@ def test_generation_begins_with_the_start_token(case):
     assert np.argmax(logits, -1).tolist() == [out.token_ids for out in outs]
 
 
-def test_tensor_parallel_forward_and_generate_equal_one_device():
+@pytest.fixture(scope="module")
+def split():
+    """A model on one device, and on a mesh of 2 by 4."""
     model = T5(dataclasses.replace(V1_1, heads=8), rngs=nnx.Rngs(0))
+    return model, shard(model, make_mesh(data=2, model=4))
+
+
+def test_a_tensor_parallel_forward_equals_one_device(split):
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, TINY.vocab)
     forward = jax.jit(lambda model, tokens: model(tokens, memory=model.encode(tokens))[0])
-    split = shard(model, make_mesh(data=2, model=4))
-    np.testing.assert_allclose(forward(split, tokens), forward(model, tokens), atol=1e-5)
-    prompts = [[1, 2, 3, 4], [5, 6]]
-    outs = [jl.generate(m, None, prompts, max_new_tokens=8) for m in (model, split)]
+    got, want = (forward(model, tokens) for model in split)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_tensor_parallel_generate_equals_one_device(split):
+    outs = [jl.generate(m, None, [[1, 2, 3, 4], [5, 6]], max_new_tokens=8) for m in split]
     assert [o.token_ids for o in outs[0]] == [o.token_ids for o in outs[1]]
 
 

@@ -239,7 +239,5 @@ def test_buckets_are_theirs(torch, causal):
             distance = np.arange(-far - 9, far + 10)
             config = dataclasses.replace(TINY, buckets=count, max_distance=far)
             got = buckets(config, causal=causal)[np.clip(distance, -far, far) + far]
-            want = T5Attention._relative_position_bucket(
-                torch.tensor(distance), not causal, count, far
-            )
+            want = T5Attention._relative_position_bucket(torch.tensor(distance), not causal, count, far)
             np.testing.assert_array_equal(got, want.numpy())

@@ -37,8 +37,7 @@ def start():
 
 def equal(a, b):
     return all(
-        (np.asarray(x) == np.asarray(y)).all()
-        for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        (np.asarray(x) == np.asarray(y)).all() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
     )
 
 
@@ -54,9 +53,7 @@ def test_a_line_is_learned_and_whole_numbers_stay():
 
 def test_accumulating_microbatches_equals_one_batch():
     whole = train(squares, start(), batches, optimizer=optax.sgd(0.1), steps=5, progress=False)
-    parts = train(
-        squares, start(), batches, optimizer=optax.sgd(0.1), steps=5, accumulate=4, progress=False
-    )
+    parts = train(squares, start(), batches, optimizer=optax.sgd(0.1), steps=5, accumulate=4, progress=False)
     np.testing.assert_allclose(whole.params["w"], parts.params["w"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(whole.losses, parts.losses, rtol=1e-5)
 
@@ -81,9 +78,7 @@ def test_a_loss_may_report_more_than_its_value():
         value = squares(params, batch)
         return value, {"root": jnp.sqrt(value)}
 
-    out = train(
-        loss, start(), batches, optimizer=optax.sgd(0.1), steps=2, accumulate=1, progress=False
-    )
+    out = train(loss, start(), batches, optimizer=optax.sgd(0.1), steps=2, accumulate=1, progress=False)
     np.testing.assert_allclose(out.aux["root"] ** 2, out.losses[-1], rtol=1e-5)
 
 

@@ -27,9 +27,7 @@ def by_hand(train: bytes, past: bytes, byte: int, order: int) -> float:
         if k > len(past):
             return p(k - 1)
         h = past[len(past) - k :]
-        follow = collections.Counter(
-            train[i + k] for i in range(len(train) - k) if train[i : i + k] == h
-        )
+        follow = collections.Counter(train[i + k] for i in range(len(train) - k) if train[i : i + k] == h)
         n, t = sum(follow.values()), len(follow)
         return p(k - 1) if n == 0 else (follow[byte] + t * p(k - 1)) / (n + t)
 

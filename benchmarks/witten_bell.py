@@ -1,7 +1,7 @@
 """Witten-Bell interpolated byte n-grams: the yardstick for bits per byte on small texts.
 
-Bell, Cleary, Witten, "Text Compression", 1990 (method C), in its interpolated form. With n(h, c) how often byte c
-followed context h in training, n(h) their sum and t(h) how many different bytes followed h,
+Bell, Cleary, Witten, "Text Compression", 1990 (method C), in its interpolated form. With n(h, c) how often
+byte c followed context h in training, n(h) their sum and t(h) how many different bytes followed h,
 
     P(c | h) = (n(h, c) + t(h) P(c | h without its first byte)) / (n(h) + t(h))
 

@@ -1,8 +1,8 @@
 """Attention over keys and values that are at hand: the meaning, in jnp, for every backend.
 
-Grouped queries (Ainslie et al., arXiv:2305.13245): query head j reads key head j // G. Scores, softmax and the
-sum over values are accumulated in float32. Letters: B batch, T queries, S keys, H query heads, K key heads,
-G = H / K, J = B K, D head size.
+Grouped queries (Ainslie et al., arXiv:2305.13245): query head j reads key head j // G. Scores, softmax and
+the sum over values are accumulated in float32. Letters: B batch, T queries, S keys, H query heads, K key
+heads, G = H / K, J = B K, D head size.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,9 @@ def attention(
 def by_head(x: Float[Array, "B T K D"]) -> Float[Array, "J T D"]:
     """Keys or values as `attention` and the caches hold them: one block of rows a request and head.
 
-    subtle: one axis J = B K, not two. With an axis of size 1 XLA:CPU rewrites the product to drop it, fuses that
-    with the write into the cache, and then copies the cache at every step (5 ms against 52 for 17 MB, jax 0.10.2).
+    subtle: one axis J = B K, not two. With an axis of size 1 XLA:CPU rewrites the product to drop it, fuses
+      that with the write into the cache, and then copies the cache at every step (5 ms against 52 for 17 MB,
+      jax 0.10.2).
     """
     B, T, K, D = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B * K, T, D)
@@ -74,8 +75,8 @@ def causal_attention(
 ) -> Float[Array, "B T H D"]:
     """Attention of a chunk to itself: token t sees tokens max(0, t - window + 1) to t.
 
-    Queries are taken in at most eight blocks, each against the keys it can see and no others, which saves up to
-    44 % of the work, and each block is recomputed in the backward pass, so that scores are never stored.
+    Queries are taken in at most eight blocks, each against the keys it can see and no others, which saves up
+    to 44 % of the work, and each block is recomputed in the backward pass, so that scores are never stored.
     """
     T = q.shape[1]
     k, v = by_head(k), by_head(v)

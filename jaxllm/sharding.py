@@ -1,9 +1,9 @@
 """Where a model's weights lie on a mesh: a table a model, one function that reads it.
 
-A model class has `SHARDING`, pairs of (pattern, PartitionSpec) over the logical axes of each parameter; a weight's
-logical axes are [K, N] and its format maps them to its leaves. Axis names are "model" (tensor parallel), "data", and
-"kv", which stands for "model" where the key heads can be split over it and for replication where there are fewer
-heads than shards.
+A model class has `SHARDING`, pairs of (pattern, PartitionSpec) over the logical axes of each parameter; a
+weight's logical axes are [K, N] and its format maps them to its leaves. Axis names are "model" (tensor
+parallel), "data", and "kv", which stands for "model" where the key heads can be split over it and for
+replication where there are fewer heads than shards.
 
     mesh = make_mesh(data=2, model=4)
     model = shard(model, mesh)

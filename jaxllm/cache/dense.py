@@ -1,9 +1,10 @@
 """The plain cache: every key and value as the model made it. Lossless.
 
-One array [B K, R, D] a layer for keys and one for values; R rows a request and head. The token at position p lies in row
-p mod R. A layer that attends to everything has R >= the longest request, so its row is the position; a layer
-with a sliding window has R = window + slack and overwrites its oldest rows. The slack is what a chunk may write,
-or a rollback forget, without losing a row that a query still sees. Keys are stored after rotation.
+One array [B K, R, D] a layer for keys and one for values; R rows a request and head. The token at position p
+lies in row p mod R. A layer that attends to everything has R >= the longest request, so its row is the
+position; a layer with a sliding window has R = window + slack and overwrites its oldest rows. The slack is
+what a chunk may write, or a rollback forget, without losing a row that a query still sees. Keys are stored
+after rotation.
 
 Letters: B requests, K key heads, R rows, D head size, T tokens of a chunk, H query heads.
 """
@@ -27,7 +28,7 @@ class DenseCache:
     lengths: jax.Array  # [B] int32
     windows: tuple[int | None, ...] = static()  # a layer: how far back it sees
     rows: int = static()  # how many tokens a request may have
-    # True until the first chunk: that chunk attends to itself only, which is cheaper and known before tracing.
+    # True until the first chunk, which then attends to itself only: cheaper, and known before tracing.
     empty: bool = static()
 
 
@@ -41,7 +42,7 @@ def make(
     slack: int,
     dtype,
 ) -> DenseCache:
-    """A cache of zeros for `rows` tokens a request; layers with a window hold window + slack if that is less."""
+    """A cache of zeros for `rows` tokens a request; a layer with a window holds window + slack if less."""
     if rows < 1 or slack < 0:
         raise ValueError(f"cache.make: rows must be positive and slack not negative, got {rows=}, {slack=}")
     sizes = [rows if window is None else min(rows, window + slack) for window in windows]
@@ -65,8 +66,9 @@ def append(
 ) -> DenseCache:
     """The cache with the first `lengths[b]` tokens of the chunk written behind request b's rows of one layer.
 
-    `cache.lengths` stays: `advance` moves it once all layers are written. Raises ValueError when the chunk cannot
-    fit; that a request outgrows its rows over many chunks is the caller's to prevent (lengths are traced).
+    `cache.lengths` stays: `advance` moves it once all layers are written. Raises ValueError when the chunk
+    cannot fit; that a request outgrows its rows over many chunks is the caller's to prevent (lengths are
+    traced).
     """
     (B, T, K, _), R = k.shape, cache.keys[layer].shape[1]
     if T > room(cache):
@@ -91,7 +93,7 @@ def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
 
 
 def row_positions(ends: Int[Array, " B"], R: int) -> Int[Array, "B R"]:
-    """The position of the token in each row when request b ends before `ends[b]`; negative where there is none."""
+    """The position of each row's token when request b ends before `ends[b]`; negative where there is none."""
     last, row = ends[:, None] - 1, jnp.arange(R)[None, :]
     return last - (last - row) % R
 

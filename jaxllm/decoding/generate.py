@@ -1,9 +1,10 @@
 """Text from a model: prompts in, completions out, one compiled loop.
 
-A run has two compiled parts. `_prefill` reads the prompts and chooses each request's first token; `_decode` is a
-`lax.while_loop` that feeds the last token and chooses the next until every request has ended or a given step is
-reached. `generate` runs it to the end, `stream` a step at a time, stop strings a block at a time: the tokens are the
-same because the function is. Shapes are rounded up to buckets, so nearby batches and lengths share a compilation.
+A run has two compiled parts. `_prefill` reads the prompts and chooses each request's first token; `_decode`
+is a `lax.while_loop` that feeds the last token and chooses the next until every request has ended or a given
+step is reached. `generate` runs it to the end, `stream` a step at a time, stop strings a block at a time: the
+tokens are the same because the function is. Shapes are rounded up to buckets, so nearby batches and lengths
+share a compilation.
 
     outs = generate(model, tokenizer, ["Once upon a time"], max_new_tokens=64)
 
@@ -21,8 +22,8 @@ import numpy as np
 
 from jaxllm import cache as kv
 from jaxllm.cache import DenseCache
-from jaxllm.pytree import pytree
 from jaxllm.decoding.sampling import Plan, Sampler, choose
+from jaxllm.pytree import pytree
 
 Prompt = str | Sequence[int]
 # How many tokens are made between two looks for a stop string.
@@ -89,16 +90,16 @@ def generate(
 ) -> list[Completion]:
     """What the model writes after each prompt. Greedy by default; the same seed gives the same tokens.
 
-    prompts: texts, or lists of token ids. Texts are encoded as the tokenizer does by itself, begin token included if
-      that is its policy. For an encoder-decoder they are the source.
+    prompts: texts, or lists of token ids. Texts are encoded as the tokenizer does by itself, begin token
+      included if that is its policy. For an encoder-decoder they are the source.
     max_new_tokens: for all requests or one number each. A request also ends where the model's context does.
-    seed: for all (request i draws from key(seed) folded with i) or one a request, which then does not depend on i.
+    seed: for all (request i draws from key(seed) folded with i), or one a request, independent of i.
     stop: texts that end a request; neither they nor what follows are in `text`.
     stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
     cache: what every prompt continues: one request (shared) or one a prompt. It is read, never changed.
     logprobs: also give each token's log-probability.
 
-    Raises ValueError for an empty prompt, a token out of range, or a prompt that leaves no room in the context.
+    Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
     """
     run = _Run(
         model,

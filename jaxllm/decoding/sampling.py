@@ -1,8 +1,8 @@
 """From logits to a token: greedy, or a draw after the usual filters.
 
-Order as in Hugging Face: repetition penalty (Keskar et al., arXiv:1909.05858), temperature, top-k, top-p (Holtzman
-et al., arXiv:1904.09751), min-p (Nguyen et al., arXiv:2407.01082). A draw is exact in distribution for the filtered
-logits (Gumbel-max). Letters: B requests, V vocabulary.
+Order as in Hugging Face: repetition penalty (Keskar et al., arXiv:1909.05858), temperature, top-k, top-p
+(Holtzman et al., arXiv:1904.09751), min-p (Nguyen et al., arXiv:2407.01082). A draw is exact in distribution
+for the filtered logits (Gumbel-max). Letters: B requests, V vocabulary.
 """
 
 import dataclasses

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.decoding.generate import generate
+from jaxllm.decoding.sampling import Sampler
 from jaxllm.measure.choices import encode, encode_example, fit, front_token, sum_after
 from jaxllm.measure.perplexity import score
-from jaxllm.decoding.sampling import Sampler
 
 try:
     from lm_eval.api.model import LM

@@ -5,15 +5,15 @@ One forward pass; what tells the families apart are features of the config, neve
     x = x + post?(attention(norm(x)))
     x = x + post?(mlp(norm(x)))                 mlp(h) = down(act(gate(h)) * up(h))
 
-with grouped-query attention (arXiv:2305.13245), rotary positions (`rope.py`), RMS norms (arXiv:1910.07467), and
-optionally biases on q, k, v, norms of q and k per head (Qwen 3, Gemma 3), sliding windows by layer (Mistral,
-Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), and a second rotation for the layers
-with a window (Gemma 3). Norms, rotation, softmax and logits are float32 whatever the weights are.
+with grouped-query attention (arXiv:2305.13245), rotary positions (`rope.py`), RMS norms (arXiv:1910.07467),
+and optionally biases on q, k, v, norms of q and k per head (Qwen 3, Gemma 3), sliding windows by layer
+(Mistral, Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), and a second rotation for
+the layers with a window (Gemma 3). Norms, rotation, softmax and logits are float32 whatever the weights are.
 
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     logits, _ = model(jnp.array([[1, 2, 3]]))                # [B, T, V]
 
-Letters: B batch, T tokens of this chunk, D width, H query heads, K key heads, E head size, F ffn, V vocabulary.
+Letters: B batch, T tokens of this chunk, D width, H query heads, K key heads, E head size, V vocabulary.
 """
 
 import dataclasses
@@ -263,11 +263,11 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DenseCache | None]:
         """Float32 logits of a chunk, and the cache with the chunk in it (None if none was given).
 
-        tokens: the next tokens of each request. Where requests differ in length, the shorter ones are padded on the
-          right with any valid id and `lengths` says how many tokens are real.
+        tokens: the next tokens of each request. Where requests differ in length, the shorter ones are padded
+          on the right with any valid id and `lengths` says how many tokens are real.
         cache: what came before; from `make_cache`. A chunk sees it and itself.
         positions: where the tokens stand, if not right behind the cache.
-        logits: "last" gives one row a request, that of its last real token, and saves the head's other products.
+        logits: "last" gives one row a request, that of its last real token, and saves the other products.
         tap: see `layers.py`.
         """
         positions, lengths = chunk(tokens.shape, cache, positions, lengths)

@@ -1,8 +1,8 @@
-"""The small parts every model is made of: linear, embedding, two norms, and the tap through which methods see.
+"""What every model is made of: linear, embedding, two norms, and the tap through which methods see.
 
-A tap is a function `tap(name, array) -> array` given to a forward pass; it is called at every linear's input and
-output and where a model says so, may replace what it is shown, and leaves nothing behind once traced. Names are
-paths: "layers.3.attention.q.in".
+A tap is a function `tap(name, array) -> array` given to a forward pass; it is called at every linear's input
+and output and where a model says so, may replace what it is shown, and leaves nothing behind once traced.
+Names are paths: "layers.3.attention.q.in".
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ class Embedding(nnx.Module):
 
 
 class RmsNorm(nnx.Module):
-    """`x / rms(x) * (offset + scale)` in float32, returned in `x`'s type (arXiv:1910.07467; offset 1 in Gemma)."""
+    """`x / rms(x) * (offset + scale)` in float32, returned in `x`'s type (arXiv:1910.07467)."""
 
     def __init__(self, D: int, *, eps: float, offset: float = 0.0, dtype):
         self.scale = nnx.Param(jnp.full((D,), 1.0 - offset, dtype))

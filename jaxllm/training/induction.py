@@ -1,16 +1,15 @@
 """A start from which a decoder can already copy: two of its layers are wired as induction heads.
 
-Models learn to copy late and abruptly, when one head that looks one token back meets another that looks
-for it (Olsson et al., "In-context learning and induction heads", 2022, arXiv:2209.11895). Here that meeting is
-arranged before training instead of waited for; every weight stays trainable, and nothing but the
-initial values differs from any other decoder.
+Models learn to copy late and abruptly, when one head that looks one token back meets another that looks for
+it (Olsson et al., arXiv:2209.11895). Here that meeting is arranged before training instead of waited for;
+every weight stays trainable, and nothing but the initial values differs from any other decoder.
 
     embedding    element 0 is one constant for all tokens, the rest has norm 1
     layer 0      key head g looks g + 1 tokens back: q and k read the constant, turned so that the rotary
-                 scores peak at that distance; v reads a code of the token there, o writes it to a place of its own
+                 scores peak at that distance; v reads a code of the token there, o writes it elsewhere
     layer 1      key head 0 finds the place whose token before is this token    (a b ... a -> b)
-                 key head 1 finds the place whose token two before is the one before this   (a = b ... a = -> b)
-                 matching the codes on planes that rotary positions turn slowly; v and o pass the token found on
+                 key head 1 finds the place whose token two before is that before this (a = b ... a = -> b)
+                 matching the codes on planes that rotary positions turn slowly; v, o pass the token on
     elsewhere    what a block adds to the stream (o, down) starts at zero
 """
 

@@ -3,10 +3,10 @@
     python -m jaxllm.training.pico --data ../shared/data --stories stories.txt \\
         --out runs/target --checkpoint runs/target.ckpt --member target --steps 3000
 
-Each member is a Llama-shaped decoder trained on plain text and on exercises (`exercises.py`), first on
-short rows, then on longer ones, from weights that can already copy (`induction.py`). Blocks are trained by Muon (Jordan et al.,
-2024, optax.contrib.muon), embeddings and norms by Adam. A draft or companion may learn from a teacher
-as well (the Kullback-Leibler divergence to its next-token distribution, arXiv:1503.02531).
+Each member is a Llama-shaped decoder trained on plain text and on exercises (`exercises.py`), first on short
+rows, then on longer ones, from weights that can already copy (`induction.py`). Blocks are trained by Muon
+(Jordan et al., 2024, optax.contrib.muon), embeddings and norms by Adam. A draft or companion may learn from a
+teacher as well (the Kullback-Leibler divergence to its next-token distribution, arXiv:1503.02531).
 
 A killed run goes on from --checkpoint bit for bit. --out appears when the run ends: a Hugging Face
 directory (bfloat16 safetensors in shards of at most 3.5 MB, tokenizer) with a model card, README.md,

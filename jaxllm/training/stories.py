@@ -2,9 +2,9 @@
 
     python -m jaxllm.training.stories --model stories260K.bin --tokens 10000000 --out stories.txt
 
-Each story begins with the begin token alone and is drawn at the given temperature with a seed of its own, so story
-i is the same whatever the batch. Stories are separated by a line `<|endoftext|>`, as TinyStories' files are; one cut
-off by the length limit is dropped.
+Each story begins with the begin token alone and is drawn at the given temperature with a seed of its own, so
+story i is the same whatever the batch. Stories are separated by a line `<|endoftext|>`, as TinyStories' files
+are; one cut off by the length limit is dropped.
 """
 
 import argparse

@@ -3,19 +3,19 @@
     python benchmarks/pico.py --data ../shared/data --stories stories.txt --out results/
 
 repeat      a passage of 200 uniform random tokens, whole or from a named place; passages of held-out text
-            apart. Greedy and free running: a token counts as right where it equals the answer's token at the
-            same position, so what follows a slip counts as wrong too unless the model stays in step.
-lookup      the value of one key among 8, 32 and 64 pairs, keys and values random; greedy, right only as a whole
-            (the line's end included). Also 8 questions one after another on one context, with the model's own
-            earlier answers before the later ones.
-sums        a + b below 100 + 100 after four worked ones. Training has drawn most of the 10,000 pairs: this
+            apart. Greedy and free running: a token counts as right where it equals the answer's token at
+            the same position, so what follows a slip counts as wrong too unless the model stays in step.
+lookup      the value of one key among 8, 32 and 64 pairs, keys and values random; greedy, right only as a
+            whole (the line's end included). Also 8 questions one after another on one context, with the
+            model's own earlier answers before the later ones.
+sums        a + b, both below 100, after four worked ones. Training has drawn most of the 10,000 pairs: this
             measures what was learned by heart too.
-text        bits per byte of the last 5 % of each text (`jaxllm/training/corpus.py`), document by document. Every
-            token is predicted, the document's end too. A document longer than the context is read through windows
-            of the whole context, half a context apart, each with the begin token in front.
-yardsticks  Witten-Bell byte n-grams (`witten_bell.py`) of the same training bytes, once of that text alone and
-            once of all texts together, and gzip -9 of the held-out text. A zero byte ends each document, which
-            costs them what <eos> costs a model; bits are divided by the bytes of text alone.
+text        bits per byte of the last 5 % of each text (`jaxllm/training/corpus.py`), document by document.
+            Every token is predicted, the document's end too. A document longer than the context is read
+            through windows of the whole context, half a context apart, each with the begin token in front.
+yardsticks  Witten-Bell byte n-grams (`witten_bell.py`) of the same training bytes, once of that text alone
+            and once of all texts together, and gzip -9 of the held-out text. A zero byte ends each document,
+            which costs them what <eos> costs a model; bits are divided by the bytes of text alone.
 agreement   how often a draft's and a companion's arg max is the target's, after the same held-out tokens.
 
 Why no exercise here was trained on: training draws from default_rng([seed, step, row, 2]), four words; here a
@@ -32,7 +32,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ SUMS = 5  # lines, the last asked
 ORDERS = (2, 5)
 END = b"\0"  # of a document, for the yardsticks
 SEED = 20_261_121
-PACKAGES = ("jax", "jaxllm")
+VERSIONS = {"python": platform.python_version(), "jax": jax.__version__, "jaxllm": jl.__version__}
 CALL_TOKENS = 8192  # in one call of `predict`
 
 
@@ -303,10 +302,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [
         "# pico",
         "",
-        f"{report['date']}, {report['machine']}, Python {report['versions']['python']}, "
-        + ", ".join(f"{name} {report['versions'][name]}" for name in PACKAGES)
-        + f"; {report['seconds']:.0f} s. Parameters: {sizes}; float32. Exercises are greedy and free running, "
-        "drawn from seeds that training cannot draw; texts are the parts held out.",
+        f"{report['date']}, {report['machine']}, "
+        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+        + f"; {report['seconds']:.0f} s. Parameters: {sizes}; float32. Exercises are greedy and free "
+        "running, drawn from seeds that training cannot draw; texts are the parts held out.",
         "",
         "| goal | wanted | reached | met |",
         "|---|---|---|---|",
@@ -391,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": VERSIONS,
         "settings": {
             "cases": args.cases,
             "natural": args.natural,

@@ -58,9 +58,19 @@ def _read(read: Read, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def put(value: np.ndarray, place: jax.sharding.Sharding, dtype=None) -> jax.Array:
     """A copy of `value` on its devices; of a mapped file only each device's part is read."""
-    dtype = value.dtype if dtype is None else dtype
-    # subtle: copied even where nothing is cast, because JAX on a CPU may keep numpy's memory: the
-    # mapped file
-    part = lambda index: np.array(value[index], dtype=dtype, order="C", copy=True)  # noqa: E731
+    dtype = np.dtype(value.dtype if dtype is None else dtype)
+    part = lambda index: aligned_copy(value[index], dtype)  # noqa: E731
     made = jax.make_array_from_callback(value.shape, place, part)
-    return jax.block_until_ready(made)  # so that the copy is gone before the next is made
+    return jax.block_until_ready(made)  # where it was copied once more, ours is gone before the next
+
+
+def aligned_copy(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in memory that starts at a multiple of 64 bytes: JAX on a CPU keeps such and copies others.
+
+    The copy is needed even where nothing is cast: the memory kept must not be the mapped file.
+    """
+    memory = np.empty(value.size * dtype.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + value.size * dtype.itemsize].view(dtype).reshape(value.shape)
+    copy[...] = value
+    return copy

@@ -6,8 +6,8 @@
 Reading goes tensor by tensor from the mapped files straight to each leaf's sharding, so the host
 holds at most the model and one tensor; numbers keep their type (float64 becomes float32). Writing
 gives the tensors back byte for byte. Pickled files are never opened. Which tensor is which leaf is
-told by tables (`family.py`, `llama_line.py`, `gpt.py`, `t5.py`); there is one loop for all
-families.
+told by tables (`family.py`; `llama_line.py`, `gpt.py`, `t5.py`); one loop serves all
+(`assemble.py`).
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIE
 
 # What is fetched from the hub.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
+NOT_FETCHED = ["*/*", "consolidated*"]  # folders of other formats, Mistral's second copy
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -71,6 +72,7 @@ def directory(path_or_id, *, revision=None, local_files_only=False) -> Path:
             revision=revision,
             local_files_only=local_files_only,
             allow_patterns=PATTERNS,
+            ignore_patterns=NOT_FETCHED,
         )
     except Exception as error:  # offline, unknown, gated: many types, one meaning
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -75,7 +75,9 @@ def open_directory(path: Path) -> dict[str, np.ndarray]:
                 "save_pretrained, "
                 f"got {pickled[0]}"
             )
-        raise FileNotFoundError(f"huggingface.load: no {SINGLE} or {INDEX} in {str(path)!r}")
+        raise FileNotFoundError(
+            f"huggingface.load: no {SINGLE} or {INDEX} in {str(path)!r}; pickled weights are not used"
+        )
     places = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(places.values())):

@@ -58,7 +58,7 @@ def _make_parents(parent: Path) -> list[Path]:
 
 def _remove_stale(out: Path) -> None:
     """Removes temporary directories of `out` whose process is gone."""
-    for path in out.parent.glob(f"{out.name}.tmp*"):
+    for path in out.parent.iterdir():
         pid = re.fullmatch(re.escape(out.name) + r"\.tmp(\d+)", path.name)
         if pid is not None and not _is_alive(int(pid[1])):
             shutil.rmtree(path, ignore_errors=True)

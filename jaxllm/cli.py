@@ -171,21 +171,13 @@ def evaluate(
     """Perplexity of a text, or accuracy at a multiple-choice task."""
     if (text is None) == (task is None):
         raise click.UsageError("eval: exactly one of --text and --task must be given")
-    if (task is None) != (data is None):
-        raise click.UsageError("eval: --task and --data must be given together")
-    if text is not None:
-        words = read_text(text, "--text")
-        model, tokenizer = open_model()
-        if tokenizer is None:
-            raise ValueError("eval: text needs a tokenizer, and this model has none")
-        found = jl.perplexity(
-            model,
-            tokenizer.encode(words),
-            context=context,
-            stride=stride,
-            num_bytes=len(words.encode()),
-            progress=True,
-        )
+    words = "" if text is None else read_text(text, "--text")
+    model, tokenizer = open_model()
+    if tokenizer is None:
+        raise ValueError("eval: text needs a tokenizer, and this model has none")
+    if text is not None and data is None:
+        ids, size = tokenizer.encode(words), len(words.encode())
+        found = jl.perplexity(model, ids, context=context, stride=stride, num_bytes=size, progress=True)
         held = jl.report_bytes(model)
         result = {
             "perplexity": found.perplexity,
@@ -195,11 +187,12 @@ def evaluate(
             "bits_per_weight": held.bits_per_weight,
             "weight_bytes": held.weight_bytes,
         }
-    else:
-        model, tokenizer = open_model()
+    elif task is not None and data is not None:
         scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=True)
         fields = ("task", "accuracy", "stderr", "examples")
         result = {name: getattr(scored, name) for name in fields}
+    else:
+        raise click.UsageError("eval: --task and --data must be given together")
     tell(result, as_json)
 
 

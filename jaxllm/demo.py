@@ -75,6 +75,8 @@ def perplexity(shown: Shown) -> Section:
     """How well the model predicts a text it has not seen."""
     ids = shown.tokenizer.encode(PASSAGE)
     found = jl.perplexity(shown.model, ids, num_bytes=len(PASSAGE.encode()))
+    assert found.bits_per_byte is not None  # num_bytes was given
+    assert found.bits_per_byte is not None  # num_bytes was given
     rows = (
         Row("perplexity", round(found.perplexity, 3)),
         Row("bits per byte", round(found.bits_per_byte, 3), "bits"),

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 from tiny_llama import TINY, tiny_weights, write_checkpoint
 
 import jaxllm as jl
 from jaxllm import cli
+from jaxllm.models import t5
 
 COMMANDS = ("demo", "generate", "eval", "convert")
 
@@ -282,6 +284,8 @@ def test_prompt_file_must_be_utf8(generate, tmp_path):
         ([], "--text and --task"),
         (["--text", "absent.txt"], "absent.txt"),
         (["--task", "copa"], "--data"),
+        (["--text", __file__, "--data", __file__], "--data"),
+        (["--text", __file__, "--task", "copa"], "--text and --task"),
         (["--task", "copa", "--data", "absent.jsonl"], "absent.jsonl"),
         (["--task", "chess", "--data", "absent.jsonl"], "chess"),
     ],
@@ -294,6 +298,16 @@ def test_eval_refuses_a_text_without_a_token_to_predict(jaxllm, tiny_checkpoint,
     (tmp_path / "text.txt").write_text("")
     done = jaxllm("eval", "--model", tiny_checkpoint, "--text", "text.txt")
     assert_refused(done, "token", left=[Path("text.txt")])
+
+
+def test_eval_refuses_what_it_cannot_score(jaxllm, tiny_checkpoint, monkeypatch):
+    model, tokenizer = jl.load(tiny_checkpoint)
+    Path("text.txt").write_text(TEXT)
+    reads_a_source = nnx.eval_shape(lambda: t5.T5(t5.TINY, rngs=nnx.Rngs(0)))
+    for loaded, message in (((model, None), "tokenizer"), ((reads_a_source, tokenizer), "T5")):
+        monkeypatch.setattr(jl, "load", lambda *_, loaded=loaded, **__: loaded)
+        for args in (["--text", "text.txt"], ["--task", "copa", "--data", "text.txt"]):
+            assert_refused(jaxllm("eval", *args), message, left=[Path("text.txt")])
 
 
 def test_eval_refuses_a_context_longer_than_the_model_s(jaxllm, tiny_checkpoint, tmp_path):

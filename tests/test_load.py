@@ -16,8 +16,8 @@ from flax import nnx
 from tiny_llama import write_checkpoint
 
 import jaxllm.quant.matmul
-from jaxllm import load as loading
 from jaxllm.atomic import new_directory
+from jaxllm.load import convert, load, save
 from jaxllm.models import decoder, gpt, t5
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.rope import Rope
@@ -47,8 +47,8 @@ def test_a_native_directory_comes_back_bit_for_bit(dtype, tmp_path):
         jnp.dtype(dtype), tied=True, windows=(None, 8), rope=rope, local_rope=Rope(theta=7.0),
         stop_tokens=(1, 2), qk_norm=True,
     )  # fmt: skip
-    loading.save(model, tmp_path / "out")
-    again, tokenizer = loading.load(tmp_path / "out")
+    save(model, tmp_path / "out")
+    again, tokenizer = load(tmp_path / "out")
     assert tokenizer is None
     assert_same(model, again)
 
@@ -59,16 +59,16 @@ def test_special_numbers_keep_their_bits(tmp_path):
     bits = np.full(scale.get_value().shape, 0x7FC01234, np.uint32)  # a NaN that carries something
     bits[:4] = [0x80000000, 0xFF800000, 1, 0x7F7FFFFF]  # -0, -inf, the least, the largest
     scale.set_value(jnp.asarray(bits.view(np.float32)))
-    loading.save(model, tmp_path / "out")
-    assert_same(model, loading.load(tmp_path / "out")[0])
+    save(model, tmp_path / "out")
+    assert_same(model, load(tmp_path / "out")[0])
 
 
 @pytest.mark.parametrize("family", [(gpt.Gpt, gpt.TINY), (t5.T5, t5.TINY)])
 def test_the_other_models_come_back_too(family, tmp_path):
     kind, config = family
     model = kind(config, rngs=nnx.Rngs(0))
-    loading.save(model, tmp_path / "out")
-    assert_same(model, loading.load(tmp_path / "out")[0])
+    save(model, tmp_path / "out")
+    assert_same(model, load(tmp_path / "out")[0])
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def checkpoint(tmp_path_factory):
 
 
 def test_the_tokenizer_is_saved_beside_with_its_chat_template(checkpoint, tmp_path):
-    model, tokenizer = loading.load(checkpoint)
-    loading.save(model, tmp_path / "out", tokenizer)
-    again, other = loading.load(tmp_path / "out")
+    model, tokenizer = load(checkpoint)
+    save(model, tmp_path / "out", tokenizer)
+    again, other = load(tmp_path / "out")
     assert_same(model, again)
     assert other.encode("the end") == tokenizer.encode("the end")
     assert other.chat_template == tokenizer.chat_template
@@ -87,29 +87,29 @@ def test_the_tokenizer_is_saved_beside_with_its_chat_template(checkpoint, tmp_pa
 
 @pytest.mark.parametrize("to", ["native", "huggingface"])
 def test_convert_goes_both_ways(checkpoint, tmp_path, to):
-    model, _ = loading.load(checkpoint)
-    out, tokenizer = loading.convert(checkpoint, tmp_path / "out", to=to)
+    model, _ = load(checkpoint)
+    out, tokenizer = convert(checkpoint, tmp_path / "out", to=to)
     assert_same(model, out)
     assert tokenizer.eos_token_id == 263
-    assert_same(model, loading.load(tmp_path / "out")[0])
+    assert_same(model, load(tmp_path / "out")[0])
     assert (tmp_path / "out" / "manifest.json").exists() == (to == "native")
-    back, _ = loading.convert(tmp_path / "out", tmp_path / "back", to="huggingface")
+    back, _ = convert(tmp_path / "out", tmp_path / "back", to="huggingface")
     assert_same(model, back)
     with pytest.raises(FileExistsError, match="convert: the output must not exist yet"):
-        loading.convert(checkpoint, tmp_path / "out", to=to)
+        convert(checkpoint, tmp_path / "out", to=to)
 
 
 def test_convert_casts_where_asked(checkpoint, tmp_path):
-    model, _ = loading.convert(checkpoint, tmp_path / "out", dtype="bfloat16")
+    model, _ = convert(checkpoint, tmp_path / "out", dtype="bfloat16")
     assert model.dtype == jnp.bfloat16
-    assert_same(model, loading.load(tmp_path / "out")[0])
+    assert_same(model, load(tmp_path / "out")[0])
 
 
 @pytest.mark.parametrize("to", ["native", "huggingface"])
 def test_loading_casts_and_shards(checkpoint, tmp_path, to):
-    plain, _ = loading.convert(checkpoint, tmp_path / "out", to=to)
+    plain, _ = convert(checkpoint, tmp_path / "out", to=to)
     mesh = make_mesh(data=2, model=2, devices=jax.devices()[:4])
-    model, _ = loading.load(tmp_path / "out", dtype="bfloat16", mesh=mesh)
+    model, _ = load(tmp_path / "out", dtype="bfloat16", mesh=mesh)
     rows = model.layers[0].mlp.gate.w.get_value().rows
     assert rows.dtype == jnp.bfloat16 and rows.addressable_shards[0].data.shape == (32, 32)
     want = plain.layers[0].mlp.gate.w.get_value().rows.astype(jnp.bfloat16)
@@ -117,15 +117,25 @@ def test_loading_casts_and_shards(checkpoint, tmp_path, to):
 
 
 def test_llama2c_files_are_known_by_what_they_are(shared_data):
-    model, tokenizer = loading.load(shared_data / "models/stories260K/stories260K.bin")
+    model, tokenizer = load(shared_data / "models/stories260K/stories260K.bin")
     assert model.config.layers == 5 and len(tokenizer) == 512
-    sorter, nothing = loading.load(shared_data / "models/gpt_nano_sort/gpt-nano-sort-model.json")
+    sorter, nothing = load(shared_data / "models/gpt_nano_sort/gpt-nano-sort-model.json")
     assert sorter.config.layers == 3 and nothing is None
+
+
+def test_stories260k_becomes_a_hugging_face_directory_that_says_the_same(shared_data, tmp_path):
+    source = shared_data / "models/stories260K/stories260K.bin"
+    model, tokenizer = convert(source, tmp_path / "out", to="huggingface")
+    again, other = load(tmp_path / "out")
+    assert_same(model, again)
+    text = "Once upon a time, Lily’s <s> ball\n"
+    assert other.encode(text) == tokenizer.encode(text)
+    assert other.decode(other.encode(text), skip_special_tokens=True) == text
 
 
 def test_a_fresh_process_reads_the_same_bits(tmp_path):
     model = make(jnp.bfloat16)
-    loading.save(model, tmp_path / "out")
+    save(model, tmp_path / "out")
     code = (
         "import sys, hashlib, jax, numpy as np\n"
         "from jaxllm.load import load\n"
@@ -189,8 +199,8 @@ def toys(monkeypatch):
 @pytest.mark.usefixtures("toys")
 def test_a_format_that_load_has_never_heard_of_comes_back_bit_for_bit(tmp_path):
     model = with_toys(make())
-    loading.save(model, tmp_path / "out")
-    again, _ = loading.load(tmp_path / "out")
+    save(model, tmp_path / "out")
+    again, _ = load(tmp_path / "out")
     assert_same(model, again)
     w = again.layers[0].attention.q.w.get_value()
     assert w.logical == (32, 32) and w.original == jnp.bfloat16 and w.name == "toy"
@@ -199,8 +209,8 @@ def test_a_format_that_load_has_never_heard_of_comes_back_bit_for_bit(tmp_path):
 
 @pytest.mark.usefixtures("toys")
 def test_only_plain_weights_are_cast(tmp_path):
-    loading.save(with_toys(make()), tmp_path / "out")
-    model, _ = loading.load(tmp_path / "out", dtype="float16")
+    save(with_toys(make()), tmp_path / "out")
+    model, _ = load(tmp_path / "out", dtype="float16")
     w = model.layers[0].attention.q.w.get_value()
     assert (w.codes.dtype, w.scale.dtype) == (jnp.int8, jnp.bfloat16)
     assert model.layers[0].attention.k.w.get_value().dtype == jnp.float16
@@ -208,12 +218,15 @@ def test_only_plain_weights_are_cast(tmp_path):
 
 def test_a_format_that_this_version_lacks_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(jaxllm.quant.matmul, "FORMATS", (Dense, Toy))
-    loading.save(with_toys(make()), tmp_path / "out")
+    save(with_toys(make()), tmp_path / "out")
     monkeypatch.setattr(jaxllm.quant.matmul, "FORMATS", (Dense,))
     with pytest.raises(ValueError, match="must be of a format of Dense, got format='Toy'"):
-        loading.load(tmp_path / "out")
+        load(tmp_path / "out")
     with pytest.raises(TypeError, match="must be an array or a format, got Toy"):
-        loading.save(with_toys(make()), tmp_path / "other")
+        save(with_toys(make()), tmp_path / "other")
+    monkeypatch.setattr(jaxllm.quant.matmul, "FORMATS", (Dense, Toy))
+    with pytest.raises(ValueError, match="only dense weights can be written"):
+        save(with_toys(make()), tmp_path / "other", to="huggingface")
     assert not (tmp_path / "other").exists()
 
 
@@ -221,7 +234,7 @@ def test_a_format_that_this_version_lacks_is_one_line(tmp_path, monkeypatch):
 def saved(tmp_path_factory):
     """A native directory that tests copy and break."""
     path = tmp_path_factory.mktemp("native") / "out"
-    loading.save(make(), path)
+    save(make(), path)
     return path
 
 
@@ -256,7 +269,7 @@ def set_rows(manifest, **changes):
 def test_a_manifest_that_does_not_fit_is_one_line(saved, tmp_path, edit, message):
     path = edited(saved, tmp_path, edit)
     with pytest.raises(ValueError, match=message) as caught:
-        loading.load(path)
+        load(path)
     assert "\n" not in str(caught.value)
 
 
@@ -264,11 +277,11 @@ def test_a_directory_without_its_weights_is_one_line(saved, tmp_path):
     path = edited(saved, tmp_path, lambda manifest: None)
     shutil.rmtree(path / "weights")
     with pytest.raises(ValueError, match="cannot be read") as caught:
-        loading.load(path)
+        load(path)
     assert "\n" not in str(caught.value)
     (path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="must be JSON"):
-        loading.load(path)
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -284,21 +297,21 @@ def test_a_directory_without_its_weights_is_one_line(saved, tmp_path):
 def test_files_that_cannot_be_read_say_why(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        loading.load(tmp_path / name)
+        load(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_not_there_is_said_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory or hub id"):
-        loading.load(tmp_path / "nothing")
+        load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="the hub did not give it, got 'nobody/nothing'"):
-        loading.load("nobody/nothing", local_files_only=True)
+        load("nobody/nothing", local_files_only=True)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "nonsense"])
 def test_a_type_that_weights_cannot_have_is_refused(checkpoint, dtype):
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
-        loading.load(checkpoint, dtype=dtype)
+        load(checkpoint, dtype=dtype)
 
 
 # Whole or not at all.
@@ -307,7 +320,7 @@ def test_a_type_that_weights_cannot_have_is_refused(checkpoint, dtype):
 def test_an_output_that_exists_is_refused_and_untouched(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="the output must not exist yet, got"):
-        loading.save(make(), tmp_path / "out")
+        save(make(), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -329,7 +342,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, where):
         case "flush":
             monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="the disk must have room for the output") as caught:
-        loading.save(make(), tmp_path / "deep" / "out")
+        save(make(), tmp_path / "deep" / "out")
     assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -360,7 +373,7 @@ def test_a_process_killed_while_saving_leaves_no_output(tmp_path):
     assert subprocess.run(run, capture_output=True, timeout=120).returncode == -9
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("out.tmp")
-    loading.save(make(), tmp_path / "out")
+    save(make(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -369,5 +382,5 @@ def test_the_model_that_ships_is_loaded_when_nothing_is_named():
 
     if not (files("jaxllm") / "pico" / "target").is_dir():
         pytest.skip("pico is not trained yet")
-    model, tokenizer = loading.load()
+    model, tokenizer = load()
     assert model.config.context == 1024 and len(tokenizer) == model.config.vocab

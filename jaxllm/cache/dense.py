@@ -151,7 +151,7 @@ def room(cache: DenseCache) -> int:
     rings = [
         keys.shape[1] - window + 1
         for keys, window in zip(cache.keys, cache.windows, strict=True)
-        if keys.shape[1] < cache.rows
+        if window is not None and keys.shape[1] < cache.rows
     ]
     return min([cache.rows, *rings])
 

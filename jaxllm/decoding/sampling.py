@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.pytree import pytree, static
+from jaxllm.pytree import pytree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,6 @@ class Sampler:
             top_p=number(self.top_p if drawn else None),
             min_p=number(self.min_p if drawn else None),
             penalty=number(None if self.repetition_penalty == 1 else self.repetition_penalty),
-            greedy=not drawn,
         )
 
 
@@ -61,12 +60,11 @@ class Sampler:
 class Plan:
     """A sampler as a jitted function sees it: numbers are traced, which of them exist is not."""
 
-    temperature: jax.Array | None
+    temperature: jax.Array | None  # None is greedy
     top_k: jax.Array | None
     top_p: jax.Array | None
     min_p: jax.Array | None
     penalty: jax.Array | None
-    greedy: bool = static()
 
 
 def filtered(
@@ -77,9 +75,10 @@ def filtered(
     seen: which tokens each request already holds; needed for the repetition penalty.
     """
     if plan.penalty is not None:
+        assert seen is not None
         punished = jnp.where(logits > 0, logits / plan.penalty, logits * plan.penalty)
         logits = jnp.where(seen, punished, logits)
-    if plan.greedy:
+    if plan.temperature is None:
         return logits
     logits = logits / plan.temperature
     if plan.top_k is not None:
@@ -108,7 +107,7 @@ def choose(
 ) -> Int[Array, " B"]:
     """The next token of each request: drawn with its own key and step, so that its batch does not matter."""
     logits = filtered(logits, plan, seen)
-    if plan.greedy:
+    if plan.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     draw = lambda key, step, row: jax.random.categorical(jax.random.fold_in(key, step), row)  # noqa: E731
     return jax.vmap(draw)(keys, steps, logits).astype(jnp.int32)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.measure.perplexity import Scores, score
+from jaxllm.measure.perplexity import Scores, refuse_encoder, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +197,7 @@ def score_choices(
     """
     if task not in TASKS:
         raise ValueError(f"choices: task must be one of {', '.join(TASKS)}, got {task=}")
+    refuse_encoder("choices", model)
     how = TASKS[task]
     examples = read_examples(how, path, limit)
     rows, firsts, truncated = [], [], 0

@@ -73,6 +73,13 @@ def _call(model: Any, rows: list[np.ndarray], batch: int, length: int) -> tuple[
     return np.asarray(logprobs), np.asarray(greedy)
 
 
+def refuse_encoder(who: str, model: Any) -> None:
+    """Raises ValueError for a model that predicts nothing without a source."""
+    if hasattr(model, "encode"):
+        name = type(model).__name__
+        raise ValueError(f"{who}: the model must be a decoder alone, got {name}, which reads a source")
+
+
 def _rows_per_call(model: Any, length: int, batch: int | None) -> int:
     """How many sequences of `length` tokens go through the model at once."""
     if batch is None:
@@ -107,6 +114,7 @@ def score(
     sequence has at least 2 and at most context + 1 tokens (the last one is only predicted).
     batch: sequences a call; None chooses by their length.
     """
+    refuse_encoder("score", model)
     context = model.config.context
     rows = [as_tokens("score", row, model.config.vocab) for row in sequences]
     groups: dict[int, list[int]] = {}
@@ -165,6 +173,7 @@ def perplexity(
       / num_bytes, so tokens that were not predicted count as average ones.
     progress: draws a bar on stderr.
     """
+    refuse_encoder("perplexity", model)
     context = model.config.context if context is None else context
     if not 2 <= context <= model.config.context:
         raise ValueError(f"perplexity: context must lie in [2, {model.config.context}], got {context=}")

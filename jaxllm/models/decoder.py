@@ -127,17 +127,16 @@ class Attention(nnx.Module):
         q = heads(self.q(x, below(tap, "q")))  # [B, T, H, E]
         k = heads(self.k(x, below(tap, "k")))  # [B, T, K, E]
         v = heads(self.v(x, below(tap, "v")))  # [B, T, K, E]
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
         cos, sin = self.rope.angles(self.head_dim, positions, last + 1)
-        q = see(tap, "q_rotated", rotate(q, cos, sin))
-        k = see(tap, "k_rotated", rotate(k, cos, sin))
+        q = see(tap, "queries", rotate(q, cos, sin))
+        k = see(tap, "keys", rotate(k, cos, sin))
         v = see(tap, "values", v)
-        fresh = cache is None or cache.empty
         if cache is not None:
             cache = kv.append(cache, index, k, v, lengths)
-        if fresh:
+        if cache is None or cache.empty:  # before it is advanced: the first chunk
             y = causal_attention(q, k, v, scale=self.scale, window=self.window, softcap=self.softcap)
         else:
             y = kv.attend(q, cache, index, positions, lengths, scale=self.scale, softcap=self.softcap)

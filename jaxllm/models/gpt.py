@@ -163,8 +163,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)  # noqa: E731
         # the names under which every model shows what its cache is given; nothing is turned here
-        q = see(tap, "q_rotated", heads(self.q(x, below(tap, "q"))))  # [B, T, H, E]
-        k = see(tap, "k_rotated", heads(self.k(x, below(tap, "k"))))  # [B, T, H, E]
+        q = see(tap, "queries", heads(self.q(x, below(tap, "q"))))  # [B, T, H, E]
+        k = see(tap, "keys", heads(self.k(x, below(tap, "k"))))  # [B, T, H, E]
         v = see(tap, "values", heads(self.v(x, below(tap, "v"))))  # [B, T, H, E]
         if cache is not None:
             cache = kv.append(cache, index, k, v, lengths)

@@ -185,11 +185,11 @@ class Attention(nnx.Module):
     # the names under which every model shows what its cache is given; nothing is turned here
     def queries(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
         q = self.q(x, below(tap, "q")).reshape(*x.shape[:2], -1, self.head_dim)
-        return see(tap, "q_rotated", q)
+        return see(tap, "queries", q)
 
     def keys(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
         k = self.k(x, below(tap, "k")).reshape(*x.shape[:2], -1, self.head_dim)
-        return see(tap, "k_rotated", k)
+        return see(tap, "keys", k)
 
     def values(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
         v = self.v(x, below(tap, "v")).reshape(*x.shape[:2], -1, self.head_dim)

@@ -191,8 +191,8 @@ def lookup(
     used = np.ones((pairs, 5), bool)
     used[:, 3] = sizes == 2
     order = rng.permutation(pairs)[:questions]
-    shown = np.broadcast_to(np.float32([0, FIXED, 0, 0, FIXED]), (pairs, 5))
-    asked = np.broadcast_to(np.float32([0, FIXED, 1, 1, 1]), (questions, 5))
+    shown = np.broadcast_to(np.array([0, FIXED, 0, 0, FIXED], np.float32), (pairs, 5))
+    asked = np.broadcast_to(np.array([0, FIXED, 1, 1, 1], np.float32), (questions, 5))
     tokens, weights = _join([(words.bos, 0.0), (lines[used], 0.0), (words.newline, 0.0)])
     weights[1:-1] = shown[used]
     tokens = np.concatenate([tokens, lines[order][used[order]], [words.eos]]).astype(np.int32)
@@ -210,7 +210,7 @@ def sums(rng: np.random.Generator, words: Words, count: int, *, below: int = 100
     answer = np.zeros(0, np.int32)
     for a, b in rng.integers(0, below, (count, 2)):
         answer = np.append(words.fixed[str(a + b)], words.newline).astype(np.int32)
-        question = [words.fixed[str(a)], words.fixed["+"], words.fixed[str(b)], [words.equals]]
-        pieces += [(np.concatenate(question), 0.0), (answer, 1.0)]
+        question = np.concatenate([words.fixed[text] for text in (str(a), "+", str(b))])
+        pieces += [(question, 0.0), (words.equals, 0.0), (answer, 1.0)]
     tokens, weights = _join([*pieces, (words.eos, 0.0)])
     return Exercise(tokens, weights, len(tokens) - 1 - len(answer), answer)

@@ -35,7 +35,7 @@ def wire(model: Decoder, seed: int) -> Decoder:
             "induction.wire: two layers, heads of 8 and (kv_heads + 1) * head_dim < width must hold, "
             f"got {c.layers=}, {c.head_dim=}, {c.kv_heads=}, {c.width=}"
         )
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(model)
+    leaves = jax.tree_util.tree_leaves_with_path(model)
     values = {jax.tree_util.keystr(path): np.array(x, np.float32) for path, x in leaves}
     rng = np.random.default_rng(seed)
     planes = c.rope.frequencies(E)
@@ -79,6 +79,7 @@ def wire(model: Decoder, seed: int) -> Decoder:
         v[key] = np.linalg.qr(rng.normal(size=(D, E)))[0].T
         o[:, query] = PASS * v[key].T
     dtypes = [x.dtype for _, x in leaves]
-    return treedef.unflatten(
-        [jnp.asarray(x, dtype) for x, dtype in zip(values.values(), dtypes, strict=True)]
+    return jax.tree.unflatten(
+        jax.tree.structure(model),
+        [jnp.asarray(x, dtype) for x, dtype in zip(values.values(), dtypes, strict=True)],
     )

@@ -39,6 +39,8 @@ from jaxllm.training.corpus import Phase
 from jaxllm.training.exercises import Words
 
 SHARD_BYTES = 3_500_000
+HISTORY = "history.json"
+PATHS = ("--data", "--stories", "--out", "--checkpoint", "--tokenizer", "--init", "--teacher")
 BASE = Config(
     layers=8,
     width=256,
@@ -190,6 +192,7 @@ def export(model: Decoder, tokenizer: Any, folder: Path) -> None:
         corpus.save_tokenizer(tokenizer, place, context=model.config.context)
         fast = AutoTokenizer.from_pretrained(place)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    half.config = dataclasses.replace(model.config, stop_tokens=(fast.eos_token_id,))
     save(half, folder, fast, to="huggingface", max_shard_bytes=SHARD_BYTES)
 
 
@@ -200,44 +203,111 @@ def load_model(folder: str | Path) -> Decoder:
     return load(str(folder), dtype=jnp.float32)[0]
 
 
+def told(argv: Sequence[str]) -> str:
+    """The command as a card tells it: of each path only its last part."""
+    shown, path = [], False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if equals and name in PATHS:
+            word = f"{name}={Path(value).name}"
+        shown.append(Path(word).name if path else word)
+        path = word in PATHS
+    return shlex.join(["python", "-m", "jaxllm.training.pico", *shown])
+
+
+def earlier(folder: str | Path | None) -> list[dict[str, Any]]:
+    """The runs that made the model of a directory, oldest first, as its history.json tells them."""
+    file = None if folder is None else Path(folder) / HISTORY
+    return json.loads(file.read_text())["runs"] if file is not None and file.is_file() else []
+
+
+def times_read(streams: Mapping[str, np.ndarray], parts: Sequence[Phase], steps: int) -> dict[str, float]:
+    """How often each text is gone through, on average, in `steps` steps."""
+    read = dict.fromkeys(streams, 0.0)
+    for phase in parts:
+        tokens = phase.fraction * steps * phase.rows * phase.length
+        for name in streams:
+            read[name] += tokens * phase.mixture[name] / sum(phase.mixture.values())
+    return {name: read[name] / len(streams[name]) for name in streams}
+
+
+ABLE = {
+    "target": "It is made to be measured on. It continues text in the manner of what it read, gives back a "
+    "passage or a part of it when asked with one of the phrasings of `exercises.py`, looks up a key among "
+    "pairs that stand before it in the context, and adds numbers below 100.",
+    "draft": "It is made to propose tokens to the target of the same family (speculative decoding): a small "
+    "model of the same texts and the same tokens.",
+    "companion": "It is made to read along with the target of the same family, at an eighth of its size: a "
+    "small model of the same texts and the same tokens.",
+}
+UNABLE = (
+    "It is no assistant: it knows no facts to rely on, follows no instructions but these, does not reason "
+    "(its answers to GSM8K's questions have the right form and mostly the wrong numbers), and "
+    "writes no language but English. So little text, read several times over, is partly learned by heart: the model may give "
+    "back stretches of it, and is fair only when judged on the parts held out. Nothing was filtered: "
+    "Shakespeare's plays and Wikipedia hold what they hold."
+)
+
+
 def card(facts: Mapping[str, Any], texts: Sequence[corpus.Text], parts: Sequence[Phase]) -> str:
     """The model card, from what was run."""
-    config, trained = facts["config"], facts["trained"]
+    config, member, runs = facts["config"], facts["member"], facts["runs"]
     lines = [
-        f"# pico {facts['member']}",
+        f"# pico {member}",
         "",
         f"A Llama-shaped decoder of {facts['parameters']:,} parameters: {config.layers} layers, width "
         f"{config.width}, {config.heads} query and {config.kv_heads} key heads of {config.head_dim}, "
-        f"feed-forward {config.ffn}, vocabulary {config.vocab}, context {config.context}. Made by jaxllm "
-        "from scratch; small enough to ship, able to repeat and to recall, and not useful as an assistant.",
+        f"feed-forward {config.ffn}, a byte-level BPE vocabulary of {config.vocab}, context "
+        f"{config.context}. Trained by jaxllm in float32 and stored as bfloat16.",
         "",
-        "Made by",
+        f"{ABLE[member]} How well, `benchmarks/pico.py` measures.",
         "",
-        f"    {facts['command']}",
+        UNABLE,
         "",
-        f"on {facts['date']}, seed {facts['seed']}, jax {jax.__version__} ({facts['device']}): "
-        f"{len(trained.losses)} steps, {trained.tokens:,} tokens, {trained.seconds / 3600:.2f} hours; "
-        f"last loss {np.mean(trained.losses[-50:]):.3f} nats a token (exercises included).",
-        *([f"Started from {facts['init']}."] if facts["init"] else []),
-        *(["Its first two layers were wired as induction heads before training."] if facts["wired"] else []),
-        *([f"Also taught by {facts['teacher']}."] if facts["teacher"] else []),
+        "## How it was made",
         "",
-        "![loss](loss.png)",
-        "",
-        "| phase | share of steps | tokens a row | rows | mixture |",
-        "|---|---|---|---|---|",
     ]
+    for run in runs:
+        lines += [
+            f"    {run['command']}",
+            "",
+            f"{run['date']}, seed {run['seed']}, jax {run['jax']} ({run['device']}): {run['steps']:,} steps, "
+            f"{run['tokens']:,} tokens, {run['seconds'] / 3600:.2f} hours; last loss {run['loss']:.3f} nats "
+            "a token, exercises included" + (", the teacher's part of it too." if run["teacher"] else "."),
+            "",
+        ]
+    if runs[0]["start"] == "wired":
+        lines += [
+            "It did not learn to copy from nothing: before training, the first two layers were wired as "
+            "induction heads by hand (`jaxllm/training/induction.py`); all weights were then trained.",
+            "",
+        ]
+    elif runs[0]["start"] != "random":
+        lines += [f"It began with the weights of `{runs[0]['start']}`, which tell no history.", ""]
+    taught = list(dict.fromkeys(run["teacher"] for run in runs if run["teacher"]))
+    if taught:
+        lines += [f"It also learned from the next-token distribution of `{'`, `'.join(taught)}`.", ""]
+    lines += ["![loss](loss.png)", "", "The phases of the " + ("last run:" if runs[1:] else "run:"), ""]
+    lines += ["| phase | share of steps | tokens a row | rows | mixture |", "|---|---|---|---|---|"]
     for i, p in enumerate(parts):
         mix = ", ".join(f"{n} {w:.3f}" for n, w in p.mixture.items())
         lines.append(f"| {i + 1} | {p.fraction:.2f} | {p.length} | {p.rows} | {mix} |")
-    lines += ["", "| text | licence | bytes trained on | bytes held out |", "|---|---|---|---|"]
-    for t in texts:
-        sizes = [sum(len(d.encode()) for d in part) for part in (t.train, t.held_out)]
-        lines.append(f"| {t.name} | {t.licence} | {sizes[0]:,} | {sizes[1]:,} |")
     lines += [
         "",
-        "repeat, recite, lookup and sums are exercises made by `jaxllm/training/exercises.py`. "
-        "The texts themselves are not part of this package.",
+        "repeat, recite, lookup and sums are exercises that `jaxllm/training/exercises.py` makes; the rest "
+        "of the mixture is text. The last 5 % of each text is held out.",
+        "",
+        "| text | licence | bytes trained on | times read | bytes held out |",
+        "|---|---|---|---|---|",
+    ]
+    for t in texts:
+        sizes = [sum(len(d.encode()) for d in part) for part in (t.train, t.held_out)]
+        read = sum(run["read"].get(t.name, 0.0) for run in runs)
+        lines.append(f"| {t.name} | {t.licence} | {sizes[0]:,} | {read:.1f} | {sizes[1]:,} |")
+    lines += [
+        "",
+        "The texts are not part of this package; each stays under its own licence, and whoever passes the "
+        "weights on should name them. The weights come under the package's licence.",
         "",
     ]
     return "\n".join(lines)
@@ -274,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FileExistsError(f"pico: out must not exist yet, got out={out}")
     config = MEMBERS[args.member]
     texts = corpus.read(args.data, args.stories)
-    kept = args.tokenizer or args.init or args.checkpoint
+    kept = args.tokenizer or args.init or args.teacher or args.checkpoint
     tokenizer = get_tokenizer(kept, texts)
     if args.checkpoint:
         corpus.save_tokenizer(tokenizer, args.checkpoint, context=config.context)
@@ -291,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = ", ".join(f"{n} {len(s):,}" for n, s in streams.items())
     print(f"pico {args.member}: {sizes} tokens of text; {batches.tokens_before(args.steps):,} to train")
     model = load_model(args.init) if args.init else initial(config, args.seed, wired=not args.plain)
+    if dataclasses.replace(model.config, stop_tokens=()) != config:
+        raise ValueError(f"pico: init must be a {args.member}, got config={model.config}")
     params: Any = model
     loss, trainable = cross_entropy, None
     if args.teacher:
@@ -308,23 +380,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainable=trainable,
     )
     model = trained.params["student"] if args.teacher else trained.params
+    before = earlier(args.init)
+    start = Path(args.init).name if args.init else "random" if args.plain else "wired"
+    run = {
+        "command": told(argv if argv is not None else sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "start": start,
+        "teacher": Path(args.teacher).name if args.teacher else None,
+        "seed": args.seed,
+        "steps": args.steps,
+        "tokens": trained.tokens,
+        "seconds": round(trained.seconds, 1),
+        "loss": float(np.mean(trained.losses[-50:])),
+        "read": times_read(streams, plan, args.steps),
+        "losses": [round(float(x), 4) for x in trained.losses],
+    }
     facts = {
         "member": args.member,
         "config": config,
         "parameters": sum(x.size for x in jax.tree.leaves(model)),
-        "command": shlex.join(["python", "-m", "jaxllm.training.pico", *(argv or sys.argv[1:])]),
-        "date": datetime.date.today().isoformat(),
-        "seed": args.seed,
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "init": args.init,
-        "wired": not (args.init or args.plain),
-        "teacher": args.teacher,
-        "trained": trained,
+        "runs": [*before, run],
     }
     partial = out.with_name(out.name + ".partial")
     export(model, tokenizer, partial)
-    trainer.plot_losses({args.member: trained.losses}, partial / "loss.png", title=f"pico {args.member}")
-    trainer.save_history(trained, partial / "history.json")
+    losses = np.concatenate([r["losses"] for r in facts["runs"]])
+    trainer.plot_losses({args.member: losses}, partial / "loss.png", title=f"pico {args.member}")
+    (partial / HISTORY).write_text(json.dumps({"runs": facts["runs"]}) + "\n")
     (partial / "README.md").write_text(card(facts, texts, plan))
     partial.rename(out)
     print(json.dumps({"out": str(out), "steps": args.steps, "tokens": trained.tokens}))

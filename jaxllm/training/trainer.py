@@ -15,7 +15,6 @@ reaches `jax.grad` nor the optimizer's state.
 
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -206,11 +205,11 @@ def train(
     clock = time.monotonic()
     mark, mark_tokens = clock, tokens
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(batches, first) if first < steps else None
+        coming = [ahead.submit(batches, step) for step in range(first, min(first + 1, steps))]
         for step in range(first, steps):
-            batch = coming.result()
+            batch = coming.pop().result()
             if step + 1 < steps:
-                coming = ahead.submit(batches, step + 1)
+                coming.append(ahead.submit(batches, step + 1))
             trained, opt_state, value, aux = step_fn(trained, opt_state, frozen, batch)
             pending.append(value)
             if isinstance(batch, Mapping) and "tokens" in batch:
@@ -270,14 +269,4 @@ def plot_losses(
     axes.grid(alpha=0.3)
     axes.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def save_history(trained: Trained, path: str | Path) -> None:
-    """Writes losses, seconds and tokens as one JSON object."""
-    history = {
-        "losses": [round(float(x), 5) for x in trained.losses],
-        "seconds": round(trained.seconds, 1),
-        "tokens": trained.tokens,
-    }
-    Path(path).write_text(json.dumps(history) + "\n")
+    figure.savefig(path, dpi=100, format="png")

@@ -36,7 +36,7 @@ def test_gpt_nano_reproduces_its_golden_activations(model, golden):
     expected = {
         "embedding": golden["x"],
         "layers.0.attention.q.in": golden["ln1"],
-        "layers.0.attention.q_rotated": heads,
+        "layers.0.attention.queries": heads,
         "layers.0.attention.o.in": golden["y"],
         "layers.0.attention.o.out": golden["yProj"],
         "layers.0.mlp.up.in": golden["ln2"],

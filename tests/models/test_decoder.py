@@ -98,7 +98,7 @@ def test_a_tap_sees_every_linear_and_can_change_it(case):
         "mlp.down",
     ):
         assert {f"layers.1.{part}.in", f"layers.1.{part}.out"} <= set(seen)
-    for name in ("q_rotated", "k_rotated", "values"):
+    for name in ("queries", "keys", "values"):
         assert seen[f"layers.0.attention.{name}"][:2] == (3, 24)
     assert seen["layers.1.out"] == (3, 24, 32)
     changed, _ = model(tokens, tap=lambda n, x: 0 * x if n == "layers.0.mlp.down.out" else x)

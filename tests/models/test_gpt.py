@@ -101,7 +101,7 @@ def test_a_tap_sees_every_linear_and_can_change_it(case):
     linears = [name.removesuffix(".w.value.rows") for name in names if name.endswith(".rows")]
     assert len(linears) >= 12
     assert {f"{name}.{end}" for name in linears for end in ("in", "out")} <= set(seen)
-    for name in ("q_rotated", "k_rotated", "values"):
+    for name in ("queries", "keys", "values"):
         assert seen[f"layers.1.attention.{name}"] == (3, 24, 4, 8)
     assert seen["layers.1.out"] == (3, 24, 32)
 

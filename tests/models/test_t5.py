@@ -96,7 +96,7 @@ def test_a_tap_sees_every_linear_and_can_change_it(case):
     linears = [name.removesuffix(".w.value.rows") for name in names if name.endswith(".rows")]
     assert len(linears) >= 32
     assert {f"{name}.{end}" for name in linears for end in ("in", "out")} <= set(seen)
-    for name in ("encoder.layers.1.out", "layers.1.attention.values", "layers.1.cross.k_rotated"):
+    for name in ("encoder.layers.1.out", "layers.1.attention.values", "layers.1.cross.keys"):
         assert seen[name][0] == 3
 
 

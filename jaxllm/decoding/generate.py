@@ -204,9 +204,12 @@ class _Run:
 
     def __init__(self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, logprobs):
         self.model, self.tokenizer = model, tokenizer
+        if isinstance(prompts, str):
+            raise ValueError(f"generate: prompts must be a list of prompts, got the text {prompts!r}")
         self.prompts = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
         if not self.prompts:
             raise ValueError("generate: at least one prompt is needed, got none")
+        _check_range(self.prompts, model.config.vocab)
         self.stop_tokens = _stop_tokens(model, tokenizer, stop_tokens)
         n = len(self.prompts)
         B = bucket(n)
@@ -229,7 +232,6 @@ class _Run:
             _budget(model, len(ids), held, most, i)
             for i, (ids, held, most) in enumerate(zip(fed, before, wanted, strict=True))
         ]
-        _check_range(self.prompts, model.config.vocab)
         self.longest = max(budgets)
         tokens, lengths = _pad(fed, B)
         rows = bucket(max(before)) * (max(before) > 0) + tokens.shape[1] + bucket(self.longest)

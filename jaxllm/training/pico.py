@@ -221,14 +221,15 @@ def earlier(folder: str | Path | None) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["runs"] if file is not None and file.is_file() else []
 
 
-def times_read(streams: Mapping[str, np.ndarray], parts: Sequence[Phase], steps: int) -> dict[str, float]:
-    """How often each text is gone through, on average, in `steps` steps."""
-    read = dict.fromkeys(streams, 0.0)
-    for phase in parts:
-        tokens = phase.fraction * steps * phase.rows * phase.length
-        for name in streams:
-            read[name] += tokens * phase.mixture[name] / sum(phase.mixture.values())
-    return {name: read[name] / len(streams[name]) for name in streams}
+def times_read(batches: corpus.Batches, steps: int) -> dict[str, float]:
+    """How often each text has been gone through, on average, after `steps` steps."""
+    read = dict.fromkeys(batches.streams, 0.0)
+    spans = np.clip(steps - batches.starts, 0, batches.ends - batches.starts)
+    for span, phase in zip(spans.tolist(), batches.phases, strict=True):
+        tokens = span * phase.rows * phase.length
+        for name, stream in batches.streams.items():
+            read[name] += tokens * phase.mixture[name] / sum(phase.mixture.values()) / len(stream)
+    return read
 
 
 ABLE = {
@@ -242,9 +243,9 @@ ABLE = {
 }
 UNABLE = (
     "It is no assistant: it knows no facts to rely on, follows no instructions but these, does not reason "
-    "(its answers to GSM8K's questions have the right form and mostly the wrong numbers), and "
-    "writes no language but English. So little text, read several times over, is partly learned by heart: the model may give "
-    "back stretches of it, and is fair only when judged on the parts held out. Nothing was filtered: "
+    "(its answers to GSM8K's questions have the right form and mostly the wrong numbers), and writes no "
+    "language but English. There was little text, and some was read often: the model may give back "
+    "stretches of it, and is fair only when judged on the parts held out. Nothing was filtered: "
     "Shakespeare's plays and Wikipedia hold what they hold."
 )
 
@@ -268,12 +269,14 @@ def card(facts: Mapping[str, Any], texts: Sequence[corpus.Text], parts: Sequence
         "",
     ]
     for run in runs:
+        planned = "" if run["steps"] == run["planned"] else f" of {run['planned']:,} planned"
         lines += [
             f"    {run['command']}",
             "",
-            f"{run['date']}, seed {run['seed']}, jax {run['jax']} ({run['device']}): {run['steps']:,} steps, "
-            f"{run['tokens']:,} tokens, {run['seconds'] / 3600:.2f} hours; last loss {run['loss']:.3f} nats "
-            "a token, exercises included" + (", the teacher's part of it too." if run["teacher"] else "."),
+            f"{run['date']}, seed {run['seed']}, jax {run['jax']} ({run['device']}): {run['steps']:,} "
+            f"steps{planned}, {run['tokens']:,} tokens, {run['seconds'] / 3600:.2f} hours; last loss "
+            f"{run['loss']:.3f} nats a token, exercises included"
+            + (", the teacher's part of it too." if run["teacher"] else "."),
             "",
         ]
     if runs[0]["start"] == "wired":
@@ -287,6 +290,7 @@ def card(facts: Mapping[str, Any], texts: Sequence[corpus.Text], parts: Sequence
     taught = list(dict.fromkeys(run["teacher"] for run in runs if run["teacher"]))
     if taught:
         lines += [f"It also learned from the next-token distribution of `{'`, `'.join(taught)}`.", ""]
+    lines += [line for run in runs if run["note"] for line in (run["note"], "")]
     lines += ["![loss](loss.png)", "", "The phases of the " + ("last run:" if runs[1:] else "run:"), ""]
     lines += ["| phase | share of steps | tokens a row | rows | mixture |", "|---|---|---|---|---|"]
     for i, p in enumerate(parts):
@@ -321,6 +325,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, help="directory to write; must not exist yet")
     add("--member", choices=list(MEMBERS), default="target")
     add("--steps", type=int, required=True)
+    add("--stop", type=int, help="end after so many of the steps, with the weights of that time")
     add("--length", type=int, default=256, help="tokens a row in the main phase")
     add("--batch", type=int, default=16, help="rows a step in the main phase")
     add("--accumulate", type=int, default=1, help="microbatches a step")
@@ -334,6 +339,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--init", help="Hugging Face directory to start from")
     add("--plain", action="store_true", help="start from plain random weights, not wired to copy")
     add("--teacher", help="Hugging Face directory of a model to learn from")
+    add("--note", help="a sentence that the card should say as well")
     return parser.parse_args(argv)
 
 
@@ -364,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dataclasses.replace(model.config, stop_tokens=()) != config:
         raise ValueError(f"pico: init must be a {args.member}, got config={model.config}")
     params: Any = model
-    loss, trainable = cross_entropy, None
+    loss: trainer.Loss = cross_entropy
+    trainable = None
     if args.teacher:
         params = {"student": model, "teacher": load_model(args.teacher)}
         loss, trainable = distil, student_only
@@ -373,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         params,
         batches,
         optimizer=make_optimizer(args.steps, muon=args.muon, adam=args.adam, warmup=args.warmup),
-        steps=args.steps,
+        steps=min(args.stop or args.steps, args.steps),
         accumulate=args.accumulate,
         checkpoint=Path(args.checkpoint) / "steps" if args.checkpoint else None,
         save_every=args.save_every,
@@ -389,12 +396,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "start": start,
         "teacher": Path(args.teacher).name if args.teacher else None,
+        "note": args.note,
         "seed": args.seed,
-        "steps": args.steps,
+        "steps": len(trained.losses),
+        "planned": args.steps,
         "tokens": trained.tokens,
         "seconds": round(trained.seconds, 1),
         "loss": float(np.mean(trained.losses[-50:])),
-        "read": times_read(streams, plan, args.steps),
+        "read": times_read(batches, len(trained.losses)),
         "losses": [round(float(x), 4) for x in trained.losses],
     }
     facts = {
@@ -410,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (partial / HISTORY).write_text(json.dumps({"runs": facts["runs"]}) + "\n")
     (partial / "README.md").write_text(card(facts, texts, plan))
     partial.rename(out)
-    print(json.dumps({"out": str(out), "steps": args.steps, "tokens": trained.tokens}))
+    print(json.dumps({"out": str(out), "steps": len(trained.losses), "tokens": trained.tokens}))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ def test_a_chat_is_laid_out_by_the_template(model, tokenizer):
     "prompts, options, message",
     [
         ([], {}, "at least one prompt is needed"),
+        ("text", {}, "prompts must be a list of prompts, got the text 'text'"),
         ([[]], {}, "must not be empty, got no tokens as number 0"),
         ([""], {}, "must not be empty, got '' as number 0"),
         (["text"], {}, "text needs a tokenizer"),

@@ -114,6 +114,10 @@ class TransformersWorker:
 class JaxllmWorker:
     """This library."""
 
+    def version(self) -> str:
+        """The jax that runs it."""
+        return version("jax")
+
     def load(self, directory: str, dtype: str) -> dict[str, Any]:
         import jax.numpy as jnp
 
@@ -164,10 +168,10 @@ def serve(library: str) -> None:
 class Remote:
     """The parent's end of a worker."""
 
-    def __init__(self, library: str):
+    def __init__(self, library: str, python: str):
         self.library = library
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", library],
+            [python, __file__, "--worker", library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -339,6 +343,11 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--out", type=Path, help="folder for decode.json and decode.md")
+    parser.add_argument(
+        "--jaxllm-python",
+        default=sys.executable,
+        help="another environment's python for jaxllm, such as one with a newer jax",
+    )
     parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -351,10 +360,12 @@ def main() -> None:
         parser.error("rounds, prompt and batch must be positive, new at least 2")
     shape = TINY if args.tiny else SHAPE
     before = read_gb_per_s(1024 if args.tiny else 8192)
-    remotes = {name: Remote(name) for name in LIBRARIES}
+    pythons = {"transformers": sys.executable, "jaxllm": args.jaxllm_python}
+    remotes = {name: Remote(name, pythons[name]) for name in LIBRARIES}
     try:
         with tempfile.TemporaryDirectory() as directory:
             remotes["transformers"]("make", shape=shape, directory=directory)
+            used_jax = remotes["jaxllm"]("version")
             results = measure(
                 remotes,
                 directory,
@@ -371,7 +382,11 @@ def main() -> None:
     report = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in PACKAGES[1:]},
+            "jax": used_jax,
+        },
         "model": shape,
         "settings": {"prompt": prompt, "new": new, "rounds": rounds},
         "read_gb_per_s": before,

@@ -168,7 +168,10 @@ def evaluate(
     limit: int | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of a text, or accuracy at a multiple-choice task."""
+    """Perplexity of a text, or accuracy at a multiple-choice task.
+
+    A tokenizer that begins texts with a token has every window begin with it.
+    """
     if (text is None) == (task is None):
         raise click.UsageError("eval: exactly one of --text and --task must be given")
     words = "" if text is None else read_text(text, "--text")
@@ -177,7 +180,9 @@ def evaluate(
         raise ValueError("eval: text needs a tokenizer, and this model has none")
     if text is not None and data is None:
         ids, size = tokenizer.encode(words), len(words.encode())
-        found = jl.perplexity(model, ids, context=context, stride=stride, num_bytes=size, progress=True)
+        bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+        options = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
+        found = jl.perplexity(model, ids, progress=True, **options)
         held = jl.report_bytes(model)
         result = {
             "perplexity": found.perplexity,

@@ -281,7 +281,7 @@ class Batches:
                 self._fill(rng, name, tokens[b], weights[b])
                 exercise[b] = True
         weights = weights[:, 1:]
-        answers = exercise & (weights == 1)
+        answers = exercise & (weights >= 1)
         total = weights.sum(dtype=np.float64)
         if total:
             weights = (weights * (B * T / total)).astype(np.float32)

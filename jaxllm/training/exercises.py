@@ -11,9 +11,9 @@ Layout of one exercise (ids of one tokenizer; `ordinary` = all ids that are not 
     lookup   <bos> key=value\\n ... key=value\\n \\n key=value\\n ... key=value\\n <eos>
     sums     <bos> 12+7=19\\n 3+44=47\\n ... <eos>
 
-`weights[i]` is how much the prediction of `tokens[i]` counts: 1 where the answer can be known,
-0 where it was drawn at random, `FIXED` for fixed words. The same generator and seed give the same
-exercises on every machine:
+`weights[i]` is how much the prediction of `tokens[i]` counts: 1 where the answer can be known (`START` for
+the first token of a repetition), 0 where it was drawn at random, `FIXED` for fixed words. The same generator
+and seed give the same exercises on every machine:
 
     words = Words.of(tokenizer)
     one = repeat(np.random.default_rng(7), words, 200)
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 FIXED = 0.05  # weight of words that every exercise of a kind shares
+START = 8.0  # weight of a repetition's first token: all that follows hangs on it
 
 REPEAT_ALL = (
     "\n\nRepeat the previous context exactly.",
@@ -155,7 +156,9 @@ def repeat(
     if ends:
         answer = np.append(answer, words.eos).astype(np.int32)
     tokens, weights = _join([*head, (answer, 1.0)])
-    return Exercise(tokens, weights, len(tokens) - len(answer), answer.astype(np.int32))
+    begins = len(tokens) - len(answer)
+    weights[begins] = START
+    return Exercise(tokens, weights, begins, answer.astype(np.int32))
 
 
 def lookup(

@@ -92,6 +92,16 @@ def phases(names: Sequence[str], length: int, batch: int) -> list[Phase]:
     return [Phase(share, T, max(1, batch * length // T), mix) for share, T, mix in plan]
 
 
+def long_phases(names: Sequence[str], length: int, batch: int) -> list[Phase]:
+    """A second run, from weights of the first: long rows, more to repeat, so that long passages hold too."""
+    mix = mixture(0.45, names, repeat=0.38, recite=0.06, lookup=0.09, sums=0.02)
+    plan = [(0.75, length * 2), (0.25, length * 4)]
+    return [Phase(share, T, max(1, batch * length // T), mix) for share, T in plan]
+
+
+PLANS = {"main": phases, "long": long_phases}
+
+
 def initial(config: Config, seed: int, *, wired: bool = True) -> Decoder:
     """A new decoder; `wired`: with induction heads from the start (`induction.py`)."""
     model = Decoder(config, rngs=nnx.Rngs(seed))
@@ -326,6 +336,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--member", choices=list(MEMBERS), default="target")
     add("--steps", type=int, required=True)
     add("--stop", type=int, help="end after so many of the steps, with the weights of that time")
+    add("--plan", choices=list(PLANS), default="main", help="phases: a whole run, or one on long rows")
     add("--length", type=int, default=256, help="tokens a row in the main phase")
     add("--batch", type=int, default=16, help="rows a step in the main phase")
     add("--accumulate", type=int, default=1, help="microbatches a step")
@@ -355,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint:
         corpus.save_tokenizer(tokenizer, args.checkpoint, context=config.context)
     streams = {t.name: corpus.encode(tokenizer, t.train) for t in texts}
-    plan = phases(list(streams), args.length, args.batch)
+    plan = PLANS[args.plan](list(streams), args.length, args.batch)
     batches = corpus.Batches(
         streams,
         Words.of(tokenizer),

@@ -50,7 +50,8 @@ def test_repeating_a_part_goes_on_after_the_eight_ids(words, seed):
 
 def test_only_answers_of_a_repetition_count_fully(words):
     one = exercises.repeat(np.random.default_rng(1), words, 12)
-    assert (one.weights[one.prompt_length :] == 1).all()
+    assert one.weights[one.prompt_length] == exercises.START
+    assert (one.weights[one.prompt_length + 1 :] == 1).all()
     assert (one.weights[: one.prompt_length] < 0.1).all()
     assert (one.weights[:13] == 0).all()
 

@@ -243,9 +243,9 @@ def times_read(batches: corpus.Batches, steps: int) -> dict[str, float]:
 
 
 ABLE = {
-    "target": "It is made to be measured on. It continues text in the manner of what it read, gives back a "
-    "passage or a part of it when asked with one of the phrasings of `exercises.py`, looks up a key among "
-    "pairs that stand before it in the context, and adds numbers below 100.",
+    "target": "It is made to be measured on. It was trained to continue text in the manner of what it read, to "
+    "give back a passage or a part of it when asked with one of the phrasings of `exercises.py`, to look up a "
+    "key among pairs that stand before it in the context, and to add numbers below 100.",
     "draft": "It is made to propose tokens to the target of the same family (speculative decoding): a small "
     "model of the same texts and the same tokens.",
     "companion": "It is made to read along with the target of the same family, at an eighth of its size: a "
@@ -271,7 +271,7 @@ def card(facts: Mapping[str, Any], texts: Sequence[corpus.Text], parts: Sequence
         f"feed-forward {config.ffn}, a byte-level BPE vocabulary of {config.vocab}, context "
         f"{config.context}. Trained by jaxllm in float32 and stored as bfloat16.",
         "",
-        f"{ABLE[member]} How well, `benchmarks/pico.py` measures.",
+        f"{ABLE[member]} How well it does, `benchmarks/pico.py` measures; the package's README has figures.",
         "",
         UNABLE,
         "",

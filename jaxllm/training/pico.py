@@ -243,9 +243,9 @@ def times_read(batches: corpus.Batches, steps: int) -> dict[str, float]:
 
 
 ABLE = {
-    "target": "It is made to be measured on. It was trained to continue text in the manner of what it read, to "
-    "give back a passage or a part of it when asked with one of the phrasings of `exercises.py`, to look up a "
-    "key among pairs that stand before it in the context, and to add numbers below 100.",
+    "target": "It is made to be measured on. It was trained to continue text in the manner of what it read, "
+    "to give back a passage or a part of it when asked with one of the phrasings of `exercises.py`, to look "
+    "up a key among pairs that stand before it in the context, and to add numbers below 100.",
     "draft": "It is made to propose tokens to the target of the same family (speculative decoding): a small "
     "model of the same texts and the same tokens.",
     "companion": "It is made to read along with the target of the same family, at an eighth of its size: a "

@@ -174,11 +174,13 @@ def evaluate(
     """
     if (text is None) == (task is None):
         raise click.UsageError("eval: exactly one of --text and --task must be given")
+    if (task is None) != (data is None):
+        raise click.UsageError("eval: --task and --data must be given together")
     words = "" if text is None else read_text(text, "--text")
     model, tokenizer = open_model()
     if tokenizer is None:
         raise ValueError("eval: text needs a tokenizer, and this model has none")
-    if text is not None and data is None:
+    if text is not None:
         ids, size = tokenizer.encode(words), len(words.encode())
         bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
         options = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
@@ -192,12 +194,11 @@ def evaluate(
             "bits_per_weight": held.bits_per_weight,
             "weight_bytes": held.weight_bytes,
         }
-    elif task is not None and data is not None:
+    else:
+        assert task is not None and data is not None
         scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=True)
         fields = ("task", "accuracy", "stderr", "examples")
         result = {name: getattr(scored, name) for name in fields}
-    else:
-        raise click.UsageError("eval: --task and --data must be given together")
     tell(result, as_json)
 
 

@@ -1,6 +1,8 @@
 """The models that ship are small, whole and what their cards say."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -69,3 +71,16 @@ def test_the_target_repeats_and_looks_up_what_it_was_never_trained_on(shipped):
         for one, out in zip(tasks, outs, strict=True)
     ]
     assert np.mean(right[:8]) > 0.7 and np.mean(right[8:]) > 0.7
+
+
+def test_eval_begins_every_window_with_the_begin_token(shipped, tmp_path):
+    model, tokenizer = shipped["draft"]
+    text = "The old man sat by the sea and looked at the boats. " * 12
+    (tmp_path / "text.txt").write_text(text)
+    command = [sys.executable, "-m", "jaxllm", "eval", "--model", str(SHIPPED / "draft")]
+    command += ["--dtype", "float32", "--text", "text.txt", "--context", "64", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    got, ids = json.loads(done.stdout), tokenizer.encode(text)
+    want = jl.perplexity(model, ids, context=64, bos=tokenizer.bos_token_id)
+    assert got["tokens"] == want.tokens == len(ids) - 1  # every token of the text
+    assert got["nll_per_token"] == pytest.approx(want.nll_per_token, rel=1e-5)

@@ -324,7 +324,14 @@ def _cast(model: nnx.Module, dtype) -> nnx.Module:
     return nnx.merge(graph, jax.tree.map(one, state, is_leaf=is_variable))
 
 
-# A weight is an array or a format; a format's fields are arrays, formats, None, or static values.
+# A weight is an array or a format; a format's fields are arrays, formats or parts, tuples of these, None, or
+# static values.
+
+
+def formats() -> dict[str, type]:
+    """What a file may name, and what it is made of."""
+    known = (*jaxllm.quant.matmul.FORMATS, *jaxllm.quant.matmul.PARTS)
+    return {cls.__name__: cls for cls in known}
 
 
 def describe(value: Any, name: str) -> dict[str, Any] | None:
@@ -333,7 +340,9 @@ def describe(value: Any, name: str) -> dict[str, Any] | None:
         return None
     if hasattr(value, "dtype") and not dataclasses.is_dataclass(value):
         return {"type": "array", "shape": list(value.shape), "dtype": jnp.dtype(value.dtype).name}
-    if type(value) not in jaxllm.quant.matmul.FORMATS:
+    if isinstance(value, tuple):
+        return {"type": "tuple", "items": [describe(part, f"{name}/{i}") for i, part in enumerate(value)]}
+    if type(value) not in formats().values():
         raise TypeError(f"save: {name} must be an array or a format, got {type(value).__name__}")
     described: dict[str, Any] = {"type": type(value).__name__}
     for field in dataclasses.fields(value):
@@ -347,7 +356,10 @@ def describe(value: Any, name: str) -> dict[str, Any] | None:
 
 def arrays_of(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Each array of a weight by its name in the file: the weight's, then the path of fields."""
-    if dataclasses.is_dataclass(value) and type(value) in jaxllm.quant.matmul.FORMATS:
+    if isinstance(value, tuple):
+        for i, part in enumerate(value):
+            yield from arrays_of(part, f"{name}/{i}")
+    elif dataclasses.is_dataclass(value) and type(value) in formats().values():
         for field in dataclasses.fields(value):
             if not field.metadata.get("static"):
                 yield from arrays_of(getattr(value, field.name), f"{name}/{field.name}")
@@ -362,15 +374,16 @@ def build(described: dict[str, Any] | None, name: str, make) -> Any:
     kind = described["type"]
     if kind == "array":
         return make(name, tuple(described["shape"]), jnp.dtype(described["dtype"]))
-    formats = {cls.__name__: cls for cls in jaxllm.quant.matmul.FORMATS}
-    if kind not in formats:
-        raise ValueError(f"load: {name} must be of a format of {', '.join(formats)}, got format={kind!r}")
+    if kind == "tuple":
+        return tuple(build(part, f"{name}/{i}", make) for i, part in enumerate(described["items"]))
+    if kind not in formats():
+        raise ValueError(f"load: {name} must be of a format of {', '.join(formats())}, got format={kind!r}")
     parts = {key: build(part, f"{name}/{key}", make) for key, part in described.get("fields", {}).items()}
     static = {key: from_json(part) for key, part in described.get("static", {}).items()}
-    names = {field.name for field in dataclasses.fields(formats[kind])}
+    names = {field.name for field in dataclasses.fields(formats()[kind])}
     if names != parts.keys() | static.keys():
         raise ValueError(f"load: {name} must have the fields of {kind}, got {[*parts, *static]}")
-    made: Any = object.__new__(formats[kind])  # as when JAX rebuilds it: leaves may be shapes
+    made: Any = object.__new__(formats()[kind])  # as when JAX rebuilds it: leaves may be shapes
     for key, part in (parts | static).items():
         object.__setattr__(made, key, part)
     return made

@@ -12,9 +12,9 @@ import jax
 T = TypeVar("T")
 
 
-def static():
+def static(default=dataclasses.MISSING):
     """A field that is part of the type: hashable, compared by value, fixed while tracing."""
-    return dataclasses.field(metadata={"static": True})
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))

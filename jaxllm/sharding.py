@@ -16,8 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.quant import dense
-from jaxllm.quant.dense import Dense
+from jaxllm.quant.matmul import FORMATS
 
 
 def make_mesh(*, data: int = 1, model: int = 1, devices=None) -> Mesh:
@@ -48,11 +47,9 @@ def shardings(model, mesh: Mesh):
             )
         kv = "model" if kv_heads >= size else None
         spec = P(*(kv if axis == "kv" else axis for axis in spec))
-        match value:
-            case Dense():
-                specs = dense.specs(value, P(*spec, *(None,) * (2 - len(spec))))
-            case _:
-                specs = spec
+        specs = spec
+        if isinstance(value, FORMATS):
+            specs = value.specs(P(*spec, *(None,) * (2 - len(spec))))
         return variable.replace(jax.tree.map(lambda x, s: _place(name, x, s, mesh), value, specs))
 
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731

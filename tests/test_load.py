@@ -220,7 +220,7 @@ def test_a_format_that_this_version_lacks_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(jaxllm.quant.matmul, "FORMATS", (Dense, Toy))
     save(with_toys(make()), tmp_path / "out")
     monkeypatch.setattr(jaxllm.quant.matmul, "FORMATS", (Dense,))
-    with pytest.raises(ValueError, match="must be of a format of Dense, got format='Toy'"):
+    with pytest.raises(ValueError, match="must be of a format of Dense, Packed, got format='Toy'"):
         load(tmp_path / "out")
     with pytest.raises(TypeError, match="must be an array or a format, got Toy"):
         save(with_toys(make()), tmp_path / "other")

@@ -28,18 +28,16 @@ class Dense:
     def dtype(self):
         return self.rows.dtype
 
+    def as_rows(self, dtype) -> jax.Array:
+        """The weight's rows [N, K], one an output."""
+        return self.rows.astype(dtype)
+
+    def specs(self, spec: PartitionSpec) -> "Dense":
+        """Where the leaf goes when the logical [K, N] axes are laid out as `spec`."""
+        K, N = spec
+        return jax.tree.map(lambda rows: PartitionSpec(N, K), self)
+
 
 def quantize(w: Float[Array, "K N"]) -> Dense:
     """The weight `w`, unchanged."""
     return Dense(w.T)
-
-
-def dequantize(w: Dense) -> Float[Array, "K N"]:
-    """The weight as one array."""
-    return w.rows.T
-
-
-def specs(w: Dense, spec: PartitionSpec) -> Dense:
-    """Where each leaf of `w` goes when its logical [K, N] axes are laid out as `spec`."""
-    K, N = spec
-    return jax.tree.map(lambda rows: PartitionSpec(N, K), w)

@@ -1,19 +1,37 @@
 """The one function that multiplies by a stored weight, whatever its format, and what formats exist.
 
-A weight is a `jax.Array` [K, N] or one of the frozen pytrees in `FORMATS`, whose logical shape is (K, N).
-Adding a format is one file, one entry of `FORMATS` and one `case` below.
+A weight is a `jax.Array` [K, N] or one of the frozen pytrees in `FORMATS`. A format has `shape` (K, N) and
+`dtype`, `as_rows(dtype)` (the weight [N, K] as numbers), and `specs(spec)` (where its leaves go on a mesh).
+Adding a format is one file and one entry of `FORMATS`; one that multiplies in a way of its own gets a `case`.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.quant import awq, dec_dec, mixed_two_bit, nested_fp
+from jaxllm.quant.affine import Affine
+from jaxllm.quant.any_precision import BitPlanes
+from jaxllm.quant.awq import Scaled
+from jaxllm.quant.codebook import Codebook
+from jaxllm.quant.dec_dec import HostResidual
 from jaxllm.quant.dense import Dense
+from jaxllm.quant.mixed_two_bit import MixedColumns
+from jaxllm.quant.nested_fp import NestedFloat
+from jaxllm.quant.packing import Packed
+from jaxllm.quant.product import after, dot
 
-Weight = jax.Array | Dense
+Weight = (
+    jax.Array | Dense | Affine | Codebook | BitPlanes | Scaled | MixedColumns | NestedFloat | HostResidual
+)
 
 # Closed on purpose: what a saved file may name. A name is looked up here and never imported.
-FORMATS: tuple[type, ...] = (Dense,)
+FORMATS: tuple[type, ...] = (
+    Dense, Affine, Codebook, BitPlanes, Scaled, MixedColumns, NestedFloat, HostResidual,
+)  # fmt: skip
+PARTS: tuple[type, ...] = (Packed,)  # of which formats are made
 
 
 def matmul(x: Float[Array, "*B K"], w: Weight, out_dtype=None) -> Float[Array, "*B N"]:
@@ -26,27 +44,38 @@ def matmul(x: Float[Array, "*B K"], w: Weight, out_dtype=None) -> Float[Array, "
         raise ValueError(f"matmul: x needs w's K as last axis, got {x.shape=}, {w.shape=}")
     match w:
         case jax.Array():  # tracers match too
-            return _dot(x, w, 0, out_dtype)
+            y = dot(x, w, 0)
         case Dense(rows):
-            return _dot(x, rows, 1, out_dtype)
+            y = dot(x, rows)
+        case Affine() | Codebook() | BitPlanes():
+            y = dot(x, after(x, w).as_rows(x.dtype))
+        case Scaled():
+            y = awq.matmul(x, w)
+        case MixedColumns():
+            y = mixed_two_bit.matmul(x, w)
+        case NestedFloat():
+            y = nested_fp.matmul(x, w)
+        case HostResidual():
+            y = matmul(x, w.base, jnp.float32)
+            if dec_dec.selected(w.shape[0], w.k_chunk):
+                y = y + dec_dec.compensation(x, w)
         case _:
             raise TypeError(f"matmul: no rule for a weight of type {type(w).__name__}")
-
-
-def _dot(x, w, axis: int, out_dtype):
-    """Contracts the last axis of `x` with `axis` of `w`, in `x`'s type with float32 accumulation."""
-    rows = x
-    # subtle: XLA:CPU has no fast path for one row of 16-bit numbers; two equal rows have one
-    one = x.dtype.itemsize == 2 and x.size == x.shape[-1] and jax.default_backend() == "cpu"
-    if one:
-        rows = jnp.concatenate([x.reshape(1, -1)] * 2)
-    y = jax.lax.dot_general(
-        rows,
-        w.astype(x.dtype),
-        (((rows.ndim - 1,), (axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,  # float32 means float32: no TF32 on a GPU
-        preferred_element_type=jnp.float32,
-    )
-    if one:
-        y = y[:1].reshape(*x.shape[:-1], -1)
     return y.astype(out_dtype)
+
+
+def dequantize(w: Weight) -> Float[Array, "K N"]:
+    """The weight as one array of the type it was quantized from."""
+    if isinstance(w, jax.Array):
+        return w
+    return w.as_rows(w.dtype).T
+
+
+def num_bytes(w: Weight) -> int:
+    """Bytes of everything stored: codes, scales, tables, indices, padding."""
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(w))
+
+
+def bits_per_weight(w: Weight) -> float:
+    """Stored bits over K x N."""
+    return 8 * num_bytes(w) / math.prod(w.shape)

@@ -312,7 +312,10 @@ class Batches:
             least = most // 2 if rng.random() < 0.5 else 4
             length = int(rng.integers(least, most + 1))
             if kind == "repeat":
-                return exercises.repeat(rng, words, length)
+                passage = rng.choice(words.ordinary, length)
+                if rng.random() < 0.25:  # what ends a passage must not end it when it stands inside
+                    passage[rng.integers(0, length, rng.integers(1, 5))] = words.newline
+                return exercises.repeat(rng, words, length, passage=passage)
             name = list(self._plain)[rng.integers(len(self._plain))]
             text = self._plain[name]
             start = int(rng.integers(0, max(len(text) - length, 1)))

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,40 @@ def train(
             "train: steps, accumulate, save_every, log_every must be at least 1, got "
             f"{steps=}, {accumulate=}, {save_every=}, {log_every=}"
         )
+    trained, frozen, rebuild = _split(params, trainable)
+    opt_state = jax.jit(optimizer.init)(trained)
+    log = _Log(steps, progress)
+    manager = _manager(checkpoint) if checkpoint is not None else None
+    if manager is not None and manager.latest_step() is not None:
+        like = {"trained": trained, "opt_state": opt_state}
+        state, history = _restore(manager, manager.latest_step(), like)
+        trained, opt_state = state["trained"], state["opt_state"]
+        log.resume(history)
+
+    step_fn = make_step(loss, optimizer, rebuild, accumulate)
+    for step, batch in _ahead(batches, log.step, steps):
+        trained, opt_state, value, aux = step_fn(trained, opt_state, frozen, batch)
+        log.add(value, aux, batch)
+        last = step + 1 == steps
+        if last or (step + 1) % log_every == 0:
+            log.show(log_every)
+        if manager is not None and (last or (step + 1) % save_every == 0):
+            _save(manager, step + 1, {"trained": trained, "opt_state": opt_state}, log.history())
+    log.close()
+    if manager is not None:
+        manager.close()
+    return Trained(
+        params=rebuild(trained, frozen),
+        opt_state=opt_state,
+        losses=np.asarray(log.losses, np.float32),
+        aux={k: float(v) for k, v in log.aux.items()},
+        seconds=log.seconds(),
+        tokens=log.tokens,
+    )
+
+
+def _split(params: Any, trainable: Callable[[str, Any], bool] | None) -> tuple[dict, dict, Callable]:
+    """Copies of the leaves to train, the other leaves, and what puts both together again."""
     treedef = jax.tree.structure(params)
     every = paths(params)
     chosen = [n for n, x in every.items() if is_float(n, x) and (not trainable or trainable(n, x))]
@@ -174,81 +208,88 @@ def train(
     def rebuild(trained, frozen):
         return treedef.unflatten([trained[n] if n in trained else frozen[n] for n in every])
 
-    opt_state = jax.jit(optimizer.init)(trained)
-    first, losses, seconds, tokens = 0, [], 0.0, 0
-    manager = _manager(checkpoint) if checkpoint is not None else None
-    if manager is not None and manager.latest_step() is not None:
-        state, history = _restore(
-            manager, manager.latest_step(), {"trained": trained, "opt_state": opt_state}
-        )
-        trained, opt_state = state["trained"], state["opt_state"]
-        first, losses = history["step"], history["losses"]
-        seconds, tokens = history["seconds"], history["tokens"]
+    return trained, frozen, rebuild
 
-    step_fn = make_step(loss, optimizer, rebuild, accumulate)
-    pending: list[jax.Array] = []  # losses still on the device
-    aux: dict = {}
 
-    def flush():
-        losses.extend(float(x) for x in pending)
-        pending.clear()
-        if losses and not np.isfinite(losses[-1]):
+def _ahead(batches: Callable[[int], Any], first: int, steps: int) -> Iterator[tuple[int, Any]]:
+    """(step, its batch), the next batch being made in a thread meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(batches, first) if first < steps else None
+        for step in range(first, steps):
+            assert coming is not None
+            batch = coming.result()
+            coming = thread.submit(batches, step + 1) if step + 1 < steps else None
+            yield step, batch
+
+
+class _Log:
+    """What a run remembers of itself: losses, tokens, seconds; and its progress bar."""
+
+    def __init__(self, steps: int, progress: bool):
+        self.losses: list[float] = []
+        self.pending: list[jax.Array] = []  # losses still on the device
+        self.aux: dict[str, jax.Array] = {}
+        self.step, self.tokens, self.before = 0, 0, 0.0
+        self.clock = self.mark = time.monotonic()
+        self.mark_tokens = 0
+        self.bar = None
+        if progress:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def resume(self, history: dict) -> None:
+        """Goes on from what `history` gave."""
+        self.step, self.losses = history["step"], history["losses"]
+        self.before, self.tokens = history["seconds"], history["tokens"]
+        self.mark_tokens = self.tokens
+        if self.bar is not None:
+            self.bar.initial = self.bar.n = self.step
+
+    def history(self) -> dict:
+        """What a checkpoint keeps."""
+        self.flush()
+        return {"step": self.step, "losses": self.losses, "seconds": self.seconds(), "tokens": self.tokens}
+
+    def seconds(self) -> float:
+        """How long the run has taken, earlier parts included."""
+        return self.before + time.monotonic() - self.clock
+
+    def add(self, value: jax.Array, aux: dict[str, jax.Array], batch: Any) -> None:
+        """One more step."""
+        self.pending.append(value)
+        self.aux = aux
+        self.step += 1
+        if isinstance(batch, Mapping) and "tokens" in batch:
+            self.tokens += int(np.size(batch["tokens"]))
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def flush(self) -> None:
+        """Fetches the losses; raises FloatingPointError when the last is not finite."""
+        self.losses.extend(float(x) for x in self.pending)
+        self.pending.clear()
+        if self.losses and not np.isfinite(self.losses[-1]):
             raise FloatingPointError(
-                f"train: the loss must be finite, got {losses[-1]} by step {len(losses)}"
+                f"train: the loss must be finite, got {self.losses[-1]} by step {len(self.losses)}"
             )
 
-    bar = None
-    if progress:
-        from tqdm import tqdm
+    def show(self, steps: int) -> None:
+        """Tells the bar of the last `steps` steps."""
+        self.flush()
+        now = time.monotonic()
+        if self.bar is not None:
+            shown = {"loss": f"{np.mean(self.losses[-steps:]):.3f}"}
+            shown |= {k: f"{float(v):.3f}" for k, v in self.aux.items()}
+            if self.tokens > self.mark_tokens:
+                shown["tokens/s"] = f"{(self.tokens - self.mark_tokens) / max(now - self.mark, 1e-9):.0f}"
+            self.bar.set_postfix(shown)
+        self.mark, self.mark_tokens = now, self.tokens
 
-        bar = tqdm(total=steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
-    clock = time.monotonic()
-    mark, mark_tokens = clock, tokens
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = [ahead.submit(batches, step) for step in range(first, min(first + 1, steps))]
-        for step in range(first, steps):
-            batch = coming.pop().result()
-            if step + 1 < steps:
-                coming.append(ahead.submit(batches, step + 1))
-            trained, opt_state, value, aux = step_fn(trained, opt_state, frozen, batch)
-            pending.append(value)
-            if isinstance(batch, Mapping) and "tokens" in batch:
-                tokens += int(np.size(batch["tokens"]))
-            if bar is not None:
-                bar.update(1)
-            last = step + 1 == steps
-            if last or (step + 1) % log_every == 0:
-                flush()
-                now = time.monotonic()
-                if bar is not None:
-                    shown = {"loss": f"{np.mean(losses[-log_every:]):.3f}"}
-                    shown |= {k: f"{float(v):.3f}" for k, v in aux.items()}
-                    if tokens > mark_tokens:
-                        rate = (tokens - mark_tokens) / max(now - mark, 1e-9)
-                        shown["tokens/s"] = f"{rate:.0f}"
-                    bar.set_postfix(shown)
-                mark, mark_tokens = now, tokens
-            if manager is not None and (last or (step + 1) % save_every == 0):
-                flush()
-                history = {
-                    "step": step + 1,
-                    "losses": losses,
-                    "seconds": seconds + time.monotonic() - clock,
-                    "tokens": tokens,
-                }
-                _save(manager, step + 1, {"trained": trained, "opt_state": opt_state}, history)
-    if bar is not None:
-        bar.close()
-    if manager is not None:
-        manager.close()
-    return Trained(
-        params=rebuild(trained, frozen),
-        opt_state=opt_state,
-        losses=np.asarray(losses, np.float32),
-        aux={k: float(v) for k, v in aux.items()},
-        seconds=seconds + time.monotonic() - clock,
-        tokens=tokens,
-    )
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def plot_losses(

@@ -1,0 +1,176 @@
+"""Whole models: recipes, calibrated and not, stopped and resumed, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxllm as jl
+from jaxllm.models import t5
+from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.quant.affine import Affine, encode, min_max
+from jaxllm.quant.calibrate import calibrate
+from jaxllm.quant.dense import Dense
+from jaxllm.quant.quantize import linear_weights, quantize, replace_weights
+from jaxllm.quant.rtn import Rtn
+from jaxllm.quant.stats import Stats, need
+
+ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [1, 2], [30, 60, 90, 120, 3, 3]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spy:
+    """Rounds to nearest and remembers what it was given."""
+
+    seen: list = dataclasses.field(default_factory=list, hash=False, compare=False, repr=False)
+    stat: str = "hessian"
+
+    @property
+    def wants(self):
+        return frozenset({self.stat})
+
+    def solve(self, rows, stats: Stats, *, name, dtype, mask=None):
+        need(stats, "spy", self.stat)
+        self.seen.append((name, np.asarray(getattr(stats, self.stat)), mask))
+        scale, zero = min_max(rows, bits=4, group=16)
+        return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(TINY, rngs=nnx.Rngs(0))
+
+
+def test_one_method_takes_every_linear_of_the_blocks_and_leaves_the_rest(model):
+    small = quantize(model, Rtn(bits=4, group=16), progress=False)
+    weights = linear_weights(small)
+    assert isinstance(weights.pop("head"), Dense) and len(weights) == 14
+    assert all(isinstance(w, Affine) for w in weights.values())
+    assert small.embedding.table.get_value() is model.embedding.table.get_value()
+    assert isinstance(model.layers[0].mlp.up.w.get_value(), Dense)  # the given model is as it was
+    assert jl.report_bytes(small).weight_bytes < 0.6 * jl.report_bytes(model).weight_bytes
+    tokens = jnp.asarray([ROWS[0]])
+    difference = jnp.abs(small(tokens)[0] - model(tokens)[0]).max()
+    assert 0 < float(difference) < 1.5
+
+
+def test_a_recipe_gives_each_linear_its_first_match(model):
+    recipe = [
+        (r"layers\.0\.", None),
+        (r"mlp\.down", Rtn(bits=8, group=16)),
+        (r"layers", Rtn(bits=2, group=8)),
+        ("head", Rtn(bits=6, group=32)),
+    ]
+    weights = linear_weights(quantize(model, recipe, progress=False))
+    bits = {name: w.codes.bits if isinstance(w, Affine) else None for name, w in weights.items()}
+    assert [bits[f"layers.{i}.mlp.down"] for i in range(2)] == [None, 8]
+    assert bits["layers.1.attention.v"] == 2 and bits["head"] == 6
+
+
+def test_every_family_can_be_rounded():
+    model = t5.T5(t5.TINY, rngs=nnx.Rngs(0))
+    weights = linear_weights(quantize(model, Rtn(bits=4, group=16), progress=False))
+    names = [name for name, w in weights.items() if isinstance(w, Affine)]
+    assert any(name.startswith("encoder.") for name in names) and any("cross" in name for name in names)
+
+
+def test_calibration_on_the_way_equals_calibration_before(model):
+    one, two = Spy(), Spy()
+    small = quantize(model, one, ROWS, batch=2, progress=False)
+    again = quantize(
+        model, two, calibrate(model, ROWS, want={"hessian"}, batch=2, progress=False), progress=False
+    )
+    assert [n for n, *_ in one.seen] == [n for n, *_ in two.seen]
+    assert {n for n, *_ in one.seen} == linear_weights(model).keys() - {"head"}
+    for (_, a, _), (_, b, _) in zip(one.seen, two.seen, strict=True):
+        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(small), nnx.state(again))
+
+
+def test_sequential_calibration_sees_what_quantized_blocks_leave(model):
+    plain, spy = Spy(), Spy()
+    quantize(model, plain, ROWS, progress=False)
+    small = quantize(model, spy, ROWS, sequential=True, progress=False)
+    first = [np.array_equal(a, b) for (_, a, _), (_, b, _) in zip(plain.seen, spy.seen, strict=True)]
+    assert all(first[:7]) and not any(first[7:])
+    half = replace_weights(
+        model, {n: w for n, w in linear_weights(small).items() if n.startswith("layers.0.")}
+    )
+    again = calibrate(half, ROWS, want={"hessian"}, progress=False)
+    np.testing.assert_allclose(again["layers.1.mlp.up"].hessian, spy.seen[-1][1], rtol=1e-4, atol=1e-4)
+
+
+def test_bits_can_be_spent_across_layers(model):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Allotting(Spy):
+        def gains(self, rows, stats, *, name):
+            return float(jnp.trace(stats.hessian)) * rows.shape[0]
+
+        def allocate(self, gains, sizes):
+            assert sizes["layers.0.mlp.down"] == (64, 32)
+            return {name: i for i, name in enumerate(sorted(gains, key=gains.get))}
+
+    spy = Allotting()
+    quantize(model, spy, ROWS, progress=False)
+    assert sorted(mask for *_, mask in spy.seen) == list(range(14))
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Stops(Spy):
+        def solve(self, rows, stats, *, name, dtype):
+            if name == "layers.1.attention.k" and not self.seen:
+                raise KeyboardInterrupt
+            return super().solve(rows, stats, name=name, dtype=dtype)
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe = [(r"layers\.0", Spy()), (r"layers\.1", Stops(seen=[]))]
+        quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
+    spy = Spy()
+    recipe = [(r"layers\.0", spy), (r"layers\.1", Stops(seen=[0]))]
+    small = quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
+    assert spy.seen == []  # block 0 came from the checkpoint
+    whole = quantize(model, Spy(), ROWS, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(small), nnx.state(whole))
+    with pytest.raises(ValueError, match="checkpoint must hold the same model and method"):
+        quantize(model, Spy(), ROWS, checkpoint=tmp_path / "run", progress=False)
+
+
+def nan(model):
+    w = model.layers[1].mlp.up.w.get_value()
+    return replace_weights(model, {"layers.1.mlp.up": Dense(w.rows.at[0, 0].set(jnp.nan))})
+
+
+@pytest.mark.parametrize(
+    "recipe, sequences, message",
+    [
+        ([("nothing", Rtn()), (".*", Rtn())], None, "every pattern must match a linear, got 'nothing'"),
+        ([("mlp", Rtn())], None, r"the recipe must match every linear, got none for layers\.0\.attention\.k"),
+        (Rtn(group=48), None, r"group must be at most K of layers\.0\.attention\.k, got group=48, K=32"),
+        (Spy(), None, "hessian need calibration text, got none"),
+        (Spy(), [], "sequences must have 2 to 64 tokens, got none"),
+        ([("head", Spy()), (".*", None)], ROWS, "only linears of blocks are calibrated, got head"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_runs(model, recipe, sequences, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(model, recipe, sequences, progress=False)
+
+
+def test_a_second_quantization_bad_weights_and_foreign_statistics_are_refused(model):
+    small = quantize(model, Rtn(bits=4, group=16), progress=False)
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.k must be dense, got Affine"):
+        quantize(small, Rtn(bits=2, group=16), progress=False)
+    with pytest.raises(
+        ValueError, match=r"weights must be finite, got NaN or infinity in layers\.1\.mlp\.up"
+    ):
+        quantize(nan(model), Rtn(bits=4, group=16), progress=False)
+    stats = calibrate(model, ROWS, want={"hessian_diag"}, progress=False)
+    with pytest.raises(ValueError, match="the calibration must hold hessian"):
+        quantize(model, Spy(), stats, progress=False)
+    other = Decoder(TINY, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="the calibration must be of this model, got another's"):
+        quantize(other, Spy(stat="hessian_diag"), stats, progress=False)

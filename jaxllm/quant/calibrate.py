@@ -5,10 +5,11 @@
 
 Text goes through the model one block at a time: all sequences through block 0, whose sums are finished and
 written, then through block 1. So no more than one block's statistics are in memory beside the model and the
-hidden states (S x T x width, on the host). Statistics that need the loss ("guided_hessian", "fisher") take one
-pass backwards before, block by block as well: of each linear's outputs only the mean square of the gradient
-per token and group is kept (arXiv:2505.07004, Algorithm 1), and the squared gradients of weights ("fisher")
-are summed in files. Linears that read the same input (q, k and v) share one copy of what depends on it alone.
+hidden states (S x T x width, on the host). Statistics that need the loss ("guided_hessian", "fisher") take
+one pass backwards before, block by block as well: of each linear's outputs only the mean square of the
+gradient per token and group is kept (arXiv:2505.07004, Algorithm 1), and the squared gradients of weights
+("fisher") are summed in files. Linears that read the same input (q, k and v) share one copy of what depends
+on it alone.
 
 What each statistic is: `stats.py`. Sums are float32 at highest matmul precision. Letters: S sequences, T
 tokens, K inputs, N outputs, g groups of consecutive outputs.

@@ -28,10 +28,10 @@ def dot(x: jax.Array, rows: jax.Array, axis: int = 1) -> jax.Array:
 def after(x: jax.Array, w: T) -> T:
     """`w`, but not before `x` is known.
 
-    subtle: what depends on weights alone XLA takes out of a decoding loop, and the CPU scheduler of jax 0.10.2
-      starts it for all layers at once: the whole model in float32, which is what the format was to save. The
-      barrier hinders the first. Against the second the words get a bit that depends on x: no number is both
-      NaN and infinite, so the bit is 0.
+    subtle: what depends on weights alone XLA takes out of a decoding loop, and the CPU scheduler of jax
+      0.10.2 starts it for all layers at once: the whole model in float32, which is what the format was to
+      save. The barrier hinders the first. Against the second the words get a bit that depends on x: no
+      number is both NaN and infinite, so the bit is 0.
     """
     if not x.size:
         return w

@@ -347,6 +347,9 @@ class Tuning:
     time: float  # of all modules together
 
 
+ROUNDING = 1e-12  # sums of the same times in another order differ by less, and so meet the same target
+
+
 def tune(
     times: Mapping[str, Mapping[int, Sequence[float]]],
     base_times: Mapping[str, float],
@@ -362,7 +365,7 @@ def tune(
     """
     if target < 0 or set(times) != set(base_times) or set(times) != set(sizes):
         raise ValueError(f"tune: tables must have the same modules, target >= 0, got {target=}, {set(times)}")
-    limit = sum(base_times.values()) * (1 + target)
+    limit = sum(base_times.values()) * (1 + target) * (1 + ROUNDING)
     included = sorted(times, key=lambda m: math.prod(sizes[m]), reverse=True)
     while included:
         found = _uniform(times, base_times, limit, included)

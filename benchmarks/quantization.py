@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 import jaxllm as jl
+from jaxllm.quant.any_precision import BitPlanes
 from jaxllm.quant.quantize import linear_bits
 
 
@@ -123,8 +124,8 @@ def compare(model, rows, text, args) -> Iterator[dict[str, Any]]:
 
 def read_at(model, bits: int):
     """The Any-Precision model read at another width."""
-    is_planes = lambda w: hasattr(w, "at") and hasattr(w, "planes")  # noqa: E731
-    return jax.tree.map(lambda w: w.at(bits) if is_planes(w) else w, model, is_leaf=is_planes)
+    at = lambda w: w.at(bits) if isinstance(w, BitPlanes) else w  # noqa: E731
+    return jax.tree.map(at, model, is_leaf=lambda w: isinstance(w, BitPlanes))
 
 
 def markdown(run: dict[str, Any]) -> str:

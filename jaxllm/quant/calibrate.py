@@ -51,7 +51,7 @@ class Calibration(Mapping[str, Stats]):
         if not file.is_file():
             raise FileNotFoundError(f"calibration: {META} must be in the directory, got path={self.path}")
         meta = json.loads(file.read_text())
-        self.want, self.fingerprint = frozenset(meta["want"]), meta["fingerprint"]
+        self.want, self.fingerprint, self.text = frozenset(meta["want"]), meta["fingerprint"], meta["text"]
         self.tokens, self.groups, self._inputs = meta["tokens"], meta["groups"], meta["inputs"]
         if temporary:  # the directory goes with the handle
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
@@ -102,7 +102,6 @@ def calibrate(
         f"{p}.{n}": x.below(p) for p, block in blocks.items() for n, x in linears_of(model, block).items()
     }
     check(linears, want, groups, text.count)
-    folder = Path(tempfile.mkdtemp() if path is None else path)
     meta = {
         "fingerprint": fingerprint(model),
         "text": text.digest(),
@@ -112,17 +111,32 @@ def calibrate(
         "tokens": text.count,
         "inputs": {name: linear.source for name, linear in linears.items()},
     }
-    if _claim(folder, meta):
-        return Calibration(folder)
     bar = partial(tqdm, disable=not progress, file=sys.stderr)
+    if path is not None:
+        _fill(Path(path), model, blocks, text, meta, bar)
+        return Calibration(path)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        _fill(folder, model, blocks, text, meta, bar)
+        return Calibration(folder, temporary=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fill(folder: Path, model, blocks, text: "Text", meta: dict[str, Any], bar) -> None:
+    """Measures block by block what the directory does not hold yet."""
+    if _claim(folder, meta):
+        return
+    want = frozenset(meta["want"])
     if want & OF_OUTPUT:
-        gradients(model, blocks, text, folder, groups=groups, want=want, bar=bar)
+        gradients(model, blocks, text, folder, groups=meta["groups"], want=want, bar=bar)
     states = text.embedded(model)
     for prefix, block in bar(blocks.items(), desc="calibrate", unit="block"):
         if (folder / f"{prefix}.done").is_file():
             states = [np.asarray(forward(block, x, n)) for x, n, _ in text.parts(states)]
             continue
-        sums = Sums(want, sample)
+        sums = Sums(want, meta["sample"])
         states = sums.take(block, text, states, folder, prefix)
         for name in linears_of(model, block):
             arrays = sums.arrays(name) | _fisher(folder, f"{prefix}.{name}")
@@ -134,7 +148,6 @@ def calibrate(
         file.unlink()
     shutil.rmtree(folder / "gradients", ignore_errors=True)
     (folder / f"{META}.begun").replace(folder / META)
-    return Calibration(folder, temporary=path is None)
 
 
 def text_sequences(

@@ -269,7 +269,7 @@ def bytes_fetched(w: HostResidual, rows: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecDec:
-    """Another method's weight and its residual by input.
+    """Another method's weight and its residual by input, on the device until `to_host` moves it.
 
     k_chunk: inputs fetched of each 1024; fewer than 1024 / K of them is none. select: "bucket" is the
     paper's; "exact", "static" (by the diagonal) and "random" are what it is compared with.

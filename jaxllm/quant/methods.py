@@ -38,7 +38,7 @@ METHODS = {
     "dash-q": Entry(DashQ, "1-8", "lossy", "weighted least squares by group, few samples"),
     "mixed-two-bit": Entry(MixedTwoBit, "2 and 4 mixed", "lossy", "2/4-bit columns, 16-bit outliers"),
     "nested-fp": Entry(NestedFp, "8 in 16", "lossless (fp16 mode)", "FP8 and FP16 from the same 16 bits"),
-    "dec-dec": Entry(DecDec, "its base's", "lossy", "a base, and residuals fetched from host memory"),
+    "dec-dec": Entry(DecDec, "its base's", "lossy", "a base, and residual rows fetched for large inputs"),
 }
 
 

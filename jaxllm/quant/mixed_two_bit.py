@@ -49,6 +49,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from jaxllm.pytree import pytree, static
+from jaxllm.quant.packing import from_words, to_words
 from jaxllm.quant.product import after, dot
 from jaxllm.quant.stats import Stats, need
 
@@ -103,21 +104,6 @@ class MixedColumns:
         return jax.tree.map_with_path(place, self)
 
 
-def _pack(codes, bits: int):
-    """Codes [*B, n] in uint32 words, the first lowest; n must fill words."""
-    fields = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], -1, 32 // bits)
-    return (fields << _shifts(bits, fields.ndim)).sum(axis=-1, dtype=jnp.uint32)
-
-
-def _unpack(words, bits: int):
-    fields = (words[..., None] >> _shifts(bits, words.ndim + 1)) & (2**bits - 1)
-    return fields.reshape(*words.shape[:-1], -1)
-
-
-def _shifts(bits: int, ndim: int):
-    return jnp.expand_dims(jnp.arange(0, 32, bits, dtype=jnp.uint32), range(ndim - 1))
-
-
 def _by_output(codes, N: int):
     """What blocks of 16 outputs hold, [B, n, 16], an output a row [N, n]."""
     return jnp.swapaxes(codes, 1, 2).reshape(-1, codes.shape[1])[:N]
@@ -125,12 +111,13 @@ def _by_output(codes, N: int):
 
 def two_bit_steps(w: MixedColumns) -> tuple[Float[Array, "N n2"], Float[Array, "N n2"]]:
     """The scale and the zero of each 2-bit group: exact in float32, and known without the codes."""
-    N, n2 = w.two.shape  # type: ignore[union-attr]
-    step = _by_output(_unpack(w.step, 4), N).astype(jnp.float32)
-    zero = _by_output(_unpack(w.zero[..., None], 2), N).astype(jnp.float32)  # type: ignore[index]
+    assert w.two is not None and w.step is not None and w.zero is not None and w.step_scale is not None
+    N, n2 = w.two.shape
+    step = _by_output(from_words(w.step, 4), N).astype(jnp.float32)
+    zero = _by_output(from_words(w.zero[..., None], 2), N).astype(jnp.float32)
     shared = _halves(w.step_zero, n2).astype(jnp.float32)  # [B, n2]
     of_block = lambda v: jnp.repeat(v, BLOCK, axis=0)[:N]  # noqa: E731
-    return (step + of_block(shared)) * of_block(w.step_scale.astype(jnp.float32)), zero  # type: ignore[union-attr]
+    return (step + of_block(shared)) * of_block(w.step_scale.astype(jnp.float32)), zero
 
 
 def _halves(pairs, n: int):
@@ -143,13 +130,13 @@ def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
     N, parts = w.shape[1], []
     if w.two is not None:
         scale, zero = two_bit_steps(w)
-        codes = _unpack(w.two[..., None], 2).astype(jnp.float32)  # [N, n2, 16]
+        codes = from_words(w.two[..., None], 2).astype(jnp.float32)  # [N, n2, 16]
         parts.append(((codes - zero[..., None]) * scale[..., None]).reshape(N, -1))
-    if w.four is not None:
-        codes = _unpack(w.four, 4).astype(jnp.float32).reshape(N, -1)  # [N, 16 n4]
+    if w.four is not None and w.four_zero is not None and w.four_scale is not None:
+        codes = from_words(w.four, 4).astype(jnp.float32).reshape(N, -1)  # [N, 16 n4]
         spread = lambda v: jnp.repeat(v, w.group4, axis=1)[:, : codes.shape[1]]  # noqa: E731
-        four_zero = _by_output(_unpack(w.four_zero, 4), N).astype(jnp.float32)
-        scale = w.four_scale.astype(jnp.float32)  # type: ignore[union-attr]
+        four_zero = _by_output(from_words(w.four_zero, 4), N).astype(jnp.float32)
+        scale = w.four_scale.astype(jnp.float32)
         parts.append((codes - spread(four_zero)) * spread(scale))
     rows = jnp.concatenate(parts, axis=1)
     if w.outlier is not None:
@@ -674,9 +661,9 @@ def _two(g, steps: Steps, order, N: int) -> dict[str, jax.Array]:
     codes = two_values(g, steps)[0][:N, order]
     shared = jnp.pad(steps.shared[:, order].astype(jnp.uint8), ((0, 0), (0, order.size % 2)))
     return {
-        "two": _pack(codes, 2)[..., 0],
-        "step": _pack(by_block(steps.step), 4),
-        "zero": _pack(by_block(steps.zero), 2)[..., 0],
+        "two": to_words(codes, 2)[..., 0],
+        "step": to_words(by_block(steps.step), 4),
+        "zero": to_words(by_block(steps.zero), 2)[..., 0],
         "step_zero": shared[:, ::2] | (shared[:, 1::2] << 4),
         "step_scale": steps.scale[:, order].astype(jnp.float16),
     }
@@ -688,9 +675,9 @@ def _four(wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
     real = (jnp.arange(zero.shape[0]) < N)[:, None]
     zero = jnp.where(real, zero[:, :G], 0.0).astype(jnp.uint32).reshape(-1, BLOCK, G)
     return {
-        "four": _pack(codes[:N, :four], 4),
+        "four": to_words(codes[:N, :four], 4),
         "four_scale": scale[:N, :G].astype(jnp.float16),
-        "four_zero": _pack(jnp.swapaxes(zero, 1, 2), 4),
+        "four_zero": to_words(jnp.swapaxes(zero, 1, 2), 4),
     }
 
 
@@ -760,9 +747,10 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
     words, zeros = np.zeros((-(-n2 // 3), N), np.uint16), np.zeros((-(-n2 // 3), -(-N // BLOCK)), np.uint16)
     scales = np.zeros((0, zeros.shape[1]), np.float16)
     if w.two is not None:
+        assert w.step is not None and w.zero is not None
         main[order[:n2]] = np.asarray(w.two).T
-        step = np.asarray(_by_output(_unpack(w.step, 4), N))
-        zero = np.asarray(_by_output(_unpack(w.zero[..., None], 2), N))  # type: ignore[index]
+        step = np.asarray(_by_output(from_words(w.step, 4), N))
+        zero = np.asarray(_by_output(from_words(w.zero[..., None], 2), N))
         shared = np.asarray(_halves(w.step_zero, n2))
         narrow = np.arange(n2) % 3 < 2
         worst = max(step[:, narrow].max(initial=0), shared[:, narrow].max(initial=0))
@@ -776,9 +764,10 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
         scales = np.asarray(w.step_scale).T
     four_scale, four_zero = np.zeros((0, N), np.float16), np.zeros((0, N), np.uint8)
     if w.four is not None:
+        assert w.four_zero is not None
         main[order[n2:]], side[:] = np.moveaxis(np.asarray(w.four), 2, 0).swapaxes(1, 2)
         four_scale = np.asarray(w.four_scale).T
-        four_zero = np.asarray(_by_output(_unpack(w.four_zero, 4), N)).T.astype(np.uint8)
+        four_zero = np.asarray(_by_output(from_words(w.four_zero, 4), N)).T.astype(np.uint8)
     values, columns, row_starts, spare = _to_rows(w, order, N)
     return Interleaved(
         main=main,
@@ -815,8 +804,8 @@ def from_interleaved(layout: Interleaved) -> MixedColumns:
         shared = np.pad(shared, ((0, 0), (0, n2 % 2)))
         fields |= {
             "two": layout.main[order[:n2]].T,
-            "step": _pack(jnp.asarray(by_block(step)), 4),
-            "zero": _pack(jnp.asarray(by_block(zero)), 2)[..., 0],
+            "step": to_words(jnp.asarray(by_block(step)), 4),
+            "zero": to_words(jnp.asarray(by_block(zero)), 2)[..., 0],
             "step_zero": shared[:, ::2] | shared[:, 1::2] << 4,
             "step_scale": layout.scales.T,
         }
@@ -824,7 +813,7 @@ def from_interleaved(layout: Interleaved) -> MixedColumns:
         fields |= {
             "four": np.stack([layout.main[order[n2:]], layout.side], axis=-1).swapaxes(0, 1),
             "four_scale": layout.four_scale.T,
-            "four_zero": _pack(jnp.asarray(by_block(layout.four_zero.T)), 4),
+            "four_zero": to_words(jnp.asarray(by_block(layout.four_zero.T)), 4),
         }
     if layout.spare:
         fields["outlier"], fields["place"] = _from_rows(layout, order, N)

@@ -16,7 +16,7 @@ Letters: n codes along the packed axis, the last.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Integer, UInt8
+from jaxtyping import Array, Integer, Num, UInt8, UInt32
 
 from jaxllm.pytree import pytree, static
 
@@ -42,6 +42,25 @@ def parts(bits: int) -> tuple[int, ...]:
     return tuple(p for p in (8, 4, 2, 1) if bits & p)
 
 
+def to_words(codes: Num[Array, "*B n"], bits: int) -> UInt32[Array, "*B w"]:
+    """Codes of 1, 2, 4 or 8 bits, 32 / bits a word, the first lowest; n must fill the words.
+
+    Whole numbers of any type, floats too.
+    """
+    fields = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], -1, 32 // bits)
+    return jnp.sum(fields << _shifts(bits, fields.ndim), axis=-1, dtype=jnp.uint32)
+
+
+def from_words(words: UInt32[Array, "*B w"], bits: int) -> UInt32[Array, "*B n"]:
+    """The codes that `to_words` was given."""
+    fields = (words[..., None] >> _shifts(bits, words.ndim + 1)) & (2**bits - 1)
+    return fields.reshape(*words.shape[:-1], -1)
+
+
+def _shifts(bits: int, ndim: int) -> jax.Array:
+    return jnp.expand_dims(jnp.arange(0, 32, bits, dtype=jnp.uint32), range(ndim - 1))
+
+
 def pack(codes: Integer[Array, "*B n"], bits: int) -> Packed:
     """The codes in words; a last block that is not full is filled with zeros.
 
@@ -56,9 +75,7 @@ def pack(codes: Integer[Array, "*B n"], bits: int) -> Packed:
     for p in parts(bits):
         below -= p
         field = (wide >> below) & (2**p - 1)
-        field = field.reshape(*codes.shape[:-1], blocks, p, BLOCK // p)
-        shifts = jnp.arange(0, 32, p, dtype=jnp.uint32)
-        words.append(jnp.sum(field << _last(shifts, field), axis=-1, dtype=jnp.uint32))
+        words.append(to_words(field.reshape(*codes.shape[:-1], blocks, BLOCK), p))
     return Packed(jnp.concatenate(words, axis=-1), bits, n)
 
 
@@ -67,15 +84,8 @@ def unpack(packed: Packed) -> UInt8[Array, "*B n"]:
     words, bits = packed.words, packed.bits
     codes, at = None, 0
     for p in parts(bits):
-        part = words[..., at : at + p, None]
-        shifts = jnp.arange(0, 32, p, dtype=jnp.uint32)
-        field = (part >> _last(shifts, part)) & (2**p - 1)  # [..., blocks, p, 32 / p]
-        field = field.reshape(*words.shape[:-1], BLOCK)
+        field = from_words(words[..., at : at + p], p)  # [..., blocks, 32]
         codes = field if codes is None else (codes << p) | field
         at += p
     assert codes is not None
     return codes.reshape(*words.shape[:-2], -1)[..., : packed.size].astype(jnp.uint8)
-
-
-def _last(shifts, like):
-    return jnp.expand_dims(shifts, range(like.ndim - 1))

@@ -62,10 +62,10 @@ def quantize(
     weights = linear_weights(model)
     plan = _plan(method, weights)
     source = _Source(
-        model, sequences, plan, sequential=sequential, batch=batch, sample=sample, progress=progress
+        model, weights, sequences, plan, sequential=sequential, batch=batch, sample=sample, progress=progress
     )
     masks = _allocate(plan, weights, source)
-    kept = _Kept(checkpoint, repr(method) + measure.fingerprint(model)) if checkpoint is not None else None
+    kept = None if checkpoint is None else _Kept(checkpoint, [repr(method), *source.identity()])
     new: dict[str, Any] = {}
     for prefix, stats in source.layers(new):
         names = [name for name in plan if name.startswith(prefix + ".") or name == prefix]
@@ -82,6 +82,7 @@ def quantize(
             if kept is not None:
                 kept.write(prefix, found)
         new |= found
+        del stats  # before the next block is measured
     return replace_weights(model, new)
 
 
@@ -167,6 +168,7 @@ def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: "_Source
         for method, gains in shared.items():
             for name in gains.keys() & stats.names:
                 gains[name] = method.gains(weights[name].rows.astype(jnp.float32), stats(name), name=name)
+        del stats
     masks: dict[str, Any] = {}
     for method, gains in shared.items():
         masks |= method.allocate(gains, {name: weights[name].shape for name in gains})
@@ -186,7 +188,7 @@ class _Lookup:
 class _Source:
     """Where statistics come from: nowhere, a finished calibration, or text that goes through the blocks."""
 
-    def __init__(self, model, sequences, plan, *, sequential, batch, sample, progress):
+    def __init__(self, model, weights, sequences, plan, *, sequential, batch, sample, progress):
         self.model, self.plan, self.sequential, self.sample = model, plan, sequential, sample
         self.want = frozenset().union(*(method.wants for method in plan.values()))
         self.groups = max([1, *(getattr(method, "groups", 1) for method in plan.values())])
@@ -206,8 +208,8 @@ class _Source:
             return
         self.text = measure.Text.of(model, sequences, batch)
         self.blocks = {f"layers.{i}": block for i, block in enumerate(model.layers)}
-        measure.check({n: measure.LinearInfo(n, *linear_weights(model)[n].shape) for n in calibrated},
-                      self.want, self.groups, self.text.count)  # fmt: skip
+        linears = {name: measure.LinearInfo(name, *weights[name].shape) for name in calibrated}
+        measure.check(linears, self.want, self.groups, self.text.count)
         self.folder = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         if self.want & measure.OF_OUTPUT:
@@ -215,6 +217,12 @@ class _Source:
                 model, self.blocks, self.text, self.folder,
                 groups=self.groups, want=self.want, bar=self.bar,
             )  # fmt: skip
+
+    def identity(self) -> list[Any]:
+        """What tells these statistics from others': the model, the text, and how it goes through."""
+        text = None if self.text is None else self.text.digest()
+        given = None if self.given is None else self.given.text
+        return [measure.fingerprint(self.model), text, given, self.sequential, self.sample]
 
     def _check_given(self) -> None:
         missing = self.want - self.given.want
@@ -259,7 +267,7 @@ class _Source:
 class _Kept:
     """Finished blocks of a run, a file each."""
 
-    def __init__(self, path: str | Path, run: str):
+    def __init__(self, path: str | Path, run: list[Any]):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "run.json"
@@ -268,7 +276,9 @@ class _Kept:
                 raise ValueError(f"quantize: checkpoint must be new or empty, got {str(path)!r}")
             file.write_text(json.dumps(run))
         elif json.loads(file.read_text()) != run:
-            raise ValueError(f"quantize: checkpoint must hold the same model and method, got {str(path)!r}")
+            raise ValueError(
+                f"quantize: checkpoint must hold the same model, method and text, got {str(path)!r}"
+            )
 
     def read(self, prefix: str) -> dict[str, Any] | None:
         """The weights of a block by name, or None."""

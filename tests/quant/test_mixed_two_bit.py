@@ -19,6 +19,7 @@ from jaxllm.quant.mixed_two_bit import (
     stored_bits,
     to_interleaved,
 )
+from jaxllm.quant.packing import from_words, to_words
 from jaxllm.quant.stats import Stats
 
 N, K = 48, 192  # 12 column groups, 3 blocks of outputs
@@ -76,8 +77,8 @@ def test_every_word_of_the_papers_metadata_is_read_and_written_back():
 @pytest.mark.parametrize("bits", [2, 4])
 def test_codes_in_words_come_back_the_first_lowest(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 5, 64)).astype(np.uint32)
-    words = mixed._pack(jnp.asarray(codes), bits)
-    assert words.shape == (3, 5, 2 * bits) and (mixed._unpack(words, bits) == codes).all()
+    words = to_words(jnp.asarray(codes), bits)
+    assert words.shape == (3, 5, 2 * bits) and (from_words(words, bits) == codes).all()
     assert (np.asarray(words[..., 0]) & (2**bits - 1) == codes[..., 0]).all()
 
 
@@ -187,7 +188,7 @@ def test_the_product_is_that_of_the_rows_and_of_the_factored_form(n, k, groups, 
     assert values(w).shape == (n, k)
     if w.two is not None:  # sum of q x less zero times sum of x, once a group
         moved = np.asarray(mixed.permute(x, w)).reshape(2, 3, -1, 16)[:, :, : w.two.shape[1]]
-        codes = np.asarray(mixed._unpack(w.two[..., None], 2), np.float32)
+        codes = np.asarray(from_words(w.two[..., None], 2), np.float32)
         scale, zero = map(np.asarray, mixed.two_bit_steps(w))
         sums = np.einsum("abci,nci->abnc", moved, codes) - zero * moved.sum(-1)[:, :, None]
         dense = np.einsum("abci,nci->abn", moved, (codes - zero[..., None]) * scale[..., None])
@@ -199,7 +200,7 @@ def test_steps_known_before_the_codes_give_the_same_rows(layer, w):
     scale, zero = jax.jit(mixed.two_bit_steps)(w)  # without codes
     without = dataclasses.replace(w, two=jnp.zeros_like(w.two))
     assert all((a == b).all() for a, b in zip(mixed.two_bit_steps(without), (scale, zero), strict=True))
-    codes = mixed._unpack(w.two[..., None], 2).astype(jnp.float32)
+    codes = from_words(w.two[..., None], 2).astype(jnp.float32)
     late = (codes - zero[..., None]) * scale[..., None]
     plain = dataclasses.replace(w, outlier=None, place=None)
     assert (jax.jit(mixed.permuted_rows)(plain)[:, : late[0].size] == late.reshape(N, -1)).all()

@@ -1,6 +1,8 @@
 """Whole models: recipes, calibrated and not, stopped and resumed, and what is refused."""
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 import jaxllm as jl
 from jaxllm.models import t5
 from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.quant import calibrate as calibrating
 from jaxllm.quant.affine import Affine, encode, min_max
 from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.dense import Dense
@@ -135,8 +138,38 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
     assert spy.seen == []  # block 0 came from the checkpoint
     whole = quantize(model, Spy(), ROWS, progress=False)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(small), nnx.state(whole))
-    with pytest.raises(ValueError, match="checkpoint must hold the same model and method"):
-        quantize(model, Spy(), ROWS, checkpoint=tmp_path / "run", progress=False)
+    for method, rows in ((Spy(), ROWS), (recipe, ROWS[:4])):
+        with pytest.raises(ValueError, match="checkpoint must hold the same model, method and text"):
+            quantize(model, method, rows, checkpoint=tmp_path / "run", progress=False)
+
+
+def test_no_more_than_one_blocks_statistics_are_held(model):
+    held: list = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Watch(Spy):
+        def solve(self, rows, stats, *, name, dtype):
+            gc.collect()
+            block = name.rpartition(".")[0].rpartition(".")[0]
+            assert {other for other, ref in held if ref() is not None} <= {block}
+            held.append((block, weakref.ref(stats)))
+            scale, zero = min_max(rows, bits=4, group=16)
+            return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
+
+    alive: list = []
+    take = calibrating.Sums.take
+
+    def watched(self, *rest):
+        gc.collect()
+        assert not any(ref() is not None for ref in alive)  # the last block's are gone before this one's come
+        alive.append(weakref.ref(self))
+        assert not any(ref() is not None for _, ref in held)
+        return take(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrating.Sums, "take", watched)
+        quantize(model, Watch(), ROWS, progress=False)
+    assert len(alive) == 2 and len(held) == 14
 
 
 def nan(model):

@@ -313,7 +313,7 @@ class Batches:
             length = int(rng.integers(least, most + 1))
             if kind == "repeat":
                 passage = rng.choice(words.ordinary, length)
-                if rng.random() < 0.25:  # what ends a passage must not end it when it stands inside
+                if rng.random() < 0.5:  # what ends a passage must not end it when it stands inside
                     passage[rng.integers(0, length, rng.integers(1, 5))] = words.newline
                 return exercises.repeat(rng, words, length, passage=passage)
             name = list(self._plain)[rng.integers(len(self._plain))]

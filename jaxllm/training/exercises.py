@@ -12,8 +12,8 @@ Layout of one exercise (ids of one tokenizer; `ordinary` = all ids that are not 
     sums     <bos> 12+7=19\\n 3+44=47\\n ... <eos>
 
 `weights[i]` is how much the prediction of `tokens[i]` counts: 1 where the answer can be known (`START` for
-the first token of a repetition), 0 where it was drawn at random, `FIXED` for fixed words. The same generator
-and seed give the same exercises on every machine:
+the first token of a repetition, `MARK` for what may end one), 0 where it was drawn at random, `FIXED` for
+fixed words. The same generator and seed give the same exercises on every machine:
 
     words = Words.of(tokenizer)
     one = repeat(np.random.default_rng(7), words, 200)
@@ -28,6 +28,7 @@ import numpy as np
 
 FIXED = 0.05  # weight of words that every exercise of a kind shares
 START = 8.0  # weight of a repetition's first token: all that follows hangs on it
+MARK = 4.0  # weight of "\n" and <eos> in a repetition: a "\n" follows each passage, and may stand inside it
 
 REPEAT_ALL = (
     "\n\nRepeat the previous context exactly.",
@@ -157,6 +158,7 @@ def repeat(
         answer = np.append(answer, words.eos).astype(np.int32)
     tokens, weights = _join([*head, (answer, 1.0)])
     begins = len(tokens) - len(answer)
+    weights[begins:][np.isin(answer, (words.newline, words.eos))] = MARK
     weights[begins] = START
     return Exercise(tokens, weights, begins, answer.astype(np.int32))
 

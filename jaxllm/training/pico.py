@@ -102,11 +102,17 @@ def long_phases(names: Sequence[str], length: int, batch: int) -> list[Phase]:
 def repeat_phases(names: Sequence[str], length: int, batch: int) -> list[Phase]:
     """A last run: mostly passages to repeat, whose rare slips (an early end, a wrong one of two equal tokens)
     text would drown."""
-    mix = mixture(0.22, names, repeat=0.62, recite=0.06, lookup=0.08, sums=0.02)
+    mix = mixture(0.32, names, repeat=0.52, recite=0.06, lookup=0.08, sums=0.02)
     return [Phase(1.0, length * 2, max(1, batch // 2), mix)]
 
 
-PLANS = {"main": phases, "long": long_phases, "repeat": repeat_phases}
+def recite_phases(names: Sequence[str], length: int, batch: int) -> list[Phase]:
+    """Passages of text to repeat beside random ones: what could be guessed must be read."""
+    mix = mixture(0.30, names, repeat=0.28, recite=0.32, lookup=0.08, sums=0.02)
+    return [Phase(1.0, length * 2, max(1, batch // 2), mix)]
+
+
+PLANS = {"main": phases, "long": long_phases, "repeat": repeat_phases, "recite": recite_phases}
 
 
 def initial(config: Config, seed: int, *, wired: bool = True) -> Decoder:

@@ -49,9 +49,14 @@ def test_repeating_a_part_goes_on_after_the_eight_ids(words, seed):
 
 
 def test_only_answers_of_a_repetition_count_fully(words):
-    one = exercises.repeat(np.random.default_rng(1), words, 12)
+    passage = np.random.default_rng(1).choice(words.ordinary, 12)
+    passage[5] = words.newline
+    one = exercises.repeat(np.random.default_rng(1), words, 12, passage=passage)
     assert one.weights[one.prompt_length] == exercises.START
-    assert (one.weights[one.prompt_length + 1 :] == 1).all()
+    assert one.weights[-1] == exercises.MARK and one.tokens[-1] == words.eos
+    inside = one.tokens[one.prompt_length + 1 : -1]
+    want = np.where(inside == words.newline, exercises.MARK, 1)
+    assert (one.weights[one.prompt_length + 1 : -1] == want).all() and words.newline in inside
     assert (one.weights[: one.prompt_length] < 0.1).all()
     assert (one.weights[:13] == 0).all()
 

@@ -6,32 +6,50 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from checkpoints_convert import quantized
 from checkpoints_convert.family import Family, Tensor, tensors_of
 from checkpoints_convert.fill import Read, fill, named_leaves
-from checkpoints_convert.tensor_files import listed
+from checkpoints_convert.tensor_files import FLOATS, NAMES, listed
 
 
-def assemble(family: Family, config, found: dict[str, np.ndarray], *, dtype=None, mesh=None) -> nnx.Module:
+def assemble(
+    family: Family, config, found: dict[str, np.ndarray], *, dtype=None, mesh=None, scheme=None
+) -> nnx.Module:
     """The model of a config with the tensors that were found, each read when its leaf is filled.
+
+    scheme: how some linears are quantized (`quantized.Scheme`).
 
     Raises ValueError, listing names, when tensors are missing or left over, or of another shape.
     """
     make = lambda: family.model(config, rngs=nnx.Rngs(0))  # noqa: E731
     leaves = named_leaves(nnx.eval_shape(make))
     wanted = tensors_of(family, leaves)
-    found = with_usual_names(family, found, wanted)
-    check_names(family, found, wanted)
-    return fill(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh)
+    if scheme is None:
+        found = with_usual_names(family, found, [tensor.theirs for tensor in wanted])
+        check_names(family, found, wanted)
+        return fill(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh)
+    names = [tensor.theirs for tensor in wanted] + quantized.possible_names(scheme, wanted)
+    found = with_usual_names(family, found, names)
+    dense, linears = quantized.split(scheme, wanted, found)
+    found = quantized.without_empty_biases(linears, wanted, found)
+    check_names(
+        family, found, [*dense, *(name for one in linears for name in quantized.names_of(scheme, one, found))]
+    )
+    read = reader(found, dense, leaves)
+    table = next(tensor for tensor in dense if "embedding.table" in tensor.ours)
+    kind = read(table.ours[0], leaves[table.ours[0]].shape).dtype if dtype is None else np.dtype(dtype)
+    formats = quantized.read_linears(scheme, linears, found, leaves, kind)
+    return fill(make, read, dtype=dtype, mesh=mesh, formats=formats)
 
 
-def with_usual_names(family: Family, found: dict, wanted: list[Tensor]) -> dict:
+def with_usual_names(family: Family, found: dict, wanted: list[str]) -> dict:
     """The tensors under the family's usual names: files differ in what stands before (`model.`)."""
     found = dict(found)
     for name, other in family.also:
         if name not in found and other in found:
             found[name] = found.pop(other)
     usual = family.prefixes[0]
-    names = [tensor.theirs for tensor in wanted if tensor.theirs.startswith(usual)]
+    names = [name for name in wanted if name.startswith(usual)]
     for prefix in (*family.prefixes, ""):
         usual_name = {prefix + name.removeprefix(usual): name for name in names}
         if any(name in found for name in usual_name):
@@ -76,6 +94,11 @@ def reader(found: dict[str, np.ndarray], wanted: list[Tensor], leaves: dict[str,
         must = must[::-1] if tensor.transposed else must
         if value.shape != must:
             raise ValueError(f"checkpoint: {tensor.theirs} must have shape {must}, got {value.shape}")
+        if value.dtype not in FLOATS.values():
+            kind = NAMES[value.dtype]
+            raise ValueError(
+                f"checkpoint: numbers must be of {', '.join(FLOATS)}, got {tensor.theirs} of {kind}"
+            )
         start = 0
         for name, part in zip(tensor.ours, parts, strict=True):
             place[name] = (tensor, start, start + part[0])

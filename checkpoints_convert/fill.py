@@ -1,17 +1,19 @@
 """A model whose leaves come from somewhere else, one at a time: what every converter ends in.
 
 The model is first made without memory (shapes only); each leaf is then read, cast and put where its
-sharding says, so that the host never holds more than the model and one tensor. A leaf is named by
-its path in the model: "layers.3.attention.q.w", "norm.scale".
+sharding says, so that the host never holds more than the model and one tensor (weights of other
+formats wait on the host, each until it is placed). A leaf is named by its path in the model:
+"layers.3.attention.q.w", "norm.scale".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from jaxllm.quant.dense import Dense
 from jaxllm.sharding import shardings
 
 # What reads a leaf: given its name and the shape it must have, the array, mapped or not.
@@ -30,23 +32,63 @@ def named_leaves(model: nnx.Module) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
-def fill(make: Callable[[], nnx.Module], read: Read, *, dtype=None, mesh=None) -> nnx.Module:
+def named_weights(model: nnx.Module) -> dict[str, Any]:
+    """Every weight of a model by the name of its leaf: an array, or a format other than dense."""
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    found, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model), is_leaf=is_variable)
+    values = {leaf_name(path): variable.get_value() for path, variable in found}
+    return {name: value.rows if isinstance(value, Dense) else value for name, value in values.items()}
+
+
+def fill(
+    make: Callable[[], nnx.Module],
+    read: Read,
+    *,
+    dtype=None,
+    mesh=None,
+    formats: dict[str, Any] | None = None,
+) -> nnx.Module:
     """The model that `make` would make, with `read(name, shape)` at every leaf.
 
-    dtype: of all leaves; None keeps what is read.
+    dtype: of all leaves that are read; None keeps what is read.
     mesh: the model is sharded over it by its own table.
+    formats: weights by the names of the dense leaves whose place they take, in host memory; emptied, so that
+      each is freed when it has been copied to its place.
     """
     graph, state = nnx.split(nnx.eval_shape(make))
+    if formats:
+        state = with_formats(state, formats)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     if mesh is None:
         places = [jax.sharding.SingleDeviceSharding(jax.local_devices()[0])] * len(leaves)
     else:
         places = jax.tree.leaves(shardings(nnx.merge(graph, state), mesh))
-    filled = [
-        put(_read(read, leaf_name(path), leaf.shape), place, dtype)
-        for (path, leaf), place in zip(leaves, places, strict=True)
-    ]
+    del state
+    filled = []
+    for (path, leaf), place in zip(_one_by_one(leaves), places, strict=True):
+        if isinstance(leaf, np.ndarray):  # a format's, in its own type
+            filled.append(put(leaf, place))
+        else:
+            filled.append(put(_read(read, leaf_name(path), leaf.shape), place, dtype))
     return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, filled))
+
+
+def with_formats(state, formats: dict[str, Any]):
+    """The state of an abstract model with formats in place of dense weights; takes them out of `formats`."""
+
+    def one(path, variable):
+        name = leaf_name(path)
+        return variable.replace(formats.pop(name)) if name in formats else variable
+
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_variable)
+
+
+def _one_by_one(leaves: list) -> Iterator[Any]:
+    """The entries of a list that loses them on the way."""
+    leaves.reverse()
+    while leaves:
+        yield leaves.pop()
 
 
 def _read(read: Read, name: str, shape: tuple[int, ...]) -> np.ndarray:

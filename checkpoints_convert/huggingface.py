@@ -7,7 +7,7 @@ Reading goes tensor by tensor from the mapped files straight to each leaf's shar
 holds at most the model and one tensor; numbers keep their type (float64 becomes float32). Writing
 gives the tensors back byte for byte. Pickled files are never opened. Which tensor is which leaf is
 told by tables (`family.py`; `llama_line.py`, `gpt.py`, `t5.py`); one loop serves all
-(`assemble.py`).
+(`assemble.py`). Linears that another tool quantized stay so (`quantized.py`).
 """
 
 import dataclasses
@@ -16,14 +16,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert import gpt, llama_line, t5, tensor_files
+from checkpoints_convert import gpt, llama_line, quantized, t5, tensor_files
 from checkpoints_convert.assemble import assemble
 from checkpoints_convert.family import Family, Tensor, tensors_of
-from checkpoints_convert.fill import named_leaves
+from checkpoints_convert.fill import named_weights
 from jaxllm.atomic import new_directory
+from jaxllm.quant.any_precision import BitPlanes
 
 FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
 
@@ -42,7 +44,7 @@ TOKENIZER_FILES = (
 def load(path_or_id, *, dtype=None, mesh=None, revision=None, local_files_only=False):
     """The model of a Hugging Face directory or hub id, and its tokenizer (None if it has none).
 
-    dtype: what all weights are cast to; None keeps the file's types.
+    dtype: what all weights are cast to; None keeps the file's types. Quantized ones stay as they are.
     mesh: the model is sharded over it. revision, local_files_only: for hub ids.
 
     The tokenizer is the checkpoint's own: whether `encode` puts a begin token in front is its
@@ -52,8 +54,9 @@ def load(path_or_id, *, dtype=None, mesh=None, revision=None, local_files_only=F
     path = directory(path_or_id, revision=revision, local_files_only=local_files_only)
     family, raw = read_config(path)
     config = translate(family, raw, path)
+    scheme = quantized.scheme_of(raw)
     found = tensor_files.open_directory(path)
-    model = assemble(family, config, found, dtype=dtype, mesh=mesh)
+    model = assemble(family, config, found, dtype=dtype, mesh=mesh, scheme=scheme)
     return model, load_tokenizer(path)
 
 
@@ -92,13 +95,6 @@ def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
         raw = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"huggingface.load: config.json must be JSON: {error}") from error
-    quantized = raw.get("quantization_config")
-    if quantized:
-        scheme = quantized.get("quant_method") or quantized.get("quant_algo") or "unknown"
-        raise ValueError(
-            "huggingface.load: weights must be plain floats, got a checkpoint quantized by another "
-            f"tool: quantization_config names {scheme!r}"
-        )
     kind = raw.get("model_type")
     for family in FAMILIES:
         if family.model_type == kind:
@@ -171,20 +167,27 @@ def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_00
       for most). A model loaded as phi3 is written with phi3's fused tensors only when this says so.
     max_shard_bytes: of weights in one file; more go to several files and an index.
 
-    Raises ValueError for weights that are not dense or a config that no family can say,
-    FileExistsError for a `path` that exists.
+    Linears in `BitPlanes` are written in the layout of Any-Precision's authors, all widths of them; read
+    again, they are at the widest.
+
+    Raises ValueError for weights of other formats or a config that no family can say, FileExistsError
+    for a `path` that exists.
     """
     family = family_of(model, model_type)
-    leaves = named_leaves(model)
-    tensors = tensors_of(family, leaves)
+    weights = named_weights(model)
+    tensors = tensors_of(family, weights)
+    entries = [entry for tensor in tensors for entry in _entries(tensor, weights)]
+    planes = {t.theirs: weights[t.ours[0]] for t in tensors if isinstance(weights[t.ours[0]], BitPlanes)}
+    names = [tensor.theirs for tensor in tensors]
+    block = {"anyprec": quantized.any_precision_config(planes, names)} if planes else {}
     dtype = model.dtype
-    size = sum(array.nbytes for array in leaves.values())
+    size = sum(tensor_files.num_bytes(shape, kind) for _, shape, kind, _ in entries)
     with new_directory(path, num_bytes=size) as out:
-        raw = config_json(family, model.config, tokenizer, jnp.dtype(dtype).name)
+        raw = config_json(family, model.config, tokenizer, jnp.dtype(dtype).name) | block
         _write_json(out / "config.json", raw)
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw[key] is not None}
         _write_json(out / "generation_config.json", ends)
-        tensor_files.write_directory(out, [_entry(tensor, leaves) for tensor in tensors], max_shard_bytes)
+        tensor_files.write_directory(out, entries, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(out))
 
@@ -203,9 +206,17 @@ def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]
     }
 
 
-def _entry(tensor: Tensor, leaves: dict[str, Any]) -> tensor_files.Tensor:
+def _entries(tensor: Tensor, weights: dict[str, Any]) -> list[tensor_files.Tensor]:
     """How a tensor of theirs is written: name, shape, type, and what makes it in its turn."""
-    parts = [leaves[name] for name in tensor.ours]
+    parts = [weights[name] for name in tensor.ours]
+    if all(isinstance(part, BitPlanes) for part in parts):
+        return quantized.any_precision_entries(tensor, parts)
+    for name, part in zip(tensor.ours, parts, strict=True):
+        if not isinstance(part, jax.Array):
+            raise ValueError(
+                "huggingface.save: only dense weights can be written, and Any-Precision's, "
+                f"got {type(part).__name__} at {name}"
+            )
     rows = sum(part.shape[0] for part in parts)
     shape = (rows, *parts[0].shape[1:])
 
@@ -215,9 +226,9 @@ def _entry(tensor: Tensor, leaves: dict[str, Any]) -> tensor_files.Tensor:
         return value.T if tensor.transposed else value
 
     dtype = np.dtype(parts[0].dtype)
-    if dtype not in tensor_files.NAMES or any(part.dtype != dtype for part in parts):
+    if dtype not in tensor_files.FLOATS.values() or any(part.dtype != dtype for part in parts):
         raise ValueError(f"huggingface.save: {tensor.theirs} must be of one float type, got {dtype}")
-    return tensor.theirs, shape[::-1] if tensor.transposed else shape, dtype, read
+    return [(tensor.theirs, shape[::-1] if tensor.transposed else shape, dtype, read)]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-DTYPES = {
+FLOATS = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+DTYPES = FLOATS | {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}  # these only in quantized weights
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,8 +30,8 @@ SINGLE = "model.safetensors"
 def open_file(path: Path) -> dict[str, np.ndarray]:
     """Each tensor of a safetensors file as a view of the mapped file; nothing is read yet.
 
-    Raises ValueError for a file that is cut off or no safetensors, and for numbers that are not
-    floats.
+    Raises ValueError for a file that is cut off or no safetensors, and for numbers of other types
+    than `DTYPES`.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -11,7 +11,7 @@ from jaxllm.decoding.generate import Completion, Token, chat, generate, stream
 from jaxllm.decoding.sampling import Sampler
 from jaxllm.load import load, save
 from jaxllm.measure import perplexity, report_bytes, score_choices
-from jaxllm.quant.any_precision import AnyPrecision
+from jaxllm.quant.any_precision import AnyPrecision, read_at
 from jaxllm.quant.awq import Awq
 from jaxllm.quant.calibrate import Calibration, calibrate, text_sequences
 from jaxllm.quant.dash_q import DashQ
@@ -21,7 +21,9 @@ from jaxllm.quant.lnq import Lnq
 from jaxllm.quant.mixed_two_bit import MixedTwoBit
 from jaxllm.quant.nested_fp import NestedFp
 from jaxllm.quant.quantize import quantize
+from jaxllm.quant.rotate import Rotate
 from jaxllm.quant.rtn import Rtn
+from jaxllm.quant.sensitivity import sensitivity, spend
 from jaxllm.quant.squeeze_llm import SqueezeLlm
 from jaxllm.sharding import make_mesh, shard
 
@@ -38,6 +40,7 @@ __all__ = [
     "Lnq",
     "MixedTwoBit",
     "NestedFp",
+    "Rotate",
     "Rtn",
     "Sampler",
     "SqueezeLlm",
@@ -50,10 +53,13 @@ __all__ = [
     "make_mesh",
     "perplexity",
     "quantize",
+    "read_at",
     "report_bytes",
     "save",
     "score_choices",
+    "sensitivity",
     "shard",
+    "spend",
     "stream",
     "text_sequences",
 ]

@@ -82,6 +82,7 @@ def demo(out: Path | None, as_json: bool) -> None:
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid repeating.")
 @click.option("--seed", type=int, default=0)
 @click.option("--stop", multiple=True, help="Text that ends a completion; repeatable.")
+@click.option("--kv-bits", type=int, help="Keep keys and values in 2, 4 or 8 bits. [default: as they are]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
 @click.option("--stream", is_flag=True, help="Print text as it comes (one prompt, no --chat).")
@@ -93,6 +94,7 @@ def generate(
     max_new_tokens: int,
     seed: int,
     stop: tuple[str, ...],
+    kv_bits: int | None,
     logprobs: bool,
     chat: bool,
     stream: bool,
@@ -113,6 +115,7 @@ def generate(
         "sampler": sampler,
         "seed": seed,
         "stop": stop,
+        "kv_bits": kv_bits,
     }
     if stream:
         for token in jl.stream(model, tokenizer, prompts[0], **options):
@@ -154,6 +157,7 @@ def completion_json(prompt: str, out: Any) -> dict[str, Any]:
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file: its perplexity.")
 @click.option("--context", type=int, help="Tokens of a window. [default: the model's context]")
 @click.option("--stride", type=int, help="Tokens between windows. [default: side by side]")
+@click.option("--kv-bits", type=int, help="Keys and values in 2, 4 or 8 bits; with --text.")
 @click.option("--task", help="Multiple-choice task; needs --data.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines file of the task.")
 @click.option("--limit", type=int, help="Take the first examples only.")
@@ -163,6 +167,7 @@ def evaluate(
     text: Path | None,
     context: int | None,
     stride: int | None,
+    kv_bits: int | None,
     task: str | None,
     data: Path | None,
     limit: int | None,
@@ -176,6 +181,8 @@ def evaluate(
         raise click.UsageError("eval: exactly one of --text and --task must be given")
     if (task is None) != (data is None):
         raise click.UsageError("eval: --task and --data must be given together")
+    if task is not None and kv_bits is not None:
+        raise click.UsageError("eval: --kv-bits goes with --text")
     words = "" if text is None else read_text(text, "--text")
     model, tokenizer = open_model()
     if tokenizer is None:
@@ -184,6 +191,7 @@ def evaluate(
         ids, size = tokenizer.encode(words), len(words.encode())
         bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
         options = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
+        options["kv_bits"] = kv_bits
         found = jl.perplexity(model, ids, progress=True, **options)
         held = jl.report_bytes(model)
         result = {
@@ -251,8 +259,9 @@ def quantize(
 ) -> None:
     """Store a model's weights in fewer bits; write it to a new directory."""
     from jaxllm.quant.calibrate import text_sequences
-    from jaxllm.quant.methods import METHODS, make_method, read_recipe
+    from jaxllm.quant.methods import METHODS, Budget, make_method, read_recipe
     from jaxllm.quant.quantize import linear_bits
+    from jaxllm.quant.sensitivity import sensitivity, spend
 
     if lists:
         list_methods(METHODS, as_json)
@@ -271,7 +280,9 @@ def quantize(
     model, tokenizer = open_model()
     rows = None if words is None else text_sequences(model, tokenizer, words, length=length, limit=sequences)
     start = time.perf_counter()
-    small = jl.quantize(model, chosen, rows, sequential=sequential, checkpoint=checkpoint)
+    if isinstance(chosen, Budget):
+        chosen = spend(sensitivity(model, chosen.methods, rows), bits=chosen.bits)
+    small = jl.quantize(model, chosen, rows, sequential=sequential, checkpoint=checkpoint, consume=True)
     seconds = time.perf_counter() - start
     jl.save(small, out, tokenizer)
     held = jl.report_bytes(small)

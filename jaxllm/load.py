@@ -30,6 +30,7 @@ from flax import nnx
 import jaxllm.quant.matmul
 from jaxllm.atomic import new_directory
 from jaxllm.models.rope import Rope
+from jaxllm.quant.dec_dec import to_host
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -212,7 +213,7 @@ def load_native(path, *, dtype=None, mesh=None):
     model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored[key]))
     if dtype is not None:
         model = _cast(model, dtype)
-    return model, huggingface.load_tokenizer(path)
+    return to_host(model), huggingface.load_tokenizer(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.quant.dec_dec import to_host
 from jaxllm.quant.matmul import FORMATS
 
 
@@ -68,4 +69,4 @@ def _place(name: str, array, spec: P, mesh: Mesh) -> NamedSharding:
 def shard(model, mesh: Mesh):
     """The model with its weights moved to where its table puts them on the mesh."""
     graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.device_put(state, shardings(model, mesh)))
+    return to_host(nnx.merge(graph, jax.device_put(state, shardings(model, mesh))))

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tiny_llama import TINY, tiny_weights, write_checkpoint
 
 import jaxllm as jl
-from jaxllm import cli
+from jaxllm import cli, demo
 from jaxllm.models import t5
 
 COMMANDS = ("demo", "generate", "eval", "convert", "quantize")
@@ -262,6 +262,7 @@ def test_convert_to_another_dtype_halves_the_bytes(jaxllm, tiny_checkpoint):
         (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--prompt", "x", "--dtype", "int8"], "dtype.*int8"),
+        (["--prompt", "x", "--kv-bits", "3"], "bits must be 2, 4 or 8"),
         (["--prompt", "x", "--what"], "--what"),
         (["--prompt", "x", "--stream", "--json"], "--stream"),
         (["--prompt", "x", "--prompt", "y", "--stream"], "--stream"),
@@ -288,6 +289,7 @@ def test_prompt_file_must_be_utf8(generate, tmp_path):
         (["--text", __file__, "--task", "copa"], "--text and --task"),
         (["--task", "copa", "--data", "absent.jsonl"], "absent.jsonl"),
         (["--task", "chess", "--data", "absent.jsonl"], "chess"),
+        (["--task", "copa", "--data", __file__, "--kv-bits", "4"], "--kv-bits goes with --text"),
     ],
 )
 def test_eval_refuses(jaxllm, tiny_checkpoint, args, message):
@@ -325,7 +327,7 @@ def broken_checkpoint(directory: Path, how: str) -> Path:
     """A tiny checkpoint with one thing wrong."""
     configs = {
         "unknown": {**TINY, "model_type": "mamba", "architectures": ["MambaForCausalLM"]},
-        "quantized": {**TINY, "quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantized": {**TINY, "quantization_config": {"quant_method": "hqq", "bits": 4}},
     }
     write_checkpoint(directory, config=configs.get(how, TINY))
     weights = directory / "model.safetensors"
@@ -352,7 +354,7 @@ def broken_checkpoint(directory: Path, how: str) -> Path:
         ("shape", r"norm.*31"),
         ("missing", r"model\.norm\.weight"),
         ("unknown", "[Ll]lama"),
-        ("quantized", "gptq"),
+        ("quantized", "hqq"),
         ("pickled", "pickle"),
     ],
 )
@@ -421,13 +423,16 @@ def test_demo_writes_report_and_figure_and_no_second_time(jaxllm, monkeypatch, t
     tiny = write_checkpoint(tmp_path_factory.mktemp("demo") / "tiny", config=longer)
     loaded = jl.load(tiny)
     monkeypatch.setattr(jl, "load", lambda: loaded)
+    few = [("RTN", "RTN, 4 bits", jl.Rtn()), ("NestedFP, fp8", "NestedFP, fp8 mode", jl.NestedFp(mode="fp8"))]
+    monkeypatch.setattr(demo, "compared", lambda model: few)
     done = jaxllm("demo", "--out", "report", "--json")
     assert done.status == 0, done.err
     report = json.loads(Path("report/report.json").read_text("utf-8"))
     assert done.json == report
     names = [section["name"] for section in report["sections"]]
-    assert names == ["generation", "perplexity", "repetition", "size", "speed"]
-    assert Path("report/repetition.png").read_bytes().startswith(b"\x89PNG")
+    assert names == ["generation", "perplexity", "repetition", "size", "speed", "quantization"]
+    for figure in ("repetition", "quantization"):
+        assert Path(f"report/{figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "![A passage read twice](repetition.png)" in Path("report/report.md").read_text("utf-8")
     assert sorted(path.name for path in Path().iterdir()) == ["report"]
     assert_refused(jaxllm("demo", "--out", "report"), "report", left=[Path("report")])
@@ -455,6 +460,25 @@ def test_quantize_writes_a_model_that_eval_reads(jaxllm, tiny_checkpoint):
     assert 5 < done.json["linear_bits_per_weight"] < 6
     again = jaxllm("eval", "--model", "small", "--text", text, "--json")
     assert again.status == 0 and again.json["weight_bytes"] == done.json["weight_bytes"]
+
+
+def test_keys_and_values_in_eight_bits_change_little(jaxllm, generate, tiny_checkpoint):
+    text = Path("text.txt")
+    text.write_text("the man in the field " * 8, "utf-8")
+    evaluate = ("eval", "--model", tiny_checkpoint, "--text", text, "--json")
+    exact, coded = jaxllm(*evaluate).json, jaxllm(*evaluate, "--kv-bits", 8).json
+    assert 0 < abs(coded["nll_per_token"] / exact["nll_per_token"] - 1) < 1e-2
+    assert generate("--prompt", "the man", "--kv-bits", 8).status == 0
+
+
+def test_quantize_spends_a_budget(jaxllm, tiny_checkpoint):
+    Path("text.txt").write_text("Once upon a time there was a little dog. " * 40, "utf-8")
+    choices = [{"method": "rtn", "bits": bits, "group": 16} for bits in (2, 6)]
+    Path("budget.json").write_text(json.dumps({"bits": 5.5, "methods": choices}), "utf-8")
+    options = ("--recipe", "budget.json", "--calibration", "text.txt", "--length", 32, "--sequences", 4)
+    done = jaxllm("quantize", "--model", tiny_checkpoint, *options, "--out", "small", "--json")
+    assert done.status == 0, done.err
+    assert 4.5 < done.json["linear_bits_per_weight"] <= 5.5
 
 
 def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint):

@@ -1,10 +1,12 @@
-"""The plain cache: every key and value as the model made it. Lossless.
+"""The plain cache: rows for every token of a request. Lossless, unless its rows are codes.
 
 One array [B K, R, D] a layer for keys and one for values; R rows a request and head. The token at position p
 lies in row p mod R. A layer that attends to everything has R >= the longest request, so its row is the
 position; a layer with a sliding window has R = window + slack and overwrites its oldest rows. The slack is
 what a chunk may write, or a rollback forget, without losing a row that a query still sees. Keys are stored
-after rotation.
+after rotation. In place of an array there may be `CodedRows` of the same shape (`quantized.py`): a cache in
+2, 4 or 8 bits. Then a chunk that attends to itself, too, sees its keys and values as they will be read back,
+so that how a text is cut into chunks changes nothing.
 
 Letters: B requests, K key heads, R rows, D head size, T tokens of a chunk, H query heads.
 """
@@ -16,15 +18,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.attention import DistanceBias, attention, by_head
+from jaxllm.cache import quantized
+from jaxllm.cache.quantized import CodedRows
 from jaxllm.pytree import pytree, static
+
+Rows = jax.Array | CodedRows  # [B K, R, D]
 
 
 @pytree
 class DenseCache:
     """Keys and values of every layer, and how many tokens each request holds."""
 
-    keys: tuple[jax.Array, ...]  # a layer: [B K, R, D]
-    values: tuple[jax.Array, ...]  # a layer: [B K, R, D]
+    keys: tuple[Rows, ...]  # a layer: [B K, R, D]
+    values: tuple[Rows, ...]  # a layer: [B K, R, D]
     lengths: jax.Array  # [B] int32
     windows: tuple[int | None, ...] = static()  # a layer: how far back it sees
     rows: int = static()  # how many tokens a request may have
@@ -41,15 +47,26 @@ def make(
     rows: int,
     slack: int,
     dtype,
+    bits: int | None = None,
+    group: int | None = None,
 ) -> DenseCache:
-    """A cache of zeros for `rows` tokens a request; a layer with a window holds window + slack if less."""
+    """A cache of zeros for `rows` tokens a request; a layer with a window holds window + slack if less.
+
+    bits: 2, 4 or 8 for rows in codes. group: numbers of a row that share a scale, None for all of them.
+    """
     if rows < 1 or slack < 0:
         raise ValueError(f"cache.make: rows must be positive and slack not negative, got {rows=}, {slack=}")
     sizes = [rows if window is None else min(rows, window + slack) for window in windows]
-    zeros = lambda size: jnp.zeros((batch * kv_heads, size, head_dim), dtype)  # noqa: E731
+    shapes = [(batch * kv_heads, size, head_dim) for size in sizes]
+
+    def empty(shape, rotated: bool) -> Rows:
+        if bits is None:
+            return jnp.zeros(shape, dtype)
+        return quantized.zeros(shape, bits=bits, group=group, rotated=rotated, dtype=dtype)
+
     return DenseCache(
-        keys=tuple(map(zeros, sizes)),
-        values=tuple(map(zeros, sizes)),
+        keys=tuple(empty(shape, rotated=True) for shape in shapes),
+        values=tuple(empty(shape, rotated=False) for shape in shapes),
         lengths=jnp.zeros((batch,), jnp.int32),
         windows=windows,
         rows=rows,
@@ -74,17 +91,36 @@ def append(
     if T > room(cache):
         raise ValueError(f"cache.append: a chunk must fit, got {T=} tokens, room={room(cache)}")
     if cache.empty and T <= R:  # rows past a request's length are never seen and soon overwritten
-        write = lambda old, new: old.at[:, :T].set(new)  # noqa: E731
+        write = lambda old, new: jax.tree.map(lambda x, y: x.at[:, :T].set(y), old, new)  # noqa: E731
     else:
         step = jnp.arange(T)[None, :]
         kept = (step < lengths[:, None]) & (step >= lengths[:, None] - R)
         row = jnp.where(kept, (cache.lengths[:, None] + step) % R, R)  # R lies outside: dropped
         row, block = jnp.repeat(row, K, axis=0), jnp.arange(B * K)[:, None]
-        write = lambda old, new: old.at[block, row].set(new, mode="drop")  # noqa: E731
+        put = lambda x, y: x.at[block, row].set(y, mode="drop")  # noqa: E731
+        write = lambda old, new: jax.tree.map(put, old, new)  # noqa: E731
     keys, values = list(cache.keys), list(cache.values)
-    keys[layer] = write(keys[layer], by_head(k.astype(keys[layer].dtype)))
-    values[layer] = write(values[layer], by_head(v.astype(values[layer].dtype)))
+    keys[layer] = write(keys[layer], _stored(by_head(k), keys[layer]))
+    values[layer] = write(values[layer], _stored(by_head(v), values[layer]))
     return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+def _stored(x: Float[Array, "J T D"], like: Rows) -> Rows:
+    return quantized.encode(x, like) if isinstance(like, CodedRows) else x.astype(like.dtype)
+
+
+def kept(
+    cache: DenseCache | None, layer: int, k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]
+) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    """A chunk's keys and values as a layer that holds codes will give them back; else as they are."""
+
+    def one(x, like: Rows):
+        if not isinstance(like, CodedRows):
+            return x
+        held = quantized.kept(by_head(x), like).reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
+        return held.transpose(0, 2, 1, 3)
+
+    return (k, v) if cache is None else (one(k, cache.keys[layer]), one(v, cache.values[layer]))
 
 
 def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
@@ -123,6 +159,10 @@ def attend(
     if mask is not None:
         seen = seen & mask
     added = None if bias is None else bias(held - positions[:, :, None])  # [B, H, T, R]
+    if isinstance(keys, CodedRows):
+        q, keys = quantized.turn(q, keys), quantized.numbers(keys)
+    if isinstance(values, CodedRows):
+        values = quantized.numbers(values)
     return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
 
 
@@ -138,10 +178,8 @@ def select(cache: DenseCache, rows: Int[Array, " N"]) -> DenseCache:
     """The cache of requests `rows`, in that order, with repeats where asked."""
     B = cache.lengths.shape[0]
     split = lambda x: x.reshape(B, -1, *x.shape[1:])[rows].reshape(-1, *x.shape[1:])  # noqa: E731
-    take = lambda arrays: tuple(map(split, arrays))  # noqa: E731
-    return dataclasses.replace(
-        cache, keys=take(cache.keys), values=take(cache.values), lengths=cache.lengths[rows]
-    )
+    keys, values = jax.tree.map(split, (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths[rows])
 
 
 def room(cache: DenseCache) -> int:
@@ -164,12 +202,8 @@ def grow(cache: DenseCache, rows: int) -> DenseCache:
         full = array.shape[1] == cache.rows  # a layer that holds less overwrites its oldest rows: it stays
         return jnp.pad(array, ((0, 0), (0, more if full else 0), (0, 0)))
 
-    return dataclasses.replace(
-        cache,
-        keys=tuple(map(wider, cache.keys)),
-        values=tuple(map(wider, cache.values)),
-        rows=cache.rows + more,
-    )
+    keys, values = jax.tree.map(wider, (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values, rows=cache.rows + more)
 
 
 def num_bytes(cache: DenseCache) -> int:

@@ -86,6 +86,7 @@ def generate(
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
     cache: DenseCache | None = None,
+    kv_bits: int | None = None,
     logprobs: bool = False,
 ) -> list[Completion]:
     """What the model writes after each prompt. Greedy by default; the same seed gives the same tokens.
@@ -97,6 +98,7 @@ def generate(
     stop: texts that end a request; neither they nor what follows are in `text`.
     stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
     cache: what every prompt continues: one request (shared) or one a prompt. It is read, never changed.
+    kv_bits: 2, 4 or 8 keeps keys and values in codes of so many bits (lossy); a given cache has its own.
     logprobs: also give each token's log-probability.
 
     Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
@@ -110,6 +112,7 @@ def generate(
         seed,
         stop_tokens,
         cache,
+        kv_bits,
         logprobs,
     )
     if not stop:
@@ -132,6 +135,7 @@ def stream(
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
     cache: DenseCache | None = None,
+    kv_bits: int | None = None,
     logprobs: bool = False,
 ) -> Iterator[Token]:
     """The tokens of `generate` for one prompt, each as soon as it is made. Arguments as there."""
@@ -144,6 +148,7 @@ def stream(
         seed,
         stop_tokens,
         cache,
+        kv_bits,
         logprobs,
     )
     return _tokens(run, tuple(stop))
@@ -202,7 +207,9 @@ def bucket(n: int) -> int:
 class _Run:
     """One batch of requests on its way: checked, rounded up, prefilled, then advanced."""
 
-    def __init__(self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, logprobs):
+    def __init__(
+        self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, kv_bits, logprobs
+    ):
         self.model, self.tokenizer = model, tokenizer
         if isinstance(prompts, str):
             raise ValueError(f"generate: prompts must be a list of prompts, got the text {prompts!r}")
@@ -221,6 +228,8 @@ class _Run:
         wanted = [max_new] * n if isinstance(max_new, int) else list(max_new)
         if min(wanted) < 1:
             raise ValueError(f"generate: max_new_tokens must be at least 1, got {min(wanted)}")
+        if cache is not None and kv_bits is not None:
+            raise ValueError(f"generate: kv_bits must be None where a cache is given, got {kv_bits=}")
         before = _held(cache, n)
         fed = self.prompts
         memory = None
@@ -247,7 +256,7 @@ class _Run:
             self.request,
             tokens,
             lengths,
-            _given(model, cache, n, B, rows),
+            _given(model, cache, n, B, rows, kv_bits),
             N=bucket(self.longest),
             logprobs=logprobs,
         )
@@ -388,10 +397,10 @@ def _held(cache: DenseCache | None, n: int) -> list[int]:
     return lengths * n if len(lengths) == 1 else lengths
 
 
-def _given(model, cache: DenseCache | None, n: int, B: int, rows: int) -> DenseCache:
+def _given(model, cache: DenseCache | None, n: int, B: int, rows: int, kv_bits: int | None) -> DenseCache:
     """An own cache with room for `rows` tokens a request: empty, or a copy of the one given."""
     if cache is None:
-        return model.make_cache(B, rows)
+        return model.make_cache(B, rows, bits=kv_bits)
     order = [0] * B if cache.lengths.shape[0] == 1 else [min(i, n - 1) for i in range(B)]
     return kv.dense.grow(kv.select(cache, jnp.asarray(order)), rows)
 

@@ -137,6 +137,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = kv.append(cache, index, k, v, lengths)
         if cache is None or cache.empty:  # before it is advanced: the first chunk
+            k, v = kv.kept(cache, index, k, v)
             y = causal_attention(q, k, v, scale=self.scale, window=self.window, softcap=self.softcap)
         else:
             y = kv.attend(q, cache, index, positions, lengths, scale=self.scale, softcap=self.softcap)
@@ -217,10 +218,13 @@ class Decoder(nnx.Module):
         """The type of activations: that of the embedding."""
         return self.embedding.table.get_value().dtype
 
-    def make_cache(self, batch: int, rows: int, *, slack: int = 0, dtype=None) -> DenseCache:
+    def make_cache(
+        self, batch: int, rows: int, *, slack: int = 0, dtype=None, bits: int | None = None
+    ) -> DenseCache:
         """An empty cache for `rows` tokens a request.
 
         slack: the longest chunk after the first, or rollback, that layers with a window must survive.
+        bits: of the codes that hold keys and values, 2, 4 or 8; None holds them as they are.
         """
         return kv.dense.make(
             batch,
@@ -230,6 +234,7 @@ class Decoder(nnx.Module):
             rows=rows,
             slack=slack,
             dtype=self.dtype if dtype is None else dtype,
+            bits=bits,
         )
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -308,6 +308,7 @@ class Block(nnx.Module):
         if cache is not None:
             cache = kv.append(cache, index, k, v, lengths)
         if cache is None or cache.empty:  # before it is advanced: the first chunk
+            k, v = kv.kept(cache, index, k, v)
             y = causal_attention(q, k, v, scale=1.0, bias=bias)
         else:
             y = kv.attend(q, cache, index, positions, lengths, scale=1.0, bias=bias)
@@ -346,10 +347,13 @@ class T5(nnx.Module):
         """The type of activations: that of the embedding."""
         return self.embedding.table.get_value().dtype
 
-    def make_cache(self, batch: int, rows: int, *, slack: int = 0, dtype=None) -> DenseCache:
+    def make_cache(
+        self, batch: int, rows: int, *, slack: int = 0, dtype=None, bits: int | None = None
+    ) -> DenseCache:
         """An empty cache for `rows` target tokens a request.
 
         slack: is for layers with a window, and there are none.
+        bits: of the codes that hold keys and values, 2, 4 or 8; None holds them as they are.
         """
         return kv.dense.make(
             batch,
@@ -359,6 +363,7 @@ class T5(nnx.Module):
             rows=rows,
             slack=slack,
             dtype=self.dtype if dtype is None else dtype,
+            bits=bits,
         )
 
     def encode(

@@ -7,12 +7,18 @@ with a scale and a zero; group = K is one a column ("per channel"). The meaning 
 
 `zero` is a float16 in units of codes (what least squares gives), or a whole code, packed at the width of the
 codes (what a grid through zero needs), or None for a symmetric grid about the middle code 2**(bits - 1).
+`scale` is float16, or an `Affine` of its own: codes, and a scale of scales for the same group of each `BLOCK`
+neighbouring outputs ("second order"; arXiv:2305.14314, section 3, calls it double quantization).
 
     w = quantize(x, bits=4, group=32)        # round to nearest between the least and the greatest
 
-Bits a weight: bits + (16 + 16 | bits | 0) / group. Lossy: an error of at most half a scale inside the grid.
+Bits a weight: bits + (16 + 16 | bits | 0) / group; scales of b bits take b + (16 + b) / BLOCK in place of
+the first 16. Lossy: an error of at most half a scale inside the grid.
 Letters: K inputs, N outputs, G = ceil(K / group) groups.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +30,7 @@ from jaxllm.quant.packing import Packed, pack, unpack
 
 # Least scale that is stored: float16's least normal number, so that no scale is lost to rounding.
 TINY = 2.0**-14
+BLOCK = 16  # outputs whose groups share a scale of scales
 
 
 @pytree
@@ -31,7 +38,7 @@ class Affine:
     """A [K, N] weight in affine codes."""
 
     codes: Packed  # [N, K]
-    scale: jax.Array  # float16 [G, N]
+    scale: "jax.Array | Affine"  # float16 (or a file's float type) [G, N], or an Affine [N, G]
     zero: jax.Array | Packed | None  # float16 [G, N], or codes [G, N], or None
     group: int = static()
     shape: tuple[int, int] = static()  # (K, N)
@@ -39,27 +46,36 @@ class Affine:
 
     def as_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
-        (K, N), G = self.shape, self.scale.shape[0]
+        (K, N), G = self.shape, -(-self.shape[0] // self.group)
         codes = jnp.pad(unpack(self.codes), ((0, 0), (0, G * self.group - K))).astype(jnp.float32)
         zero = zeros(self)
-        rows = (codes.reshape(N, G, self.group) - zero.T[:, :, None]) * self.scale.astype(jnp.float32).T[
-            :, :, None
-        ]
+        rows = (codes.reshape(N, G, self.group) - zero.T[:, :, None]) * scales(self).T[:, :, None]
         return rows.reshape(N, -1)[:, :K].astype(dtype)
 
     def specs(self, spec: P) -> "Affine":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
-        place = {"codes": P(N, K, None), "scale": P(K, N), "zero": P(K, N)}
-        if isinstance(self.zero, Packed):
-            place["zero"] = P(K, N, None)
-        return jax.tree.map_with_path(lambda path, _: place[path[0].name], self)
+        G = None if self.shape[0] <= self.group else K  # one group cannot be cut: every device has it
+        zero = P(G, N, None) if isinstance(self.zero, Packed) else P(G, N)
+        places: dict[str, Any] = {
+            "codes": jax.tree.map(lambda _: P(N, K, None), self.codes),
+            "scale": P(G, N),
+            "zero": jax.tree.map(lambda _: zero, self.zero),
+        }
+        if isinstance(self.scale, Affine):  # small, and packed across outputs: whole on every device
+            places["scale"] = self.scale.specs(P(None, None))
+        return dataclasses.replace(self, **places)
+
+
+def scales(w: Affine) -> Float[Array, "G N"]:
+    """The scale of each group."""
+    return w.scale.as_rows() if isinstance(w.scale, Affine) else w.scale.astype(jnp.float32)
 
 
 def zeros(w: Affine) -> Float[Array, "G N"]:
     """The zero of each group, in units of codes."""
     if w.zero is None:
-        return jnp.full(w.scale.shape, 2.0 ** (w.codes.bits - 1), jnp.float32)
+        return jnp.full((-(-w.shape[0] // w.group), w.shape[1]), 2.0 ** (w.codes.bits - 1), jnp.float32)
     return (unpack(w.zero) if isinstance(w.zero, Packed) else w.zero).astype(jnp.float32)
 
 
@@ -132,18 +148,46 @@ def encode(
     group: int,
     dtype=jnp.float32,
     zero_code: bool = False,
+    scale_bits: int | None = None,
 ) -> Affine:
     """Rounds scale and zero to what is stored, then every weight to the nearest code under those.
 
     zero: in units of codes; None for a symmetric grid. zero_code: store it as a whole code, not a float16.
+    scale_bits: store the scales in codes of so many bits; the grid must then be symmetric or have zero codes.
     """
     _check(rows, bits)
     scale, used = stored(rows, scale, zero, bits=bits, group=group, zero_code=zero_code)
+    second = None if scale_bits is None else coded_scales(scale, scale_bits)
+    if second is not None:
+        check_scale_bits("affine", scale_bits, zero is None or zero_code)
+        scale = second.as_rows().T
     g, _ = grouped(rows.astype(jnp.float32), group)
     codes = jnp.clip(jnp.round(g / scale[..., None] + used[..., None]), 0, 2**bits - 1)
     codes = codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]].astype(jnp.uint8)
     kept = None if zero is None else used
-    return from_codes(codes, scale, kept, bits=bits, group=group, dtype=dtype, zero_code=zero_code)
+    made = from_codes(codes, scale, kept, bits=bits, group=group, dtype=dtype, zero_code=zero_code)
+    return made if second is None else dataclasses.replace(made, scale=second)
+
+
+def coded_scales(scale: Float[Array, "N G"], bits: int) -> Affine:
+    """Positive scales as codes between 0 and the greatest of each `BLOCK` outputs, an Affine [N, G]."""
+    N, G = scale.shape
+    group = min(BLOCK, N)
+    g, _ = grouped(scale.T, group)  # [G, N / BLOCK, BLOCK]
+    step = jnp.maximum(g.max(-1) / (2**bits - 1), TINY).astype(jnp.float16).astype(jnp.float32)
+    codes = jnp.clip(jnp.round(g / step[..., None]), 1, 2**bits - 1)  # a scale of 0 has no codes
+    codes = codes.reshape(G, -1)[:, :N].astype(jnp.uint8)
+    return from_codes(codes, step, jnp.zeros_like(step), bits=bits, group=group, zero_code=True)
+
+
+def check_scale_bits(who: str, scale_bits: int | None, fixed_zero: bool) -> None:
+    """Raises ValueError for scales in codes under zeros that are relative to the exact scale."""
+    if scale_bits is None:
+        return
+    if not 2 <= scale_bits <= 8:
+        raise ValueError(f"{who}: scale_bits must be 2 to 8, got {scale_bits=}")
+    if not fixed_zero:
+        raise ValueError(f"{who}: scale_bits needs zero_code=True or a symmetric grid, got {scale_bits=}")
 
 
 def _check(rows, bits: int) -> None:

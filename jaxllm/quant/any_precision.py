@@ -79,6 +79,14 @@ class BitPlanes:
         return jax.tree.map_with_path(lambda path, _: place[path[0].name], self)
 
 
+def read_at(model, bits: int):
+    """The model, or any tree, with its any-precision weights read at another width: the same arrays."""
+    planes = lambda w: isinstance(w, BitPlanes)  # noqa: E731
+    if not any(map(planes, jax.tree.leaves(model, is_leaf=planes))):
+        raise ValueError("any_precision: the model must have any-precision weights, got none")
+    return jax.tree.map(lambda w: w.at(bits) if planes(w) else w, model, is_leaf=planes)
+
+
 def pack(codes: Integer[Array, "N K"], bits: int) -> UInt32[Array, "B N W"]:
     """The codes as `bits` planes; the last word is filled up with zeros."""
     N, K = codes.shape

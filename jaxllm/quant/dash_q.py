@@ -52,7 +52,8 @@ class DashQ:
 
     group: None is the paper's (32, 64, 128 at 2, 3, 4 bits); never more than K. damping and ridge: of "paper"
     only (alpha and lambda). h_power: exponent on the energies, 0 weighs all inputs alike. shrinkage: rho,
-    None is 1, with `feedback` only.
+    None is 1, with `feedback` only. scale_bits: store the scales in codes of so many bits as well, with
+    zero_code and no feedback (the errors of codes are then those of the coded scales).
     """
 
     bits: int = 2
@@ -65,6 +66,7 @@ class DashQ:
     zero_code: bool = False
     feedback: bool = False
     shrinkage: float | Literal["auto"] | None = None
+    scale_bits: int | None = None
 
     def __post_init__(self):
         rho = self.shrinkage
@@ -77,6 +79,7 @@ class DashQ:
             (0 <= self.ridge < float("inf"), f"ridge must be finite, not negative, got {self.ridge=}"),
             (0 <= self.h_power < float("inf"), f"h_power must be finite, not negative, got {self.h_power=}"),
             (self.mode == "search" or not self.zero_code, "zero_code needs mode='search', got mode='paper'"),
+            (not self.feedback or self.scale_bits is None, "scale_bits needs feedback=False, got True"),
             (self.feedback or rho is None, f"shrinkage needs feedback=True, got {self.shrinkage=}"),
             (
                 rho is None or rho == "auto" or (not isinstance(rho, str) and 0 <= rho <= 1),
@@ -85,6 +88,7 @@ class DashQ:
         ):
             if not right:
                 raise ValueError(f"dash_q: {what}")
+        affine.check_scale_bits("dash_q", self.scale_bits, self.zero_code)
 
     @property
     def wants(self) -> frozenset[str]:
@@ -116,7 +120,8 @@ class DashQ:
             zero_code=self.zero_code,
         )
         if not self.feedback:
-            return _encode(rows, scale, zero, **sizes, dtype=jnp.dtype(dtype), zero_code=self.zero_code)
+            more = {"zero_code": self.zero_code, "scale_bits": self.scale_bits}
+            return _encode(rows, scale, zero, **sizes, dtype=jnp.dtype(dtype), **more)
         scale, zero = affine.stored(rows, scale, zero, **sizes, zero_code=self.zero_code)
         rhos = RHOS if self.shrinkage == "auto" else (1.0 if self.shrinkage is None else self.shrinkage,)
         codes = _fed_back(rows, scale, zero, stats, rhos, **sizes)
@@ -127,7 +132,7 @@ def _paper_group(bits: int) -> int:
     return GROUPS[min(max(bits, 2), 4)]
 
 
-_encode = jax.jit(affine.encode, static_argnames=("bits", "group", "dtype", "zero_code"))
+_encode = jax.jit(affine.encode, static_argnames=("bits", "group", "dtype", "zero_code", "scale_bits"))
 
 
 @functools.partial(

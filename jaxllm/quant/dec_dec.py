@@ -12,13 +12,14 @@ output without residual gets scale 0 (the official search divides by zero); scal
 order and stay on the device, so that fused layers are concatenated layers.
 
 Layout: codes q + 2**(bits - 1) packed along N (4 bits: code j of a word at bit 4 j, as in the paper), so that
-what an input needs is one contiguous run; 16 bits are plain float16. `to_host` puts them in pinned host
-memory. On a CPU that is ordinary memory: what can be known there is the bytes fetched, not their speed.
+what an input needs is one contiguous run; 16 bits are plain float16. They lie in pinned host memory: the
+method puts them there, and `jl.load` and `jl.shard` do again (`to_host`). On a CPU that is ordinary memory:
+what can be known there is the bytes fetched, not their speed.
 
 Lossy; with k_chunk = 0 the base, bit for bit; with k_chunk = 1024 the base plus the whole coded residual.
 
     w = DecDec(base=Rtn(bits=3), k_chunk=8).solve(rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
-    y = matmul(x, w.base) + compensation(x, to_host(w))         # what quant.matmul.matmul does
+    y = matmul(x, w.base) + compensation(x, w)                  # what quant.matmul.matmul does
 
 Letters: K inputs, N outputs, k inputs fetched a token, R tokens, *B any leading axes.
 """
@@ -248,10 +249,12 @@ def fetch(table: Array, index: Integer[Array, "*B k"]) -> Array:
     return jax.device_put(take(table, jax.device_put(index, host)), device)
 
 
-def to_host(w: HostResidual) -> HostResidual:
-    """The weight with its residual in pinned host memory."""
+def to_host(tree):
+    """The weight, model or other tree with all residuals in pinned host memory, shards where they were."""
+    residual = lambda w: isinstance(w, HostResidual)  # noqa: E731
     move = lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
-    return dataclasses.replace(w, codes=jax.tree.map(move, w.codes))
+    put = lambda w: dataclasses.replace(w, codes=jax.tree.map(move, w.codes)) if residual(w) else w  # noqa: E731
+    return jax.tree.map(put, tree, is_leaf=residual)
 
 
 def bytes_fetched(w: HostResidual, rows: int) -> int:
@@ -269,7 +272,7 @@ def bytes_fetched(w: HostResidual, rows: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecDec:
-    """Another method's weight and its residual by input, on the device until `to_host` moves it.
+    """Another method's weight, and its residual by input in host memory.
 
     k_chunk: inputs fetched of each 1024; fewer than 1024 / K of them is none. select: "bucket" is the
     paper's; "exact", "static" (by the diagonal) and "random" are what it is compared with.
@@ -294,6 +297,11 @@ class DecDec:
         own = {"bucket": {"thresholds"}, "static": {"hessian_diag"}}.get(self.select, set())
         return self.base.wants | own
 
+    @property
+    def groups(self) -> int:
+        """Of outputs, in the guided Hessians that the base wants."""
+        return getattr(self.base, "groups", 1)
+
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> HostResidual:
         """The base's weight, and 4-bit codes of what it lacks. Holds three arrays of [N, K]."""
         N, K = rows.shape
@@ -302,7 +310,8 @@ class DecDec:
             rows.astype(jnp.float32) - base.as_rows(jnp.float32), bits=self.residual_bits
         )
         hint = self._hint(stats, name, K)
-        return HostResidual(base, codes, scale, hint, self.k_chunk, self.select, (K, N), jnp.dtype(dtype))
+        made = HostResidual(base, codes, scale, hint, self.k_chunk, self.select, (K, N), jnp.dtype(dtype))
+        return to_host(made)
 
     def _hint(self, stats: Stats, name: str, K: int) -> jax.Array | None:
         match self.select:

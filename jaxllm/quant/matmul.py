@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.quant import awq, dec_dec, mixed_two_bit, nested_fp
+from jaxllm.quant import awq, dec_dec, mixed_two_bit, nested_fp, permuted, rotate
 from jaxllm.quant.affine import Affine
 from jaxllm.quant.any_precision import BitPlanes
 from jaxllm.quant.awq import Scaled
@@ -21,15 +21,28 @@ from jaxllm.quant.dense import Dense
 from jaxllm.quant.mixed_two_bit import MixedColumns
 from jaxllm.quant.nested_fp import NestedFloat
 from jaxllm.quant.packing import Packed
+from jaxllm.quant.permuted import Permuted
 from jaxllm.quant.product import after, dot
+from jaxllm.quant.rotate import Rotated
 
 Weight = (
-    jax.Array | Dense | Affine | Codebook | BitPlanes | Scaled | MixedColumns | NestedFloat | HostResidual
+    jax.Array
+    | Dense
+    | Affine
+    | Codebook
+    | BitPlanes
+    | Scaled
+    | MixedColumns
+    | NestedFloat
+    | HostResidual
+    | Permuted
+    | Rotated
 )
 
 # Closed on purpose: what a saved file may name. A name is looked up here and never imported.
 FORMATS: tuple[type, ...] = (
-    Dense, Affine, Codebook, BitPlanes, Scaled, MixedColumns, NestedFloat, HostResidual,
+    Dense, Affine, Codebook, BitPlanes, Scaled, MixedColumns, NestedFloat, HostResidual, Permuted,
+    Rotated,
 )  # fmt: skip
 PARTS: tuple[type, ...] = (Packed,)  # of which formats are made
 
@@ -59,6 +72,15 @@ def matmul(x: Float[Array, "*B K"], w: Weight, out_dtype=None) -> Float[Array, "
             y = matmul(x, w.base, jnp.float32)
             if dec_dec.selected(w.shape[0], w.k_chunk):
                 y = y + dec_dec.compensation(x, w)
+        case Rotated():
+            turned, step = rotate.activations(x, w)
+            if rotate.is_whole(w):
+                y = rotate.whole_product(turned, after(x, w.base))
+            else:  # whole codes of 8 bits are exact in any type of x
+                y = matmul(turned.astype(x.dtype), w.base, jnp.float32)
+            y = y if step is None else y * step
+        case Permuted():
+            y = matmul(permuted.gather(x, w), w.weight, jnp.float32)
         case _:
             raise TypeError(f"matmul: no rule for a weight of type {type(w).__name__}")
     return y.astype(out_dtype)

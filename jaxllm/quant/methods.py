@@ -13,6 +13,7 @@ from jaxllm.quant.gptq import Gptq
 from jaxllm.quant.lnq import Lnq
 from jaxllm.quant.mixed_two_bit import MixedTwoBit
 from jaxllm.quant.nested_fp import NestedFp
+from jaxllm.quant.rotate import Rotate
 from jaxllm.quant.rtn import Rtn
 from jaxllm.quant.squeeze_llm import SqueezeLlm
 from jaxllm.quant.stats import Method
@@ -39,6 +40,7 @@ METHODS = {
     "mixed-two-bit": Entry(MixedTwoBit, "2 and 4 mixed", "lossy", "2/4-bit columns, 16-bit outliers"),
     "nested-fp": Entry(NestedFp, "8 in 16", "lossless (fp16 mode)", "FP8 and FP16 from the same 16 bits"),
     "dec-dec": Entry(DecDec, "its base's", "lossy", "a base, and residual rows fetched for large inputs"),
+    "rotate": Entry(Rotate, "its base's", "lossy", "a base in a rotated basis, activations of 4 or 8 bits"),
 }
 
 
@@ -57,15 +59,34 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     return made(**options)
 
 
-def read_recipe(path: Path) -> list[tuple[str, Method | None]]:
-    """A recipe from a JSON file: a list of {"pattern": ..., "method": name or null, option: value, ...}."""
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A wish instead of a recipe: the best choice of a method for each linear within bits a weight."""
+
+    bits: float
+    methods: tuple[Method, ...]
+
+
+def read_recipe(path: Path) -> list[tuple[str, Method | None]] | Budget:
+    """A recipe from a JSON file: a list of {"pattern": ..., "method": name or null, option: value, ...}.
+
+    Or {"bits": 2.5, "methods": [{"method": name, option: value, ...}, ...]}, a budget for the whole.
+    """
+
+    def make(options: dict[str, Any]) -> Method | None:
+        name = options.pop("method")
+        return None if name is None else make_method(name, options)
+
     try:
         rules = json.loads(path.read_text("utf-8"))
+        if isinstance(rules, dict):
+            chosen = [make(dict(rule)) for rule in rules.pop("methods")]
+            if None in chosen or not isinstance(rules["bits"], int | float) or len(rules) > 1:
+                raise TypeError('a budget has "bits", a number, and "methods", no more')
+            return Budget(rules["bits"], tuple(method for method in chosen if method is not None))
         recipe: list[tuple[str, Method | None]] = []
-        for rule in rules:
-            options = dict(rule)
-            pattern, name = options.pop("pattern"), options.pop("method")
-            recipe.append((pattern, None if name is None else make_method(name, options)))
+        for rule in map(dict, rules):
+            recipe.append((rule.pop("pattern"), make(rule)))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             'quantize: a recipe must be a JSON list of {"pattern", "method", options}, '

@@ -13,24 +13,16 @@ In memory at a time: the model, what is finished, one block's statistics and the
 
 import json
 import re
-import shutil
-import sys
-import tempfile
-import weakref
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from tqdm import tqdm
 
-from jaxllm.quant import calibrate as measure
-from jaxllm.quant.calibrate import Calibration
 from jaxllm.quant.dense import Dense
 from jaxllm.quant.matmul import num_bytes
+from jaxllm.quant.source import Source, block_of, linear_variables, linear_weights, replace_weights
 from jaxllm.quant.stats import Method, Stats
 
 Recipe = Method | Sequence[tuple[str, Method | None]]
@@ -44,6 +36,7 @@ def quantize(
     sequential: bool = False,
     batch: int = 8,
     sample: int = 512,
+    consume: bool = False,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ):
@@ -52,69 +45,61 @@ def quantize(
     sequences: what methods that need statistics are calibrated on: token ids [S, T] or rows of different
       lengths, or a finished `Calibration` of this model.
     sequential: each block is calibrated on what the quantized blocks before it give, not the given model's.
+    consume: the given model is quantized in place and returned, so that each old weight is freed as soon as
+      its new one is there. A run that fails leaves it quantized in part.
     checkpoint: a directory where finished blocks are kept, so that a run that was stopped goes on there.
     batch, sample: as for `calibrate`.
 
-    The given model is not changed; what is not quantized is shared. Raises ValueError before anything is run
-    for a pattern that matches nothing, a linear that none matches, a weight that is not dense, sizes that do
-    not fit, or statistics that are missing or another model's.
+    Without `consume` the given model is not changed; what is not quantized is shared. Raises ValueError
+    before anything is run for a pattern that matches nothing, a linear that none matches, a weight that is
+    not dense, sizes that do not fit, or statistics that are missing or another model's.
     """
     weights = linear_weights(model)
     plan = _plan(method, weights)
-    source = _Source(
-        model, weights, sequences, plan, sequential=sequential, batch=batch, sample=sample, progress=progress
+    source = Source(
+        model,
+        {name: [chosen] for name, chosen in plan.items()},
+        sequences,
+        sequential=sequential,
+        batch=batch,
+        sample=sample,
+        progress=progress,
     )
     masks = _allocate(plan, weights, source)
     kept = None if checkpoint is None else _Kept(checkpoint, [repr(method), *source.identity()])
+    variables = linear_variables(model) if consume else {}
     new: dict[str, Any] = {}
-    for prefix, stats in source.layers(new):
-        names = [name for name in plan if name.startswith(prefix + ".") or name == prefix]
-        found = None if kept is None else kept.read(prefix)
-        if found is None:
+    for block, stats in source.blocks(new, skip=lambda block: kept is not None and kept.has(block)):
+        names = [name for name in plan if block_of(name) == block]
+        if kept is not None and kept.has(block):
+            found = kept.read(block)
+        else:
             found = {}
             for name in names:
-                rows = weights[name].rows.astype(jnp.float32)
-                if not bool(jnp.isfinite(rows).all()):
-                    raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {name}")
                 more = {"mask": masks[name]} if name in masks else {}
-                dtype = weights[name].dtype
-                found[name] = plan[name].solve(rows, stats(name), name=name, dtype=dtype, **more)
+                found[name] = _solve(plan[name], weights[name], stats.get(name, Stats()), name, **more)
             if kept is not None:
-                kept.write(prefix, found)
+                kept.write(block, found)
         new |= found
+        if consume:
+            for name in names:
+                del weights[name]
+                variables[name].set_value(new[name])
         del stats  # before the next block is measured
-    return replace_weights(model, new)
+    return model if consume else replace_weights(model, new)
 
 
-def linear_weights(model) -> dict[str, Any]:
-    """The weight of every linear by the linear's name, as "layers.0.attention.q"."""
-    found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(map(str, path))
-        if name.endswith(".w"):
-            found[name.removesuffix(".w")] = variable.get_value()
-    return found
+def _solve(method: Method, w: Dense, stats: Stats, name: str, **more: Any) -> Any:
+    rows = w.rows.astype(jnp.float32)
+    if not bool(jnp.isfinite(rows).all()):
+        raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {name}")
+    return method.solve(rows, stats, name=name, dtype=w.dtype, **more)
 
 
 def linear_bits(model) -> float:
     """Stored bits over the number of weights, of the linears of the blocks alone."""
     weights = [w for name, w in linear_weights(model).items() if "." in name]
     return 8 * sum(map(num_bytes, weights)) / sum(w.shape[0] * w.shape[1] for w in weights)
-
-
-def replace_weights(model, weights: dict[str, Any]):
-    """The model, or a block, with other weights in the linears named; all else is shared."""
-    graph, state = nnx.split(model)
-    left = dict(weights)
-
-    def one(path, variable):
-        name = ".".join(map(str, path)).removesuffix(".w")
-        return variable.replace(left.pop(name)) if name in left else variable
-
-    flat = [(path, one(path, variable)) for path, variable in nnx.to_flat_state(state)]
-    if left:
-        raise ValueError(f"replace_weights: names must be linears of the model, got {next(iter(left))!r}")
-    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def _plan(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
@@ -141,13 +126,6 @@ def _plan(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
     return plan
 
 
-def _block_of(name: str) -> str:
-    """The block that a linear belongs to: its name up to the first number, or else its first word."""
-    found = re.match(r"(\w+\.)*?\d+(?=\.)|\w+", name)
-    assert found is not None
-    return found[0]
-
-
 def _check_sizes(name: str, method: Method, K: int, N: int) -> None:
     group, groups = getattr(method, "group", None), getattr(method, "groups", None)
     if group is not None and group > K:
@@ -156,7 +134,7 @@ def _check_sizes(name: str, method: Method, K: int, N: int) -> None:
         raise ValueError(f"quantize: groups must divide N of {name}, got {groups=}, {N=}")
 
 
-def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: "_Source") -> dict[str, Any]:
+def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: Source) -> dict[str, Any]:
     """What a method that spends its bits across layers gives each of them."""
     shared: dict[Any, dict[str, Any]] = {}
     for name, method in plan.items():
@@ -164,104 +142,16 @@ def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: "_Source
             shared.setdefault(method, {})[name] = None
     if not shared:
         return {}
-    for _, stats in source.layers({}):
+    for block, stats in source.blocks():
         for method, gains in shared.items():
-            for name in gains.keys() & stats.names:
-                gains[name] = method.gains(weights[name].rows.astype(jnp.float32), stats(name), name=name)
+            for name in (n for n in gains if block_of(n) == block):
+                known = stats.get(name, Stats())
+                gains[name] = method.gains(weights[name].rows.astype(jnp.float32), known, name=name)
         del stats
     masks: dict[str, Any] = {}
     for method, gains in shared.items():
         masks |= method.allocate(gains, {name: weights[name].shape for name in gains})
     return masks
-
-
-class _Lookup:
-    """The statistics of one block's linears."""
-
-    def __init__(self, found: dict[str, Stats]):
-        self.found, self.names = found, found.keys()
-
-    def __call__(self, name: str) -> Stats:
-        return self.found.get(name, Stats())
-
-
-class _Source:
-    """Where statistics come from: nowhere, a finished calibration, or text that goes through the blocks."""
-
-    def __init__(self, model, weights, sequences, plan, *, sequential, batch, sample, progress):
-        self.model, self.plan, self.sequential, self.sample = model, plan, sequential, sample
-        self.want = frozenset().union(*(method.wants for method in plan.values()))
-        self.groups = max([1, *(getattr(method, "groups", 1) for method in plan.values())])
-        self.bar = partial(tqdm, disable=not progress, file=sys.stderr)
-        self.given = sequences if isinstance(sequences, Calibration) else None
-        self.text = self.folder = None
-        if not self.want:
-            return
-        calibrated = [name for name, method in plan.items() if method.wants]
-        outside = [name for name in calibrated if not name.startswith("layers.")]
-        if outside:
-            raise ValueError(f"quantize: only linears of blocks are calibrated, got {outside[0]}")
-        if sequences is None:
-            raise ValueError(f"quantize: {', '.join(sorted(self.want))} need calibration text, got none")
-        if self.given is not None:
-            self._check_given()
-            return
-        self.text = measure.Text.of(model, sequences, batch)
-        self.blocks = {f"layers.{i}": block for i, block in enumerate(model.layers)}
-        linears = {name: measure.LinearInfo(name, *weights[name].shape) for name in calibrated}
-        measure.check(linears, self.want, self.groups, self.text.count)
-        self.folder = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        if self.want & measure.OF_OUTPUT:
-            measure.gradients(
-                model, self.blocks, self.text, self.folder,
-                groups=self.groups, want=self.want, bar=self.bar,
-            )  # fmt: skip
-
-    def identity(self) -> list[Any]:
-        """What tells these statistics from others': the model, the text, and how it goes through."""
-        text = None if self.text is None else self.text.digest()
-        given = None if self.given is None else self.given.text
-        return [measure.fingerprint(self.model), text, given, self.sequential, self.sample]
-
-    def _check_given(self) -> None:
-        missing = self.want - self.given.want
-        if missing:
-            raise ValueError(f"quantize: the calibration must hold {', '.join(sorted(missing))}")
-        if self.given.fingerprint != measure.fingerprint(self.model):
-            raise ValueError("quantize: the calibration must be of this model, got another's")
-        if "guided_hessian" in self.want and self.given.groups != self.groups:
-            raise ValueError(
-                f"quantize: groups must be the calibration's {self.given.groups}, got {self.groups}"
-            )
-        if self.sequential:
-            raise ValueError("quantize: sequential needs text, got a finished calibration")
-
-    def layers(self, done: dict[str, Any]) -> Iterator[tuple[str, _Lookup]]:
-        """Each block's name and statistics; `done` tells what the consumer has made of the blocks so far."""
-        prefixes = list(dict.fromkeys(map(_block_of, self.plan)))
-        if self.text is None:
-            for prefix in self.bar(prefixes, desc="quantize", unit="block"):
-                names = [name for name in self.plan if name.startswith(prefix + ".")]
-                found = {name: self.given[name] for name in names} if self.given is not None else {}
-                yield prefix, _Lookup(found)
-            return
-        states = self.text.embedded(self.model)
-        for prefix in self.bar(
-            [*self.blocks, *(set(prefixes) - self.blocks.keys())], desc="quantize", unit="block"
-        ):
-            if prefix not in self.blocks:
-                yield prefix, _Lookup({})
-                continue
-            block = self.blocks[prefix]
-            sums = measure.Sums(self.want, self.sample)
-            after = sums.take(block, self.text, states, self.folder, prefix)
-            yield prefix, _Lookup(sums.stats(self.model, block, self.folder, prefix))
-            if self.sequential:
-                own = {n.removeprefix(prefix + "."): w for n, w in done.items() if n.startswith(prefix + ".")}
-                block = replace_weights(block, own)
-                after = [np.asarray(measure.forward(block, x, n)) for x, n, _ in self.text.parts(states)]
-            states = after
 
 
 class _Kept:
@@ -280,25 +170,26 @@ class _Kept:
                 f"quantize: checkpoint must hold the same model, method and text, got {str(path)!r}"
             )
 
-    def read(self, prefix: str) -> dict[str, Any] | None:
-        """The weights of a block by name, or None."""
+    def has(self, block: str) -> bool:
+        """Whether a block is there."""
+        return (self.path / f"{block}.npz").is_file()
+
+    def read(self, block: str) -> dict[str, Any]:
+        """The weights of a block by name."""
         from jaxllm.load import build
 
-        file = self.path / f"{prefix}.npz"
-        if not file.is_file():
-            return None
-        with np.load(file) as stored:
+        with np.load(self.path / f"{block}.npz") as stored:
             described = json.loads(str(stored["described"]))
             get = lambda key, shape, dtype: jnp.asarray(stored[key].view(dtype).reshape(shape))  # noqa: E731
             return {name: build(what, name, get) for name, what in described.items()}
 
-    def write(self, prefix: str, weights: dict[str, Any]) -> None:
+    def write(self, block: str, weights: dict[str, Any]) -> None:
         """Keeps a block; the file appears whole."""
         from jaxllm.load import arrays_of, describe
 
         described = {name: describe(w, name) for name, w in weights.items()}
         raw = {key: np.asarray(x) for name, w in weights.items() for key, x in arrays_of(w, name)}
         raw = {key: x.reshape(-1).view(np.uint8) for key, x in raw.items()}  # npz knows no bfloat16
-        part = self.path / f"{prefix}.part.npz"
+        part = self.path / f"{block}.part.npz"
         np.savez(part, described=np.asarray(json.dumps(described)), **raw)  # type: ignore[arg-type]
-        part.rename(self.path / f"{prefix}.npz")
+        part.rename(self.path / f"{block}.npz")

@@ -31,6 +31,7 @@ class Rtn:
     """Round to nearest.
 
     zero_code: the zero is a whole code of `bits` bits, not a float16. clip: search the range.
+    scale_bits: store the scales in codes of so many bits as well (`affine.coded_scales`).
     """
 
     bits: int = 4
@@ -38,9 +39,11 @@ class Rtn:
     symmetric: bool = False
     zero_code: bool = True
     clip: bool = False
+    scale_bits: int | None = None
 
     def __post_init__(self):
         check_grid("rtn", self.bits, self.group)
+        affine.check_scale_bits("rtn", self.scale_bits, self.zero_code or self.symmetric)
 
     @property
     def wants(self) -> frozenset[str]:
@@ -54,7 +57,15 @@ class Rtn:
         scale, zero = self.grid(rows, stats.hessian_diag)
         kept = None if self.symmetric else zero
         sizes = {"bits": self.bits, "group": min(self.group, rows.shape[1])}
-        return affine.encode(rows, scale, kept, **sizes, dtype=dtype, zero_code=self.zero_code)
+        return affine.encode(
+            rows,
+            scale,
+            kept,
+            **sizes,
+            dtype=dtype,
+            zero_code=self.zero_code,
+            scale_bits=self.scale_bits,
+        )
 
     def grid(
         self, rows: Float[Array, "N K"], weight: Float[Array, " K"] | None = None

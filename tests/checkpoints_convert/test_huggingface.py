@@ -623,7 +623,7 @@ def broken(path, how):
         ("lost shard", "the index names a file that is not there, got ../x.safetensors"),
         ("tokenizer", "the tokenizer files must load"),
         ({"model_type": "mamba"}, r"must be one of llama, mistral, .*, got 'mamba'"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "names 'gptq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "or of gptq .*, awq .*names 'hqq'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "got rope_type='dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope parameters must have factor"),
         ({"hidden_act": "softplus"}, "activation must be one of silu.*got 'softplus'"),

@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxllm as jl
 from jaxllm.quant import affine
 from jaxllm.quant.matmul import bits_per_weight, dequantize, num_bytes
 from jaxllm.quant.packing import unpack
+from jaxllm.quant.stats import Stats
 
 
 def weight(K=96, N=40, seed=0):
@@ -71,6 +73,46 @@ def test_bits_are_counted_from_what_is_stored():
     assert bits_per_weight(q) == 2 + (16 + 2) / 32
     assert num_bytes(q) == sum(x.nbytes for x in jax.tree.leaves(q))
     assert bits_per_weight(affine.quantize(w, bits=3, group=64, symmetric=True)) == 3.25
+
+
+@pytest.mark.parametrize("K", [32, 100, 512])
+def test_scales_in_codes_cost_fewer_bits_and_codes_are_nearest_under_them(K):
+    rows = weight(K, 96).T * jnp.linspace(0.5, 2.0, K)[None]
+    plain = affine.encode(rows, *affine.min_max(rows, bits=3, group=32), bits=3, group=32, zero_code=True)
+    q = affine.encode(
+        rows, *affine.min_max(rows, bits=3, group=32), bits=3, group=32, zero_code=True, scale_bits=6
+    )
+    exact, coded = (np.asarray(affine.scales(w)) for w in (plain, q))
+    block = affine.BLOCK
+    greatest = [exact[:, i : i + block].max(1) for i in range(0, 96, block)]
+    greatest = np.repeat(np.stack(greatest, 1), block, axis=1)[:, :96]
+    # off by half a step of the scale of scales at most, and by float16's rounding of it
+    assert (np.abs(coded - exact) <= greatest / 63 * 0.5 + greatest * 2.0**-10).all() and (coded > 0).all()
+    s, z = (np.repeat(np.asarray(v).T, 32, axis=1)[:, :K] for v in (coded, affine.zeros(q)))
+    levels = (np.arange(8)[:, None, None] - z) * s
+    rows = np.asarray(rows)
+    np.testing.assert_allclose(np.abs(q.as_rows() - rows), np.abs(levels - rows).min(0), atol=1e-6)
+    if K == 512:
+        assert bits_per_weight(q) < bits_per_weight(plain) - 0.2  # of 19 / 32 for scales and zeros
+        lost = [float(jnp.mean((w.as_rows() - rows) ** 2)) for w in (plain, q)]
+        assert lost[1] < 1.02 * lost[0]
+
+
+def test_scales_in_codes_need_a_zero_that_does_not_move():
+    for make in (jl.Rtn, jl.DashQ):
+        with pytest.raises(ValueError, match="scale_bits needs zero_code=True or a symmetric grid"):
+            make(bits=2, zero_code=False, scale_bits=6)
+    with pytest.raises(ValueError, match="rtn: scale_bits must be 2 to 8, got scale_bits=9"):
+        jl.Rtn(scale_bits=9)
+    with pytest.raises(ValueError, match="scale_bits needs feedback=False"):
+        jl.DashQ(zero_code=True, feedback=True, scale_bits=6)
+    stats = Stats(hessian_diag=jnp.ones(256), tokens=9)
+    for method in (
+        jl.Rtn(bits=2, symmetric=True, scale_bits=6),
+        jl.DashQ(group=32, zero_code=True, scale_bits=6),
+    ):
+        w = method.solve(weight(256, 32).T, stats, name="up", dtype=jnp.float32)
+        assert isinstance(w.scale, affine.Affine) and bits_per_weight(w) < 2.4
 
 
 def test_bad_input_is_one_line():

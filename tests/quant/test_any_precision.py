@@ -9,7 +9,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.quant import any_precision as ap
-from jaxllm.quant.any_precision import AnyPrecision, from_cuda_planes, pack, to_cuda_planes, unpack, upscale
+from jaxllm.quant.any_precision import (
+    AnyPrecision,
+    from_cuda_planes,
+    pack,
+    read_at,
+    to_cuda_planes,
+    unpack,
+    upscale,
+)
 from jaxllm.quant.codebook import from_codes, look_up
 from jaxllm.quant.gptq import damped
 from jaxllm.quant.lnq import objective
@@ -74,6 +82,14 @@ def test_each_width_looks_up_the_upper_bits_in_its_own_table(stored):
         want = look_up(stored.tables[b - 3], parent >> (8 - b))
         assert (stored.at(b).as_rows(jnp.float16) == want).all()
         assert stored.at(b).as_rows().dtype == jnp.float32
+
+
+def test_a_whole_model_is_read_at_another_width(stored):
+    tree = {"a": stored, "b": (jnp.ones(3), stored)}
+    read = read_at(tree, 3)
+    assert read["a"].bits == read["b"][1].bits == 3 and read["a"].planes is stored.planes
+    with pytest.raises(ValueError, match="must have any-precision weights, got none"):
+        read_at({"a": jnp.ones(3)}, 3)
 
 
 def test_a_width_reads_neither_lower_planes_nor_other_tables(stored):

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxllm as jl
+from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.quant import affine, dec_dec
 from jaxllm.quant.dec_dec import DecDec, HostResidual, bytes_fetched, full_rows, to_host, tune
 from jaxllm.quant.matmul import matmul as multiply
@@ -267,6 +270,22 @@ def test_only_rows_move_from_the_host_also_inside_a_loop():
     assert temp(program) - temp(none) < whole
     device = dataclasses.replace(w, codes=jax.device_put(w.codes, jax.memory.Space.Device))
     assert (program(w, x) == jax.jit(loop)(device, x)).all()
+
+
+def test_a_models_residuals_lie_in_host_memory_also_when_loaded_and_on_a_mesh(tmp_path):
+    config = dataclasses.replace(TINY, width=128, heads=4, kv_heads=4, head_dim=32, ffn=256)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    small = jl.quantize(model, DecDec(base=jl.Rtn(bits=3), k_chunk=64), [[1, 2, 3, 4]], progress=False)
+    jl.save(small, tmp_path / "out")
+    mesh = jl.make_mesh(model=4, devices=jax.devices()[:4])
+    tokens = None
+    for made in (small, jl.load(tmp_path / "out")[0], jl.shard(small, mesh)):
+        w = made.layers[1].mlp.down.w.get_value()
+        assert w.codes.words.sharding.memory_kind == "pinned_host"
+        assert w.base.codes.words.sharding.memory_kind != "pinned_host"
+        out = jl.generate(made, None, [[1, 2, 3]], max_new_tokens=4, stop_tokens=())
+        tokens = out[0].token_ids if made is small else tokens
+        assert out[0].token_ids == tokens
 
 
 def test_rows_are_fetched_for_any_number_of_tokens_and_under_vmap(rows):

@@ -1,6 +1,8 @@
 """What holds for every format: products, trees, files, meshes, and the memory of a decoding loop."""
 
+import copy
 import dataclasses
+import json
 import math
 
 import jax
@@ -17,6 +19,7 @@ from jaxllm.quant import affine, codebook
 from jaxllm.quant.dense import Dense
 from jaxllm.quant.matmul import FORMATS, bits_per_weight, dequantize, matmul, num_bytes
 from jaxllm.quant.mixed_two_bit import MixedTwoBit
+from jaxllm.quant.permuted import Permuted
 from jaxllm.quant.quantize import quantize
 from jaxllm.quant.stats import Stats
 
@@ -48,6 +51,9 @@ FORMS = {
     "affine4": lambda rows: affine.quantize(rows.T, bits=4, group=32),
     "affine3": lambda rows: affine.quantize(rows.T, bits=3, group=32, zero_code=False),
     "affine8": lambda rows: affine.quantize(rows.T, bits=8, group=rows.shape[1], symmetric=True),
+    "affine2, coded scales": lambda rows: jl.Rtn(bits=2, group=32, scale_bits=6).solve(
+        rows, Stats(), name="w", dtype=jnp.float32
+    ),
     "awq": lambda rows: jl.Awq(bits=4, group=32).solve(
         rows, Stats(mean=jnp.ones(rows.shape[1]), sample=jnp.eye(rows.shape[1])), name="w", dtype=jnp.float32
     ),
@@ -62,7 +68,15 @@ FORMS = {
         rows, ones(rows), name="w", dtype=jnp.float32
     ),
 }
-OWN_PRODUCT = {"nested_fp8", "dec_dec"}  # what these multiply by depends on x: their own tests say how
+FORMS["rotated"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine4"]), activation_bits=8).solve(
+    rows, Stats(), name="w", dtype=jnp.float32
+)
+FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), activation_bits=4).solve(
+    rows, Stats(), name="w", dtype=jnp.float32
+)
+FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
+# what these multiply by depends on x: their own tests say how
+OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +152,36 @@ def test_a_quantized_model_comes_back_from_disk_bit_for_bit(models, tmp_path, na
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
 
 
+def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path):
+    jl.save(models("affine4"), tmp_path / "out")
+    file = tmp_path / "out" / "manifest.json"
+    whole = json.loads(file.read_text())
+    for damage, message in (
+        (lambda w: w["fields"].pop("zero"), "layers.0.mlp.up.w must have the fields of Affine"),
+        (lambda w: w["fields"].update(zero=None), "weights and manifest.json must name the same arrays"),
+        (lambda w: w["fields"]["scale"].update(shape=[1, 1]), "layers.0.mlp.up.w/scale must be"),
+        (lambda w: w.update(type="Affinity"), "layers.0.mlp.up.w must be of a format of"),
+    ):
+        broken = copy.deepcopy(whole)
+        damage(broken["weights"]["layers.0.mlp.up.w"])
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=message) as caught:
+            jl.load(tmp_path / "out")
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    "name", ["affine4", "any_precision", "nested_fp", "mixed_two_bit", "dec_dec", "codebook3"]
+    "name",
+    [
+        "affine4",
+        "any_precision",
+        "nested_fp",
+        "mixed_two_bit",
+        "dec_dec",
+        "codebook3",
+        "rotated",
+        "rotated, whole",
+    ],
 )
 def test_tensor_parallel_generation_gives_the_tokens_of_one_device(models, name):
     model = models(name)

@@ -2,8 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxllm.quant.packing import Packed, pack, parts, unpack
+from jaxllm.quant import any_precision, mixed_two_bit
+from jaxllm.quant.packing import Packed, from_words, pack, parts, to_words, unpack
+
+# Few lengths, so that little is compiled; any codes.
+widths = st.integers(1, 8)
+lengths = st.sampled_from([1, 31, 33, 64])
 
 
 def codes(bits: int, shape, seed=0):
@@ -45,6 +52,51 @@ def test_packed_codes_go_through_jit_vmap_and_tree_map():
     np.testing.assert_array_equal(jax.vmap(unpack)(packed), want)
     same = jax.tree.map(lambda x: x, packed)
     assert isinstance(same, Packed) and (same.bits, same.size) == (3, 40)
+
+
+def drawn(data, bits: int, n: int) -> np.ndarray:
+    raw = data.draw(st.binary(min_size=n, max_size=n))
+    return np.frombuffer(raw, np.uint8) & (2**bits - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), bits=widths, n=lengths)
+def test_packing_is_a_bijection_of_codes_and_words(data, bits, n):
+    codes = drawn(data, bits, n)
+    packed = pack(jnp.asarray(codes[None]), bits)
+    np.testing.assert_array_equal(unpack(packed)[0], codes)
+    again = pack(unpack(packed), bits)
+    np.testing.assert_array_equal(again.words, packed.words)
+    flipped = data.draw(st.integers(0, n - 1))
+    other = codes.copy()
+    other[flipped] ^= 1
+    assert (np.asarray(pack(jnp.asarray(other[None]), bits).words) != np.asarray(packed.words)).sum() == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), bits=st.sampled_from([1, 2, 4, 8]))
+def test_any_words_are_those_of_their_codes(data, bits):
+    words = np.frombuffer(data.draw(st.binary(min_size=12, max_size=12)), np.uint32)
+    np.testing.assert_array_equal(to_words(from_words(jnp.asarray(words), bits), bits), words)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), bits=widths, n=lengths)
+def test_planes_are_a_bijection_too(data, bits, n):
+    codes = drawn(data, bits, n)[None]
+    planes = any_precision.pack(jnp.asarray(codes), bits)
+    np.testing.assert_array_equal(any_precision.unpack(planes, n), codes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    zero=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    step=st.tuples(*map(st.integers, [0] * 3, [7, 7, 15])),
+)
+def test_metadata_words_of_three_groups_are_a_bijection(zero, step):
+    word = mixed_two_bit.pack_words(np.asarray([zero]), np.asarray([step]))
+    got = mixed_two_bit.unpack_words(word)
+    assert got[0].tolist() == [zero] and got[1].tolist() == [list(step)]
 
 
 def test_widths_outside_one_to_eight_are_refused():

@@ -17,8 +17,10 @@ from jaxllm.quant import calibrate as calibrating
 from jaxllm.quant.affine import Affine, encode, min_max
 from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.dense import Dense
-from jaxllm.quant.quantize import linear_weights, quantize, replace_weights
+from jaxllm.quant.matmul import num_bytes
+from jaxllm.quant.quantize import quantize
 from jaxllm.quant.rtn import Rtn
+from jaxllm.quant.source import linear_weights, replace_weights
 from jaxllm.quant.stats import Stats, need
 
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [1, 2], [30, 60, 90, 120, 3, 3]]
@@ -132,10 +134,17 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         recipe = [(r"layers\.0", Spy()), (r"layers\.1", Stops(seen=[]))]
         quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
-    spy = Spy()
+    spy, measured, take = Spy(), [], calibrating.Sums.take
+
+    def watched(self, *rest):
+        measured.append(rest[-1])
+        return take(self, *rest)
+
     recipe = [(r"layers\.0", spy), (r"layers\.1", Stops(seen=[0]))]
-    small = quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
-    assert spy.seen == []  # block 0 came from the checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrating.Sums, "take", watched)
+        small = quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
+    assert spy.seen == [] and measured == ["layers.1"]  # block 0 came from the checkpoint, unmeasured
     whole = quantize(model, Spy(), ROWS, progress=False)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(small), nnx.state(whole))
     for method, rows in ((Spy(), ROWS), (recipe, ROWS[:4])):
@@ -143,7 +152,16 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
             quantize(model, method, rows, checkpoint=tmp_path / "run", progress=False)
 
 
-def test_no_more_than_one_blocks_statistics_are_held(model):
+@pytest.fixture
+def quick_gc():
+    """What exists already is not searched for garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_no_more_than_one_blocks_statistics_are_held(quick_gc, model):
     held: list = []
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +188,50 @@ def test_no_more_than_one_blocks_statistics_are_held(model):
         patch.setattr(calibrating.Sums, "take", watched)
         quantize(model, Watch(), ROWS, progress=False)
     assert len(alive) == 2 and len(held) == 14
+
+
+@pytest.mark.parametrize("consume, sequential", [(False, False), (True, True)])
+def test_memory_is_what_was_given_what_is_finished_and_one_block(quick_gc, consume, sequential):
+    # consumed, each old weight goes when its new one comes, so that the sum falls block by block (DESIGN)
+    config = dataclasses.replace(TINY, layers=4)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    size = lambda arrays: sum(x.nbytes for x in arrays)  # noqa: E731
+    given = size(jax.tree.leaves(model))
+    before = {id(x) for x in jax.live_arrays()} - {id(x) for x in jax.tree.leaves(model)}
+    held = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Watch(Spy):
+        def solve(self, rows, stats, *, name, dtype):
+            gc.collect()
+            held.append(size(x for x in jax.live_arrays() if id(x) not in before))
+            scale, zero = min_max(rows, bits=4, group=16)
+            return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
+
+    small = quantize(model, Watch(), ROWS, consume=consume, sequential=sequential, progress=False)
+    assert (small is model) == consume
+    done = sum(num_bytes(w) for n, w in linear_weights(small).items() if n != "head")
+    states = 2 * 4 * 5 * 43 * 32  # what a block reads and gives, of 5 sequences
+    statistics = 4 * (3 * 32 * 32 + 64 * 64) + states + 4096  # of q k v, o, gate up, down; and small things
+    if consume:
+        blocks = [max(held[i : i + 7]) for i in range(0, 28, 7)]
+        assert blocks == sorted(blocks, reverse=True) and held[-1] < 0.6 * given + statistics
+        assert max(held) <= given + done // 4 + statistics
+    else:
+        assert max(held) <= given + done + statistics
+
+
+def test_a_consumed_model_that_fails_is_quantized_in_part_and_whole(model):
+    given = nan(Decoder(TINY, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up"):
+        quantize(given, Rtn(bits=4, group=16), consume=True, progress=False)
+    kinds = {name: type(w) for name, w in linear_weights(given).items()}
+    assert kinds["layers.0.mlp.up"] is Affine and kinds["layers.1.mlp.up"] is Dense
+    given(jnp.asarray([ROWS[0]]))  # still a model
+    whole = Decoder(TINY, rngs=nnx.Rngs(0))
+    quantize(whole, Rtn(bits=4, group=16), consume=True, progress=False)
+    want = quantize(model, Rtn(bits=4, group=16), progress=False)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(want))
 
 
 def nan(model):

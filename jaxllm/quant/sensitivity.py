@@ -1,0 +1,144 @@
+"""Which layer gets how many bits: what each method costs each layer, and the cheapest recipe in a budget.
+
+    table = sensitivity(model, [DashQ(bits=2), DashQ(bits=3), DashQ(bits=4)], tokens)
+    small = quantize(model, spend(table, bits=2.5), tokens)
+
+A layer's cost is a second-order estimate of what its own error adds to the loss, other layers being exact:
+
+    cost = sum_n d_n H d_n^T / tokens,   d = new rows - old rows [N, K]
+
+H is the end-loss-guided Hessian with one group (arXiv:2505.07004, eq. 7) by default; any statistic of `FORMS`
+can stand in its place. Costs of different layers compare only where H knows the loss ("guided_hessian",
+"fisher"): "hessian" weighs an output's square the same everywhere. That costs add up is an assumption.
+
+`spend` solves a multiple-choice knapsack exactly (scipy's HiGHS): one choice a layer, the least sum of costs
+whose stored bits are at most `bits` a weight in all. A larger budget never costs more.
+
+Letters: K inputs, N outputs.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.quant.matmul import num_bytes
+from jaxllm.quant.source import Source, block_of, linear_weights
+from jaxllm.quant.stats import Method
+
+Form = Literal["guided_hessian", "fisher", "hessian", "hessian_diag"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one method would do to one layer."""
+
+    method: Method
+    num_bits: int  # stored, all told
+    weights: int  # K x N
+    cost: float  # by which the loss is expected to grow, in nats a token for a form that knows the loss
+
+
+Table = Mapping[str, Sequence[Choice]]
+
+
+def sensitivity(
+    model,
+    methods: Sequence[Method],
+    sequences: Any,
+    *,
+    by: Form = "guided_hessian",
+    layers: str = r"\.",
+    batch: int = 8,
+    progress: bool = True,
+) -> dict[str, list[Choice]]:
+    """What each of `methods` would cost each linear whose name `layers` is found in.
+
+    sequences: as for `quantize`. by: the statistic that weighs errors.
+    Every layer is quantized once a method, from the given model's statistics, and thrown away. A method whose
+    bits are set by its own budget across layers (`allocate`) is refused.
+    """
+    if not methods:
+        raise ValueError("sensitivity: methods must not be empty")
+    if by not in FORMS:
+        raise ValueError(f"sensitivity: by must be one of {', '.join(FORMS)}, got {by=}")
+    spenders = [method for method in methods if hasattr(method, "allocate")]
+    if spenders:
+        raise ValueError(f"sensitivity: {type(spenders[0]).__name__} divides its bits itself")
+    weights = {name: w for name, w in linear_weights(model).items() if re.search(layers, name)}
+    if not weights:
+        raise ValueError(f"sensitivity: layers must match a linear, got {layers!r}")
+    source = Source(
+        model,
+        dict.fromkeys(weights, methods),
+        sequences,
+        also=frozenset({by}),
+        batch=batch,
+        progress=progress,
+        desc="sensitivity",
+    )
+    table: dict[str, list[Choice]] = {}
+    for block, stats in source.blocks():
+        for name in (n for n in weights if block_of(n) == block):
+            rows = weights[name].rows.astype(jnp.float32)
+            table[name] = []
+            for method in methods:
+                made: Any = method.solve(rows, stats[name], name=name, dtype=weights[name].dtype)
+                cost = float(FORMS[by](made.as_rows(jnp.float32) - rows, stats[name])) / stats[name].tokens
+                table[name].append(Choice(method, 8 * num_bytes(made), rows.size, cost))
+        del stats
+    return table
+
+
+@jax.jit
+def _quadratic(d: jax.Array, hessians: jax.Array) -> jax.Array:
+    """sum_n d_n H_g(n) d_n^T for rows in as many consecutive groups as there are Hessians [g, K, K]."""
+    parts = d.reshape(hessians.shape[0], -1, d.shape[1])
+    pulled = jnp.einsum("gnk,gkl->gnl", parts, hessians, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(pulled * parts)
+
+
+FORMS = {
+    "guided_hessian": lambda d, stats: _quadratic(d, stats.guided_hessian),
+    "hessian": lambda d, stats: _quadratic(d, stats.hessian[None]),
+    "fisher": lambda d, stats: jnp.sum(stats.fisher * d * d),
+    "hessian_diag": lambda d, stats: jnp.sum(stats.hessian_diag[None] * d * d),
+}
+
+
+def spend(table: Table, *, bits: float) -> list[tuple[str, Method | None]]:
+    """The recipe of least cost among those that store at most `bits` a weight of the table, for `quantize`.
+
+    Where the table leaves linears out, append a rule for them, such as (r"\\.", None): they stay.
+    Raises ValueError for a budget below the smallest.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    if not table:
+        raise ValueError("spend: the table must have a layer, got none")
+    choices = [(name, choice) for name, several in table.items() for choice in several]
+    size = sum(several[0].weights for several in table.values())
+    least = sum(min(choice.num_bits for choice in several) for several in table.values()) / size
+    if bits < least:
+        raise ValueError(
+            f"spend: bits must be at least {least:.3f}, what the smallest choices need, got {bits=}"
+        )
+    cost = np.asarray([choice.cost for _, choice in choices])
+    stored = np.asarray([choice.num_bits for _, choice in choices], np.float64)
+    one_each = np.asarray([[float(name == own) for name, _ in choices] for own in table])
+    found = milp(
+        cost / max(cost.max(), 1e-30),  # solvers compare with absolute tolerances
+        integrality=np.ones(len(choices)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(stored[None] / size, -np.inf, bits)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        raise ValueError(f"spend: the solver found no choice within {bits=}: {found.message}")
+    taken = [choices[i] for i in np.flatnonzero(found.x > 0.5)]
+    rules: list[tuple[str, Method | None]] = [(f"^{re.escape(name)}$", one.method) for name, one in taken]
+    return rules

@@ -1,0 +1,175 @@
+"""Where the statistics that methods ask for come from: nowhere, a finished calibration, or text.
+
+    source = Source(model, {"layers.0.mlp.up": [DashQ()], ...}, tokens)
+    for block, stats in source.blocks(): ...                    # stats: {"layers.0.mlp.up": Stats, ...}
+
+Text goes through the blocks as they come, so only one block's statistics are in memory at a time.
+"""
+
+import re
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from jaxllm.quant import calibrate as measure
+from jaxllm.quant.calibrate import Calibration
+from jaxllm.quant.stats import Method, Stats
+
+
+def linear_weights(model) -> dict[str, Any]:
+    """The weight of every linear by the linear's name, as "layers.0.attention.q"."""
+    return {name: variable.get_value() for name, variable in linear_variables(model).items()}
+
+
+def linear_variables(model) -> dict[str, nnx.Variable]:
+    """The variable that holds each linear's weight."""
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        if name.endswith(".w"):
+            found[name.removesuffix(".w")] = variable
+    return found
+
+
+def replace_weights(model, weights: dict[str, Any]):
+    """The model, or a block, with other weights in the linears named; all else is shared."""
+    graph, state = nnx.split(model)
+    left = dict(weights)
+
+    def one(path, variable):
+        name = ".".join(map(str, path)).removesuffix(".w")
+        return variable.replace(left.pop(name)) if name in left else variable
+
+    flat = [(path, one(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    if left:
+        raise ValueError(f"replace_weights: names must be linears of the model, got {next(iter(left))!r}")
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def block_of(name: str) -> str:
+    """The block that a linear belongs to: its name up to the first number, or else its first word."""
+    found = re.match(r"(\w+\.)*?\d+(?=\.)|\w+", name)
+    assert found is not None
+    return found[0]
+
+
+class Source:
+    """Statistics by block, for linears and the methods that will be asked to solve each.
+
+    also: statistics wanted of every linear, whatever its methods want. desc: what the bar says.
+    sequences, sequential, batch, sample, progress: as for `quantize`.
+    Raises ValueError for statistics that are missing, impossible, or another model's.
+    """
+
+    def __init__(
+        self,
+        model,
+        methods: Mapping[str, Sequence[Method]],
+        sequences: Any,
+        *,
+        also: frozenset[str] = frozenset(),
+        sequential: bool = False,
+        batch: int = 8,
+        sample: int = 512,
+        progress: bool = True,
+        desc: str = "quantize",
+    ):
+        self.model, self.names, self.sequential, self.sample = model, list(methods), sequential, sample
+        asked = [method for several in methods.values() for method in several]
+        self.want = also.union(*(method.wants for method in asked))
+        self.groups = max([1, *(getattr(method, "groups", 1) for method in asked)])
+        bar = partial(tqdm, disable=not progress, file=sys.stderr)
+        self.bar = partial(bar, desc=desc, unit="block")
+        self.given = sequences if isinstance(sequences, Calibration) else None
+        self.text: measure.Text | None = None
+        self.folder = Path()
+        if not self.want:
+            return
+        calibrated = [n for n, several in methods.items() if also or any(m.wants for m in several)]
+        outside = [name for name in calibrated if not name.startswith("layers.")]
+        if outside:
+            raise ValueError(f"quantize: only linears of blocks are calibrated, got {outside[0]}")
+        if sequences is None:
+            raise ValueError(f"quantize: {', '.join(sorted(self.want))} need calibration text, got none")
+        if self.given is not None:
+            self._check(self.given)
+            return
+        self.text = measure.Text.of(model, sequences, batch)
+        layers = {f"layers.{i}": block for i, block in enumerate(model.layers)}
+        weights = linear_weights(model)
+        linears = {name: measure.LinearInfo(name, *weights[name].shape) for name in calibrated}
+        measure.check(linears, self.want, self.groups, self.text.count)
+        self.folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        if self.want & measure.OF_OUTPUT:
+            measure.gradients(
+                model, layers, self.text, self.folder, groups=self.groups, want=self.want, bar=bar
+            )
+
+    def identity(self) -> list[Any]:
+        """What tells these statistics from others': the model, the text, and how it goes through."""
+        text = None if self.text is None else self.text.digest()
+        given = None if self.given is None else self.given.text
+        return [measure.fingerprint(self.model), text, given, self.sequential, self.sample]
+
+    def _check(self, given: Calibration) -> None:
+        missing = self.want - given.want
+        if missing:
+            raise ValueError(f"quantize: the calibration must hold {', '.join(sorted(missing))}")
+        if given.fingerprint != measure.fingerprint(self.model):
+            raise ValueError("quantize: the calibration must be of this model, got another's")
+        if "guided_hessian" in self.want and given.groups != self.groups:
+            raise ValueError(f"quantize: groups must be the calibration's {given.groups}, got {self.groups}")
+        if self.sequential:
+            raise ValueError("quantize: sequential needs text, got a finished calibration")
+
+    def blocks(
+        self, done: Mapping[str, Any] | None = None, skip: Callable[[str], bool] = lambda block: False
+    ) -> Iterator[tuple[str, dict[str, Stats]]]:
+        """Each block's name and the statistics of its linears, in the model's order.
+
+        done: where the consumer puts each block's new weights by name, before it asks for the next block;
+          a sequential source lets the text go on through them. skip: blocks that need no statistics.
+        """
+        prefixes = list(dict.fromkeys(map(block_of, self.names)))
+        if self.text is None:
+            for prefix in self.bar(prefixes):
+                yield prefix, {name: self._known(name) for name in self.names if block_of(name) == prefix}
+            return
+        layers = {f"layers.{i}": block for i, block in enumerate(self.model.layers)}
+        states = self.text.embedded(self.model)
+        for prefix in self.bar([*layers, *(p for p in prefixes if p not in layers)]):
+            if prefix not in layers:
+                yield prefix, {}
+                continue
+            block, after = layers[prefix], states
+            if skip(prefix):
+                if not self.sequential:
+                    after = self._through(block, states)
+                yield prefix, {}
+            else:
+                sums = measure.Sums(self.want, self.sample)
+                after = sums.take(block, self.text, states, self.folder, prefix)
+                yield prefix, sums.stats(self.model, block, self.folder, prefix)
+                del sums
+            if self.sequential:
+                new = done or {}
+                own = {n.removeprefix(prefix + "."): w for n, w in new.items() if block_of(n) == prefix}
+                after = self._through(replace_weights(block, own), states)
+            states = after
+
+    def _known(self, name: str) -> Stats:
+        return Stats() if self.given is None or name not in self.given else self.given[name]
+
+    def _through(self, block, states: list[np.ndarray]) -> list[np.ndarray]:
+        assert self.text is not None
+        return [np.asarray(measure.forward(block, x, n)) for x, n, _ in self.text.parts(states)]

@@ -1,22 +1,41 @@
-"""Every quantization method at 2, 3 and 4 bits on one model: total bits, perplexity, divergence, seconds.
+"""How well every quantization method keeps a model: tables, curves and ablations, written as they come.
 
     python benchmarks/quantization.py --calibration FILE --text FILE --out results/         # pico
     python benchmarks/quantization.py --model stories260K.bin --calibration FILE --lines FILE --out results/
 
+    methods    every method at every width (and group): total bits, divergence, perplexity, seconds, memory
+    curve      affine methods at 2 bits, calibrated on 2 to 128 sequences of width / 2 tokens (as many tokens
+               an input as sequences of 2,048 give a model 4,096 wide)
+    nested     one Any-Precision parent read at 3 to 6 bits, against k-means of each width alone
+    dec_dec    3-bit bases whose rounding errors are fetched for some inputs: how many, and how selected
+    ablations  2/4/16 bits: which columns, which outliers, against affine models of at most 3 total bits
+
 Calibration and evaluation text must differ (checked: no line of 40 or more characters in both). --text is one
 text, cut into windows of --context tokens; --lines has one story a line, each cut to --context tokens, lines
-that are equal but for case taken once. Perplexity and the mean Kullback-Leibler divergence to the given
-model, in nats a token, are over all predictions; bits a weight count everything stored for the linears of
-the blocks. Seconds are of `jl.quantize` as a whole, compilation and calibration included.
+that are equal but for case taken once. In both texts a line `<|endoftext|>` parts documents. A seed draws the
+--sequences calibration pieces of --length tokens out of all there are, and is the method's own seed too; what
+needs no text and draws nothing has one seed.
+
+Perplexity and the mean Kullback-Leibler divergence to the given model (KL), in nats a token, are over all
+predictions; the standard error of the loss increase is over sequences, paired. Bits a weight count everything
+stored for the linears of the blocks (DecDEC's residual too, which lies in host memory). Seconds are CPU
+seconds of all threads, which other programs disturb less, of `jl.quantize` with finished statistics, the
+first seed's with compilation; statistics are timed apart. Memory is how far the process's peak resident size
+rose above its size before (Linux only), of the seed where that was least: freed pages that are used again do
+not count, compilation does where no seed ran compiled.
+
+Every result goes into quantization.json at once; the same command goes on where a run was stopped.
 """
 
 import argparse
+import ctypes
 import datetime
+import hashlib
 import json
-import platform
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,102 +43,151 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decode import machine
+from quantization_methods import JOBS, K_CHUNKS, SEQUENCES, Job
+from quantization_tables import draw, markdown
 from tqdm import tqdm
 
 import jaxllm as jl
+from jaxllm.quant.affine import Affine
 from jaxllm.quant.any_precision import BitPlanes
-from jaxllm.quant.quantize import linear_bits
+from jaxllm.quant.awq import Scaled
+from jaxllm.quant.calibrate import fingerprint
+from jaxllm.quant.codebook import Codebook
+from jaxllm.quant.dense import Dense
+from jaxllm.quant.mixed_two_bit import MixedColumns
+from jaxllm.quant.quantize import linear_bits, linear_weights, replace_weights
+
+END = "<|endoftext|>"
+READ_BACK = (Affine, Codebook, BitPlanes, MixedColumns, Scaled)
 
 
-def methods(bits: int, group: int) -> dict[str, Any]:
-    """What is compared at one width."""
-    grid = {"bits": bits, "group": group}
-    return {
-        "RTN": jl.Rtn(**grid),
-        "RTN, clipped": jl.Rtn(**grid, clip=True),
-        "GPTQ": jl.Gptq(**grid),
-        "GPTQ, guided": jl.Gptq(**grid, guided=True),
-        "AWQ": jl.Awq(**grid),
-        "DASH-Q, paper": jl.DashQ(**grid, mode="paper"),
-        "DASH-Q": jl.DashQ(**grid),
-        "DASH-Q, whole zero": jl.DashQ(**grid, zero_code=True),
-        "DASH-Q, feedback": jl.DashQ(**grid, feedback=True),
-        "DASH-Q, feedback, whole zero": jl.DashQ(**grid, zero_code=True, feedback=True),
-        "SqueezeLLM": jl.SqueezeLlm(bits=bits),
-        "LNQ": jl.Lnq(bits=bits),
-        "LNQ, guided": jl.Lnq(bits=bits, guided=True),
-    }
+# -- how it is judged
 
 
-def others() -> dict[str, Any]:
-    """What has no width of its own."""
-    return {
-        "2/4/16-bit at 2.91": jl.MixedTwoBit(),
-        "NestedFP, fp8": jl.NestedFp(mode="fp8"),
-        "NestedFP, fp16": jl.NestedFp(mode="fp16"),
-        "DecDEC on 3-bit RTN": jl.DecDec(base=jl.Rtn(bits=3, group=32), k_chunk=51),
-    }
+class Judge:
+    """Compares models with the given one on the same sequences."""
 
+    def __init__(self, model, rows: list[list[int]], batch: int = 8):
+        T = max(map(len, rows))
+        self.parts = []
+        for i in range(0, len(rows), batch):
+            tokens, lengths = np.zeros((batch, T), np.int32), np.ones((batch,), np.int32)
+            for j, row in enumerate(rows[i : i + batch]):
+                tokens[j, : len(row)], lengths[j] = row, len(row)
+            self.parts.append((tokens, lengths, np.asarray(_log_probs(model, tokens, lengths))))
+        self.given = self.sums(model)
 
-def rows_of(tokenizer, args) -> list[list[int]]:
-    """The evaluation sequences."""
-    if args.lines is None:
-        ids = tokenizer.encode(args.text.read_text("utf-8"))
-        begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-        ids, size = ids[len(begin) :], args.context - len(begin)
-        return [begin + ids[i : i + size] for i in range(0, min(len(ids), args.tokens) - 1, size)]
-    lines = args.lines.read_bytes().decode("utf-8").splitlines()
-    distinct = {line.lower(): line for line in reversed(lines) if line.strip()}
-    return [tokenizer.encode(line)[: args.context] for line in reversed(distinct.values())]
+    def sums(self, model) -> np.ndarray:
+        """Of each sequence its negative log-likelihood, its divergence, its predictions [S, 3]."""
+        found = [np.asarray(_sums(model, *part), np.float64) for part in self.parts]
+        found = np.concatenate(found, axis=1).T
+        return found[found[:, 2] > 0]
+
+    def __call__(self, model) -> dict[str, float]:
+        sums = self.sums(model)
+        nll, divergence, count = sums.sum(0)
+        more, S = sums[:, 0] - self.given[:, 0], len(sums)
+        off = more - more.sum() / count * sums[:, 2]
+        return {
+            "perplexity": float(np.exp(nll / count)),
+            "kl": float(divergence / count),
+            "loss_increase": float(more.sum() / count),
+            "standard_error": float(np.sqrt((off**2).sum() * S / max(S - 1, 1)) / count),
+        }
 
 
 @jax.jit
-def judge(model, reference, tokens, lengths):
-    """Sums over real predictions: negative log-likelihood, divergence from the reference, their number."""
-    ours, theirs = (jax.nn.log_softmax(m(tokens, lengths=lengths)[0][:, :-1]) for m in (model, reference))
+def _log_probs(model, tokens, lengths):
+    return jax.nn.log_softmax(model(tokens, lengths=lengths)[0][:, :-1])
+
+
+@jax.jit
+def _sums(model, tokens, lengths, theirs):
+    ours = jax.nn.log_softmax(model(tokens, lengths=lengths)[0][:, :-1])
     real = (jnp.arange(1, tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
     came = jnp.take_along_axis(ours, tokens[:, 1:, None], axis=2)[..., 0]
     divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
-    return -(came * real).sum(), (divergence * real).sum(), real.sum()
+    return jnp.stack([-(came * real).sum(1), (divergence * real).sum(1), real.sum(1)])
 
 
-def measure(model, reference, rows: list[list[int]], batch: int = 8) -> dict[str, float]:
-    """Perplexity and divergence from the reference."""
-    T = max(map(len, rows))
-    sums = np.zeros(3)
-    for i in range(0, len(rows), batch):
-        part = rows[i : i + batch]
-        tokens, lengths = np.zeros((batch, T), np.int32), np.ones((batch,), np.int32)
-        for j, row in enumerate(part):
-            tokens[j, : len(row)], lengths[j] = row, len(row)
-        sums += np.asarray(judge(model, reference, tokens, lengths), np.float64)
-    nll, divergence, count = sums
-    return {"perplexity": float(np.exp(nll / count)), "kl": float(divergence / count), "tokens": int(count)}
+def measured(work: Callable[[], Any], clock=time.perf_counter) -> tuple[Any, float, float | None]:
+    """What `work` gives, its seconds, and by how many bytes the peak resident size rose (None: unknown)."""
+    before = _peak_from_here()
+    start = clock()
+    got = work()
+    jax.block_until_ready(jax.tree.leaves(got))
+    seconds = clock() - start
+    return got, seconds, None if before is None else _status("VmHWM") - before
 
 
-def compare(model, rows, text, args) -> Iterator[dict[str, Any]]:
-    """One result a method and width; the model as it is first."""
-    yield {"method": "the model as given", "bits": None} | measure(model, model, rows)
-    jobs = [(name, bits, method) for bits in args.bits for name, method in methods(bits, args.group).items()]
-    jobs += [(name, None, method) for name, method in others().items()]
-    jobs += [("Any-Precision", bits, None) for bits in sorted({3, 4, 5, 6} | set(args.bits)) if bits >= 3]
-    parent = None
-    for name, bits, method in tqdm(jobs, "methods", file=sys.stderr):
-        start = time.perf_counter()
-        if method is None:  # one parent serves all its widths
-            if parent is None:
-                parent = jl.quantize(model, jl.AnyPrecision(parent_bits=6, seed_bits=3), text, progress=False)
-            small = read_at(parent, bits)
-        else:
-            small = jl.quantize(model, method, text, progress=False)
-        jax.block_until_ready(jax.tree.leaves(small))
-        seconds = time.perf_counter() - start
-        yield {
-            "method": name,
-            "bits": bits,
-            "bits_per_weight": linear_bits(small),
-            "seconds": seconds,
-        } | measure(small, model, rows)
+def _peak_from_here() -> float | None:
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+class Statistics:
+    """Calibrations by seed and number of sequences, measured when asked for."""
+
+    def __init__(
+        self, model, pieces: list[list[int]], short: list[list[int]], sequences: int, jobs: list[Job]
+    ):
+        self.model, self.pieces, self.short, self.sequences = model, pieces, short, sequences
+        self.want = frozenset().union(*(job.method.wants for job in jobs if job.sequences is None))
+        self.want_short = frozenset().union(*(job.method.wants for job in jobs if job.sequences is not None))
+        self.done: dict[Any, Any] = {}
+
+    def of(self, seed: int, sequences: int | None):
+        if (seed, sequences) not in self.done:
+            whole = sequences is None
+            pieces, count = (self.pieces, self.sequences) if whole else (self.short, sequences)
+            order = np.random.default_rng([seed, int(whole)]).permutation(len(pieces))
+            text = [pieces[i] for i in order[:count]]  # fewer sequences: the first of those of more
+            with warnings.catch_warnings():
+                if not whole:  # too little text is what the curve is about
+                    warnings.simplefilter("ignore", UserWarning)
+                want = self.want if whole else self.want_short
+                self.done[seed, sequences] = jl.calibrate(self.model, text, want=want, progress=False)
+        return self.done[seed, sequences]
+
+    def seconds(self) -> dict[str, float]:
+        """Of each statistic alone, everything compiled."""
+        text, found = self.pieces[: self.sequences], {}
+        for want in sorted(self.want):
+            for _ in range(2):
+                start = time.process_time()
+                jl.calibrate(self.model, text, want={want}, progress=False)
+                found[want] = time.process_time() - start
+        return found
+
+
+def result(job: Job, model, statistics: Statistics, judge: Judge, parents: dict) -> dict[str, Any]:
+    """Runs one job."""
+    given = statistics.of(job.seed, job.sequences) if job.method.wants else None
+    key = (job.method, job.seed)
+    if job.read is None or key not in parents:
+        small, seconds, memory = measured(
+            lambda: jl.quantize(model, job.method, given, progress=False), time.process_time
+        )
+        if job.read is not None:
+            parents[key] = small, seconds, memory
+    else:
+        small, seconds, memory = parents[key]
+    if job.read is not None:
+        small = read_at(small, job.read)
+    found = job.key | {"bits_per_weight": linear_bits(small), "seconds": seconds, "memory": memory}
+    if job.name == "NestedFP, fp16":
+        found["bitwise"] = same_logits(small, halved(model), judge)
+    return found | judge(dense(small))
 
 
 def read_at(model, bits: int):
@@ -128,56 +196,77 @@ def read_at(model, bits: int):
     return jax.tree.map(at, model, is_leaf=lambda w: isinstance(w, BitPlanes))
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """The results as a table."""
-    lines = [
-        "# Quantization methods",
-        "",
-        f"{run['date']}, {run['machine']}, jax {run['jax']}; model {run['model']}, "
-        f"{run['evaluated']:,} predictions, {run['calibration_tokens']:,} tokens to calibrate on, "
-        f"group {run['group']}.",
-        "",
-        "| method | bits | total bits a weight | perplexity | KL to the model | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in run["results"]:
-        cells = [
-            r["method"],
-            r["bits"] or "",
-            f"{r.get('bits_per_weight', 32):.3f}",
-            f"{r['perplexity']:.3f}",
-        ]
-        lines.append(
-            "| " + " | ".join(map(str, [*cells, f"{r['kl']:.5f}", f"{r.get('seconds', 0):.1f}"])) + " |"
-        )
-    return "\n".join(lines) + "\n"
+def dense(model):
+    """The model with its weights read back into plain numbers, but for formats that also look at the inputs.
+
+    The same numbers in one compiled program for all methods; in float32 the products differ by rounding.
+    """
+    weights = {name: w for name, w in linear_weights(model).items() if isinstance(w, READ_BACK)}
+    return replace_weights(model, {name: Dense(_rows(w)) for name, w in weights.items()})
 
 
-def draw(run: dict[str, Any], path: Path) -> None:
-    """Divergence against total bits."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    names = list(dict.fromkeys(r["method"] for r in run["results"] if "bits_per_weight" in r))
-    for i, name in enumerate(names):
-        points = [(r["bits_per_weight"], r["kl"]) for r in run["results"] if r["method"] == name]
-        axes.plot(*zip(*points, strict=True), marker="osv^Dx+*"[i % 8], linewidth=0.8, label=name)
-    axes.set(xlabel="total bits a weight", ylabel="KL to the model, nats a token", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+@jax.jit
+def _rows(w):
+    return w.as_rows(jnp.float32)
 
 
-def main() -> None:
+def halved(model):
+    """The model with the linears of its blocks rounded to float16."""
+    weights = {name: w for name, w in linear_weights(model).items() if "." in name}
+    half = lambda w: w.rows.astype(jnp.float16).astype(w.rows.dtype)  # noqa: E731
+    return replace_weights(model, {name: Dense(half(w)) for name, w in weights.items()})
+
+
+def same_logits(a, b, judge: Judge) -> bool:
+    """Whether two models give the same bits on the first batch."""
+    tokens, lengths, _ = judge.parts[0]
+    return bool((_log_probs(a, tokens, lengths) == _log_probs(b, tokens, lengths)).all())
+
+
+# -- texts
+
+
+def encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The begin token, if the tokenizer has one, and the ids of all documents joined."""
+    begin = tokenizer.bos_token_id
+    ids: list[int] = []
+    for document in text.split(f"{END}\n"):
+        if document.strip():
+            ids += tokenizer.encode(document.strip("\n"))
+    start = [begin] if begin is not None and ids[:1] == [begin] else []
+    return start, ids[len(start) :]
+
+
+def pieces_of(start: list[int], ids: list[int], length: int) -> list[list[int]]:
+    """Pieces of `length` tokens side by side, each begun as documents are; the shorter rest left out."""
+    size = length - len(start)
+    return [start + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+
+
+def rows_of(tokenizer, args) -> list[list[int]]:
+    """The evaluation sequences."""
+    if args.lines is None:
+        start, ids = encode(tokenizer, args.text.read_text("utf-8"))
+        return pieces_of(start, ids[: args.tokens], args.context)
+    lines = args.lines.read_bytes().decode("utf-8").splitlines()
+    distinct = {line.lower(): line for line in reversed(lines) if line.strip()}
+    return [tokenizer.encode(line)[: args.context] for line in reversed(distinct.values())]
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--what", nargs="+", choices=tuple(JOBS), default=tuple(JOBS))
     add("--model", help="as `jl.load` takes it (default: pico)")
     add("--calibration", type=Path, required=True)
     add("--text", type=Path)
     add("--lines", type=Path)
     add("--bits", type=int, nargs="+", default=[2, 3, 4])
-    add("--group", type=int, default=32)
+    add("--group", type=int, nargs="+", default=[32], help="the first serves the other parts")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--only", nargs="+", help="names of methods; others are left out")
+    add("--curve", type=int, nargs="+", default=SEQUENCES)
+    add("--k-chunk", type=int, nargs="+", default=K_CHUNKS)
     add("--context", type=int, default=512)
     add("--tokens", type=int, default=8192, help="of --text, at most")
     add("--sequences", type=int, default=64, help="calibration pieces of --length tokens")
@@ -189,28 +278,73 @@ def main() -> None:
     learnt, judged = (p.read_text("utf-8") for p in (args.calibration, args.text or args.lines))
     shared = {line for line in learnt.splitlines() if len(line) >= 40} & set(judged.splitlines())
     if shared:
-        parser.error(
-            f"calibration and evaluation text must differ, both have the line {next(iter(shared))[:40]!r}"
-        )
+        line = next(iter(shared))[:40]
+        parser.error(f"calibration and evaluation text must differ, both have the line {line!r}")
+    return args
+
+
+def main() -> None:
+    args = parse()
     model, tokenizer = jl.load(args.model, dtype="float32")
-    text = jl.text_sequences(model, tokenizer, learnt, length=args.length, limit=args.sequences)
+    start, ids = encode(tokenizer, args.calibration.read_text("utf-8"))
+    width = model.config.width
+    pieces, short = (pieces_of(start, ids, n) for n in (args.length, max(width // 2, 8)))
+    if len(pieces) < args.sequences or ("curve" in args.what and len(short) < max(args.curve)):
+        raise SystemExit(f"quantization.py: the calibration text must be longer, got {len(ids)} tokens")
     rows = rows_of(tokenizer, args)
-    results = list(compare(model, rows, text, args))
-    run = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-        "jax": version("jax"),
+    judge = Judge(model, rows)
+    settings = {
         "model": Path(args.model).name if args.model else "pico target",
-        "group": args.group,
-        "evaluated": results[0]["tokens"],
-        "calibration_tokens": sum(map(len, text)),
-        "results": results,
+        "weights": fingerprint(model)[:16],
+        "calibration": hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:16],
+        "evaluation": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
+        "predictions": int(judge.given[:, 2].sum()),
+        "sequences": args.sequences,
+        "length": args.length,
+        "width": width,
+        "jax": version("jax"),
+        "machine": machine(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quantization.json").write_text(json.dumps(run, indent=1) + "\n")
+    run = begun(args.out / "quantization.json", settings)
+    run["given"] = judge(model)
+    known = [{key: r[key] for key in Job("", "", None, None, 0).key} for r in run["results"]]
+    jobs = [job for what in args.what for job in JOBS[what](args)]
+    jobs = [job for job in jobs if args.only is None or job.name in args.only]
+    jobs = [job for job in jobs if job.seed == args.seeds[0] or is_random(job)]
+    statistics = Statistics(model, pieces, short, args.sequences, jobs)
+    parents: dict = {}
+    for job in tqdm([job for job in jobs if job.key not in known], "quantize", file=sys.stderr):
+        run["results"].append(result(job, model, statistics, judge, parents))
+        keep(args.out, run)
+    if "methods" in args.what and "calibration_seconds" not in run:
+        run["calibration_seconds"] = statistics.seconds()
+        keep(args.out, run)
     (args.out / "quantization.md").write_text(markdown(run))
-    draw(run, args.out / "quantization.png")
+    draw(run, args.out)
     print(markdown(run))
+
+
+def is_random(job: Job) -> bool:
+    """Whether another seed may give another result."""
+    return bool(job.method.wants) or "random" in job.name
+
+
+def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """A run to go on with, or a new one."""
+    if not file.is_file():
+        return {"date": datetime.date.today().isoformat(), "settings": settings, "results": []}
+    run = json.loads(file.read_text())
+    if run["settings"] != settings:
+        raise SystemExit(f"quantization.py: --out must be new or of the same settings, got {file.parent}")
+    return run
+
+
+def keep(out: Path, run: dict[str, Any]) -> None:
+    """Writes what there is so far; the file is never half written."""
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / "quantization.json.part"
+    part.write_text(json.dumps(run, indent=1) + "\n")
+    part.replace(out / "quantization.json")
 
 
 if __name__ == "__main__":

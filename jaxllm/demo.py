@@ -281,8 +281,8 @@ def draw_bits(path: Path, points: dict[str, list[tuple[float, float]]], given: f
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (name, some), marker in zip(points.items(), "ovsD^", strict=True):
-        axes.plot(*zip(*some, strict=True), marker=marker, label=name, lw=1.2, ms=5)
+    for i, (name, some) in enumerate(points.items()):
+        axes.plot(*zip(*some, strict=True), marker="ovsD^"[i % 5], label=name, lw=1.2, ms=5)
     axes.axhline(given, color="#808080", ls=":", label="as it is")
     axes.set(xlabel="stored bits a weight of the blocks' linears", ylabel="perplexity", yscale="log")
     axes.set_title("Fewer bits", loc="left")

@@ -278,13 +278,19 @@ def draw_reads(path: Path, reads: dict[str, np.ndarray]) -> None:
 def draw_bits(path: Path, points: dict[str, list[tuple[float, float]]], given: float) -> None:
     """Perplexity against bits, a line a method, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, NullLocator
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     for i, (name, some) in enumerate(points.items()):
         axes.plot(*zip(*some, strict=True), marker="ovsD^"[i % 5], label=name, lw=1.2, ms=5)
     axes.axhline(given, color="#808080", ls=":", label="as it is")
-    axes.set(xlabel="stored bits a weight of the blocks' linears", ylabel="perplexity", yscale="log")
+    axes.set(xlabel="stored bits a weight of the blocks' linears", ylabel="perplexity")
+    axes.set(xscale="log", yscale="log", xticks=(2, 3, 4, 6, 8, 12, 16))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(FormatStrFormatter("%g"))
     axes.set_title("Fewer bits", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

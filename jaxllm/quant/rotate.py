@@ -86,7 +86,8 @@ def activations(
 
 def is_whole(w: Rotated) -> bool:
     """Whether the product can be taken in whole numbers: affine codes with one scale an output."""
-    return w.activation_bits <= 8 and isinstance(w.base, Affine) and w.base.scale.shape[0] == 1
+    whole = isinstance(w.base, Affine) and w.base.group >= w.base.shape[0]
+    return whole and w.activation_bits <= 8
 
 
 def whole_product(codes: Float[Array, "*B K"], w: Affine) -> Float[Array, "*B N"]:

@@ -56,9 +56,12 @@ from jaxllm.quant.calibrate import fingerprint
 from jaxllm.quant.codebook import Codebook
 from jaxllm.quant.dense import Dense
 from jaxllm.quant.mixed_two_bit import MixedColumns
-from jaxllm.quant.quantize import linear_bits, linear_weights, replace_weights
+from jaxllm.quant.nested_fp import NestedFloat
+from jaxllm.quant.quantize import linear_bits
+from jaxllm.quant.source import linear_weights, replace_weights
 
 END = "<|endoftext|>"
+CACHES = 1.5e9  # bytes of the process above which compiled programs are let go
 READ_BACK = (Affine, Codebook, BitPlanes, MixedColumns, Scaled)
 
 
@@ -186,7 +189,8 @@ def result(job: Job, model, statistics: Statistics, judge: Judge, parents: dict)
         small = read_at(small, job.read)
     found = job.key | {"bits_per_weight": linear_bits(small), "seconds": seconds, "memory": memory}
     if job.name == "NestedFP, fp16":
-        found["bitwise"] = same_logits(small, halved(model), judge)
+        # the same product of both: what is compared is the weights, and that they are all there is
+        found["bitwise"] = same_logits(dense(small, NestedFloat), halved(model), judge)
     return found | judge(dense(small))
 
 
@@ -196,12 +200,12 @@ def read_at(model, bits: int):
     return jax.tree.map(at, model, is_leaf=lambda w: isinstance(w, BitPlanes))
 
 
-def dense(model):
+def dense(model, formats=READ_BACK):
     """The model with its weights read back into plain numbers, but for formats that also look at the inputs.
 
     The same numbers in one compiled program for all methods; in float32 the products differ by rounding.
     """
-    weights = {name: w for name, w in linear_weights(model).items() if isinstance(w, READ_BACK)}
+    weights = {name: w for name, w in linear_weights(model).items() if isinstance(w, formats)}
     return replace_weights(model, {name: Dense(_rows(w)) for name, w in weights.items()})
 
 
@@ -316,6 +320,8 @@ def main() -> None:
     for job in tqdm([job for job in jobs if job.key not in known], "quantize", file=sys.stderr):
         run["results"].append(result(job, model, statistics, judge, parents))
         keep(args.out, run)
+        if (size := _peak_from_here()) is not None and size > CACHES:
+            jax.clear_caches()
     if "methods" in args.what and "calibration_seconds" not in run:
         run["calibration_seconds"] = statistics.seconds()
         keep(args.out, run)

@@ -1,0 +1,182 @@
+"""What the methods of quantization leave of the errors of a large random matrix, at code and at total bits.
+
+    python benchmarks/quantization_error.py --out results/
+
+Perplexity of a small model judges the tables of codebooks too hard: they weigh less the larger K is, and here
+K = 1024. Weights are Student-t; inputs share 64 latent numbers a token, each on a log-normal scale; the size
+of the gradients depends on the token's latent numbers. Errors are of tokens not calibrated on, relative to no
+weights at all: of the outputs, and of the outputs times the gradients (what GuidedQuant bounds).
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode import machine, spread
+from quantization_tables import table
+from tqdm import tqdm
+
+import jaxllm as jl
+from jaxllm.quant.matmul import bits_per_weight
+from jaxllm.quant.stats import Stats
+
+HIGHEST = jax.lax.Precision.HIGHEST
+NESTED = (3, 4, 5, 6)
+
+
+def weights(K: int, N: int, seed: int = 0) -> jax.Array:
+    """Rows [N, K] of Student-t numbers (5 degrees of freedom)."""
+    return jnp.asarray(np.random.default_rng([seed, K, N]).standard_t(5, (N, K)) * 0.02, jnp.float32)
+
+
+def tokens(K: int, N: int, T: int, seed: int, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs [T, K] and output gradients [T, N]; `part` tells calibration (0) from judging (1)."""
+    fixed = np.random.default_rng([seed, K, N, 1])
+    scale, mix = fixed.lognormal(0, 1, K), fixed.normal(0, 1, (64, K)) / 8
+    taste = fixed.normal(0, 1, 64) / 8
+    rng = np.random.default_rng([seed, K, N, 2 + part])
+    latent = rng.normal(0, 1, (T, 64))
+    x = (rng.normal(0, 1, (T, K)) * 0.7 + latent @ mix) * scale
+    g = np.exp(1.5 * latent @ taste)[:, None] * rng.normal(0, 1, (T, N))
+    return x.astype(np.float32), g.astype(np.float32)
+
+
+def statistics_of(x: np.ndarray, g: np.ndarray, length: int = 128) -> Stats:
+    """All that the methods ask for, of sequences of `length` tokens."""
+    x, g = jnp.asarray(x), jnp.asarray(g)
+    saliency = (g * g).mean(1)
+    fisher = sum(
+        jnp.matmul(g[i : i + length].T, x[i : i + length], precision=HIGHEST) ** 2
+        for i in range(0, len(x), length)
+    )
+    return Stats(
+        hessian_diag=(x * x).sum(0),
+        mean=jnp.abs(x).mean(0),
+        hessian=jnp.matmul(x.T, x, precision=HIGHEST),
+        guided_hessian=jnp.matmul((x * saliency[:, None]).T, x, precision=HIGHEST)[None],
+        fisher=fisher,
+        sample=x[:512],
+        tokens=len(x),
+    )
+
+
+def left(K: int, N: int, T: int, seed: int) -> list[dict[str, Any]]:
+    """What each method leaves of the errors of one matrix."""
+    rows, stats = weights(K, N, seed), statistics_of(*tokens(K, N, T, seed, 0))
+    x, g = (jnp.asarray(a) for a in tokens(K, N, T, seed, 1))
+    whole, found = jnp.matmul(x, rows.T, precision=HIGHEST) ** 2, []
+    for name, bits, method in tqdm(compared(seed), f"seed {seed}", file=sys.stderr):
+        w = method.solve(rows, stats, name="up", dtype=jnp.float32)
+        for read in NESTED if name == "Any-Precision" else (bits,):
+            at = w.at(read) if name == "Any-Precision" else w
+            off = jnp.matmul(x, (rows - at.as_rows()).T, precision=HIGHEST) ** 2
+            found.append(
+                {"method": name, "bits": read, "seed": seed, "bits_per_weight": bits_per_weight(at)}
+                | {"output": float(off.sum() / whole.sum())}
+                | {"loss": float((off * g * g).sum() / (whole * g * g).sum())}
+            )
+    return found
+
+
+def compared(seed: int) -> list[tuple[str, int | None, Any]]:
+    found: list[tuple[str, int | None, Any]] = []
+    for bits in (2, 3, 4):
+        grid = {"bits": bits, "group": 32}
+        methods = {
+            "RTN": jl.Rtn(**grid),
+            "RTN, clipped": jl.Rtn(**grid, clip=True),
+            "GPTQ": jl.Gptq(**grid),
+            "GPTQ, guided": jl.Gptq(**grid, guided=True),
+            "AWQ": jl.Awq(**grid),
+            "DASH-Q": jl.DashQ(**grid),
+            "DASH-Q, feedback, whole zero": jl.DashQ(**grid, zero_code=True, feedback=True),
+            "SqueezeLLM": jl.SqueezeLlm(bits=bits, seed=seed),
+            "LNQ": jl.Lnq(bits=bits, seed=seed),
+            "LNQ, guided": jl.Lnq(bits=bits, guided=True, seed=seed),
+        }
+        found += [(name, bits, method) for name, method in methods.items()]
+    nested = jl.AnyPrecision(seed_bits=3, parent_bits=6, seed=seed)
+    return [*found, ("Any-Precision", None, nested), ("2/4/16-bit", None, jl.MixedTwoBit(seed=seed))]
+
+
+def errors(run: dict[str, Any]) -> dict[tuple[str, int | None], tuple[float, list[float], list[float]]]:
+    """Of each method and width its total bits and, in percent, its errors by seed."""
+    found: dict[Any, Any] = {}
+    for r in run["results"]:
+        got = found.setdefault((r["method"], r["bits"]), (r["bits_per_weight"], [], []))
+        got[1].append(100 * r["output"])
+        got[2].append(100 * r["loss"])
+    return found
+
+
+def markdown(run: dict[str, Any]) -> str:
+    """The results as a table."""
+    body = (
+        (name, bits or "", f"{total:.3f}", show(output), show(loss))
+        for (name, bits), (total, output, loss) in errors(run).items()
+    )
+    head = ("method", "bits", "total bits", "outputs, %", "outputs x gradients, %")
+    lines = [
+        f"# What is left of the error, K = {run['K']}, N = {run['N']}",
+        "",
+        f"{run['date']}, {run['machine']}, jax {run['jax']}; {run['tokens']:,} tokens to calibrate on; "
+        "medians of seeds (least to most).",
+        "",
+    ]
+    return "\n".join(lines + table(head, body))
+
+
+def show(values: list[float]) -> str:
+    got = spread(values)
+    return f"{got['median']:.3f} ({got['min']:.3f} to {got['max']:.3f})"
+
+
+def draw(run: dict[str, Any], path: Path) -> None:
+    """The errors against code bits and against total bits."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    found = errors(run)
+    for i, name in enumerate(dict.fromkeys(name for name, _ in found)):
+        points = [(bits, *found[n, bits]) for n, bits in found if n == name]
+        for axes, at in zip(sides, (0, 1), strict=True):
+            xy = [(p[at], statistics.mean(p[3])) for p in points if p[at] is not None]
+            if xy:
+                mark = "osv^Dx+*<>ph"[i % 12]
+                axes.plot(*zip(*xy, strict=True), marker=mark, markersize=4, linewidth=0.8, label=name)
+    for axes, what in zip(sides, ("bits of a code", "total bits a weight"), strict=True):
+        axes.set(xlabel=what, ylabel="error of outputs times gradients, % of no weights", yscale="log")
+        axes.grid(alpha=0.3)
+    sides[1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shape", type=int, nargs=3, default=(1024, 256, 4096), metavar=("K", "N", "TOKENS"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    K, N, T = args.shape
+    run: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine()}
+    run |= {"jax": version("jax"), "K": K, "N": N, "tokens": T, "results": []}
+    for seed in args.seeds:
+        run["results"] += left(K, N, T, seed)
+        (args.out / "quantization_error.json").write_text(json.dumps(run, indent=1) + "\n")
+    (args.out / "quantization_error.md").write_text(markdown(run))
+    draw(run, args.out / "quantization_error.png")
+    print(markdown(run))
+
+
+if __name__ == "__main__":
+    main()

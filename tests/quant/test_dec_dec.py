@@ -278,14 +278,10 @@ def test_a_models_residuals_lie_in_host_memory_also_when_loaded_and_on_a_mesh(tm
     small = jl.quantize(model, DecDec(base=jl.Rtn(bits=3), k_chunk=64), [[1, 2, 3, 4]], progress=False)
     jl.save(small, tmp_path / "out")
     mesh = jl.make_mesh(model=4, devices=jax.devices()[:4])
-    tokens = None
     for made in (small, jl.load(tmp_path / "out")[0], jl.shard(small, mesh)):
         w = made.layers[1].mlp.down.w.get_value()
         assert w.codes.words.sharding.memory_kind == "pinned_host"
         assert w.base.codes.words.sharding.memory_kind != "pinned_host"
-        out = jl.generate(made, None, [[1, 2, 3]], max_new_tokens=4, stop_tokens=())
-        tokens = out[0].token_ids if made is small else tokens
-        assert out[0].token_ids == tokens
 
 
 def test_rows_are_fetched_for_any_number_of_tokens_and_under_vmap(rows):

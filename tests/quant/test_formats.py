@@ -170,18 +170,16 @@ def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path
         assert "\n" not in str(caught.value)
 
 
+QUICK = ("affine4", "nested_fp")  # the others compile longer: with the slow tests
+
+
+def some_slow(*names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        "affine4",
-        "any_precision",
-        "nested_fp",
-        "mixed_two_bit",
-        "dec_dec",
-        "codebook3",
-        "rotated",
-        "rotated, whole",
-    ],
+    some_slow(*QUICK, "any_precision", "mixed_two_bit", "dec_dec", "codebook3", "rotated", "rotated, whole"),
 )
 def test_tensor_parallel_generation_gives_the_tokens_of_one_device(models, name):
     model = models(name)
@@ -204,7 +202,7 @@ def test_what_a_mesh_cannot_split_is_one_line():
         jl.shard(model, jl.make_mesh(model=4))
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", some_slow(*FORMS))
 def test_a_decoding_loop_never_holds_the_model_unpacked(name):
     """XLA:CPU would take dequantization out of the loop and hold every layer in float32."""
     blocks = []

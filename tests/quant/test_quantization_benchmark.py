@@ -42,6 +42,7 @@ def command(tiny_checkpoint, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_markdown_and_figures_and_goes_on_where_it_stopped(benchmark, command):
     out = command(benchmark)
     run = json.loads((out / "quantization.json").read_text())

@@ -222,6 +222,7 @@ def test_what_cannot_be_is_refused_in_one_line(options, text):
         Rotate(**options)
 
 
+@pytest.mark.slow
 def test_a_model_in_four_bits_throughout_predicts_nearly_as_well():
     """W4A4KV4 with guided GPTQ: the whole way from calibration to perplexity."""
     config = dataclasses.replace(TINY, layers=1, width=64, head_dim=32, heads=2, kv_heads=1, ffn=96)

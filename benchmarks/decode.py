@@ -137,7 +137,7 @@ class JaxllmWorker:
 
         # The two halves of jl.generate, to look at the clock between them.
         start = time.perf_counter()
-        run = _Run(self.model, None, prompts, new, Sampler(temperature=0.0), 0, (), None, False)
+        run = _Run(self.model, None, prompts, new, Sampler(temperature=0.0), 0, (), None, None, False)
         jax.block_until_ready(run.state.token)
         first = time.perf_counter()
         run.advance(run.longest)

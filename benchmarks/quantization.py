@@ -186,18 +186,12 @@ def result(job: Job, model, statistics: Statistics, judge: Judge, parents: dict)
     else:
         small, seconds, memory = parents[key]
     if job.read is not None:
-        small = read_at(small, job.read)
+        small = jl.read_at(small, job.read)
     found = job.key | {"bits_per_weight": linear_bits(small), "seconds": seconds, "memory": memory}
     if job.name == "NestedFP, fp16":
         # the same product of both: what is compared is the weights, and that they are all there is
         found["bitwise"] = same_logits(dense(small, NestedFloat), halved(model), judge)
     return found | judge(dense(small))
-
-
-def read_at(model, bits: int):
-    """The Any-Precision model read at another width."""
-    at = lambda w: w.at(bits) if isinstance(w, BitPlanes) else w  # noqa: E731
-    return jax.tree.map(at, model, is_leaf=lambda w: isinstance(w, BitPlanes))
 
 
 def dense(model, formats=READ_BACK):

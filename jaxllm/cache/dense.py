@@ -6,7 +6,7 @@ position; a layer with a sliding window has R = window + slack and overwrites it
 what a chunk may write, or a rollback forget, without losing a row that a query still sees. Keys are stored
 after rotation. In place of an array there may be `CodedRows` of the same shape (`quantized.py`): a cache in
 2, 4 or 8 bits. Then a chunk that attends to itself, too, sees its keys and values as they will be read back,
-so that how a text is cut into chunks changes nothing.
+so that how a text is cut into chunks changes no more than the rounding of sums does.
 
 Letters: B requests, K key heads, R rows, D head size, T tokens of a chunk, H query heads.
 """

@@ -12,8 +12,9 @@ neighbouring outputs ("second order"; arXiv:2305.14314, section 3, calls it doub
 
     w = quantize(x, bits=4, group=32)        # round to nearest between the least and the greatest
 
-Bits a weight: bits + (16 + 16 | bits | 0) / group; scales of b bits take b + (16 + b) / BLOCK in place of
-the first 16. Lossy: an error of at most half a scale inside the grid.
+Bits a weight: bits + (16 + 16 | bits | 0) / group, more where K is no multiple of 32 (`packing.py` fills
+blocks up); scales of b bits take b + (16 + b) / BLOCK in place of the first 16, at least.
+Lossy: an error of at most half a scale inside the grid.
 Letters: K inputs, N outputs, G = ceil(K / group) groups.
 """
 

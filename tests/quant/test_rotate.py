@@ -197,6 +197,21 @@ def test_the_solver_works_on_turned_curvature(layer):
     assert loss(w) < 0.6 * loss(plain)
 
 
+def test_linears_that_read_the_same_turn_it_once():
+    rows = jax.random.normal(jax.random.key(0), (2, 16, 96))
+
+    def products(seeds):
+        weights = [
+            Rotate(base=jl.Rtn(bits=4, group=32), seed=seed).solve(w, Stats(), name="q", dtype=jnp.float32)
+            for w, seed in zip(rows, seeds, strict=True)
+        ]
+        both = jax.jit(lambda x, a, b: (matmul(x, a), matmul(x, b)))
+        return both.lower(jnp.ones((4, 96)), *weights).compile().as_text().count(" dot(")
+
+    turns = len(hadamard.factors(96))
+    assert products((0, 0)) == products((0, 1)) - turns
+
+
 def test_what_the_base_wants_is_what_is_measured_turned():
     assert Rotate(base=jl.Rtn(clip=True)).wants == {"hessian"}
     assert Rotate(base=jl.Rtn()).wants == frozenset()

@@ -378,12 +378,9 @@ def on_host(cls: type[T], **fields) -> T:
     return made
 
 
-_pack = jax.jit(packing.pack, static_argnums=1)
-
-
 def pack(codes: np.ndarray, bits: int) -> Packed:
     """Codes as our format packs them, on the host."""
-    return jax.tree.map(np.asarray, _pack(jnp.asarray(codes), bits))
+    return jax.tree.map(np.asarray, packing.pack(jnp.asarray(codes), bits))
 
 
 def unsigned(words: np.ndarray) -> np.ndarray:

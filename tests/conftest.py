@@ -1,24 +1,36 @@
 """What every test shares: settings made before jax starts, and small fixtures.
 
-Eight virtual CPU devices (tensor-parallel tests), a compilation cache kept between runs, no
-network, strict promotion of dtypes and ranks. Fixtures: `shared_data` (skips where the folder is
-absent), `torch` (parity tests), `root`, `tiny_checkpoint` (of `tiny_llama.py`).
+Eight virtual CPU devices (tensor-parallel tests), a compiler told to be quick, a compilation cache
+kept between runs, no network, strict promotion of dtypes and ranks. Fixtures: `shared_data` (skips
+where the folder is absent), `torch` (parity tests), `usual_compiler` (tests of compiled programs),
+`root`, `tiny_checkpoint` (of `tiny_llama.py`).
 """
 
 import os
 import sys
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxllm-tests"
 
-DEVICES = "--xla_force_host_platform_device_count=8"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 # Environment variables rather than jax.config: programs that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = os.environ.get("XLA_FLAGS", "")
+if "host_platform_device_count" not in flags:
+    flags += " --xla_force_host_platform_device_count=8"
+# Most of a first run is the compiling of thousands of small programs that run once: a quick compiler
+# halves it. XLA_FLAGS=--xla_backend_optimization_level=3 tests what the compiler of a user makes.
+USUAL: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+QUICK = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # newer ones do not know the flag, which ends the process
+    USUAL["xla_cpu_use_fusion_emitters"] = True
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in flags:
+    flags += f" {QUICK}"
+os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -67,6 +79,12 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no folder ../shared/data beside the repository; set JAXLLM_SHARED_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def usual_compiler() -> dict[str, int | bool]:
+    """`compiler_options` of a user's program, for tests that look at what was compiled."""
+    return USUAL
 
 
 @pytest.fixture(scope="session")

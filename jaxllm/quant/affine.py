@@ -19,6 +19,7 @@ Letters: K inputs, N outputs, G = ceil(K / group) groups.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float, Integer
 
 from jaxllm.pytree import pytree, static
 from jaxllm.quant.packing import Packed, pack, unpack
+from jaxllm.quant.stats import check_rows
 
 # Least scale that is stored: float16's least normal number, so that no scale is lost to rounding.
 TINY = 2.0**-14
@@ -45,6 +47,7 @@ class Affine:
     shape: tuple[int, int] = static()  # (K, N)
     dtype: object = static()  # numpy dtype: what it was quantized from
 
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def as_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         (K, N), G = self.shape, -(-self.shape[0] // self.group)
@@ -93,6 +96,7 @@ def grouped(rows: Float[Array, "N K"], group: int) -> tuple[Float[Array, "N G g"
     return jnp.pad(rows, ((0, 0), (0, G * group - K)), mode="edge").reshape(N, G, group), real
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group", "zero_code"), inline=True)
 def stored(
     rows: Float[Array, "N K"],
     scale: Float[Array, "N G"],
@@ -120,6 +124,7 @@ def stored(
     return scale, jnp.where(flat, -mean, zero).astype(jnp.float16).astype(jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group", "dtype", "zero_code"), inline=True)
 def from_codes(
     codes: Integer[Array, "N K"],
     scale: Float[Array, "N G"],
@@ -140,6 +145,9 @@ def from_codes(
     return Affine(pack(codes, bits), scale.T.astype(jnp.float16), kept, group, (K, N), jnp.dtype(dtype))
 
 
+@functools.partial(
+    jax.jit, static_argnames=("bits", "group", "dtype", "zero_code", "scale_bits"), inline=True
+)
 def encode(
     rows: Float[Array, "N K"],
     scale: Float[Array, "N G"],
@@ -156,7 +164,8 @@ def encode(
     zero: in units of codes; None for a symmetric grid. zero_code: store it as a whole code, not a float16.
     scale_bits: store the scales in codes of so many bits; the grid must then be symmetric or have zero codes.
     """
-    _check(rows, bits)
+    if not 1 <= bits <= 8:
+        raise ValueError(f"affine: bits must be 1 to 8, got {bits=}")
     scale, used = stored(rows, scale, zero, bits=bits, group=group, zero_code=zero_code)
     second = None if scale_bits is None else coded_scales(scale, scale_bits)
     if second is not None:
@@ -191,13 +200,7 @@ def check_scale_bits(who: str, scale_bits: int | None, fixed_zero: bool) -> None
         raise ValueError(f"{who}: scale_bits needs zero_code=True or a symmetric grid, got {scale_bits=}")
 
 
-def _check(rows, bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"affine: bits must be 1 to 8, got {bits=}")
-    if not isinstance(rows, jax.core.Tracer) and not bool(jnp.isfinite(rows).all()):
-        raise ValueError("affine: weights must be finite, got NaN or infinity")
-
-
+@functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric"), inline=True)
 def min_max(
     rows: Float[Array, "N K"], *, bits: int, group: int, symmetric: bool = False, shrink=1.0
 ) -> tuple[Float[Array, "N G"], Float[Array, "N G"] | None]:
@@ -219,6 +222,6 @@ def quantize(
     w: Float[Array, "K N"], *, bits: int, group: int, symmetric: bool = False, zero_code: bool = True
 ) -> Affine:
     """Round to nearest between each group's least and greatest weight."""
-    _check(w, bits)
+    check_rows("affine", w)
     scale, zero = min_max(w.T, bits=bits, group=group, symmetric=symmetric)
     return encode(w.T, scale, zero, bits=bits, group=group, dtype=w.dtype, zero_code=zero_code)

@@ -67,6 +67,7 @@ class BitPlanes:
             raise ValueError(f"any_precision: bits must be {widths}, as stored, got {bits=}")
         return dataclasses.replace(self, bits=bits)
 
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def as_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         codes = unpack(self.planes[: self.bits], self.shape[0])
@@ -87,6 +88,7 @@ def read_at(model, bits: int):
     return jax.tree.map(lambda w: w.at(bits) if planes(w) else w, model, is_leaf=planes)
 
 
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
 def pack(codes: Integer[Array, "N K"], bits: int) -> UInt32[Array, "B N W"]:
     """The codes as `bits` planes; the last word is filled up with zeros."""
     N, K = codes.shape
@@ -95,6 +97,7 @@ def pack(codes: Integer[Array, "N K"], bits: int) -> UInt32[Array, "B N W"]:
     return jnp.stack([(((wide >> b) & 1) << places).sum(-1, dtype=jnp.uint32) for b in reversed(range(bits))])
 
 
+@functools.partial(jax.jit, static_argnames="K", inline=True)
 def unpack(planes: UInt32[Array, "B N W"], K: int) -> UInt8[Array, "N K"]:
     """The codes of as many bits as there are planes."""
     places = jnp.arange(WORD, dtype=jnp.uint32)[None, None]

@@ -29,10 +29,9 @@ from jaxtyping import Array, Float
 from jaxllm.pytree import pytree
 from jaxllm.quant import affine
 from jaxllm.quant.affine import Affine
-from jaxllm.quant.gptq import check_rows
 from jaxllm.quant.product import after, dot
 from jaxllm.quant.rtn import check_grid
-from jaxllm.quant.stats import Stats, need
+from jaxllm.quant.stats import Stats, check_rows, need
 
 SHRINKS = tuple(1 - i / 20 for i in range(10))
 LIMIT = 2.0**8  # greatest s and 1 / s: float16 holds both well

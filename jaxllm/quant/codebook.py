@@ -10,6 +10,8 @@ the levels carries no meaning here; formats that need it sorted say so.
 Letters: K inputs, N outputs, m = 2**bits levels.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -28,6 +30,7 @@ class Codebook:
     shape: tuple[int, int] = static()  # (K, N)
     dtype: object = static()  # numpy dtype: what it was quantized from
 
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def as_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         return look_up(self.table, unpack(self.codes)).astype(dtype)
@@ -59,6 +62,7 @@ def nearest(rows: Float[Array, "N K"], table: Float[Array, "N m"]) -> Integer[Ar
     return jax.lax.fori_loop(0, table.shape[1], closer, start)[1]
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "dtype"), inline=True)
 def encode(
     rows: Float[Array, "N K"], table: Float[Array, "N m"], *, bits: int, dtype=jnp.float32
 ) -> Codebook:

@@ -36,7 +36,7 @@ from jaxtyping import Array, Float
 from jaxllm.quant import affine
 from jaxllm.quant.affine import Affine
 from jaxllm.quant.gptq import feedback
-from jaxllm.quant.stats import Stats, need
+from jaxllm.quant.stats import Stats, check_rows, need
 
 ROWS = 256  # rows solved at a time: their working arrays stay in cache
 UNROLL = 64  # places of a group in one fused loop
@@ -103,8 +103,7 @@ class DashQ:
         assert energy is not None
         if energy.shape != (K,):
             raise ValueError(f"dash_q: diagonal must be [K], got {energy.shape=}, {K=}")
-        if not bool(jnp.isfinite(rows).all()):
-            raise ValueError(f"dash_q: weights must be finite, got NaN or infinity in {name=}")
+        check_rows(f"dash_q: {name}", rows)
         if not bool((jnp.isfinite(energy) & (energy >= 0)).all()):
             raise ValueError(f"dash_q: diagonal must be finite and not negative, got another in {name=}")
         sizes = {"bits": self.bits, "group": min(self.group or _paper_group(self.bits), K)}
@@ -121,7 +120,7 @@ class DashQ:
         )
         if not self.feedback:
             more = {"zero_code": self.zero_code, "scale_bits": self.scale_bits}
-            return _encode(rows, scale, zero, **sizes, dtype=jnp.dtype(dtype), **more)
+            return affine.encode(rows, scale, zero, **sizes, dtype=jnp.dtype(dtype), **more)
         scale, zero = affine.stored(rows, scale, zero, **sizes, zero_code=self.zero_code)
         rhos = RHOS if self.shrinkage == "auto" else (1.0 if self.shrinkage is None else self.shrinkage,)
         codes = _fed_back(rows, scale, zero, stats, rhos, **sizes)
@@ -130,9 +129,6 @@ class DashQ:
 
 def _paper_group(bits: int) -> int:
     return GROUPS[min(max(bits, 2), 4)]
-
-
-_encode = jax.jit(affine.encode, static_argnames=("bits", "group", "dtype", "zero_code", "scale_bits"))
 
 
 @functools.partial(

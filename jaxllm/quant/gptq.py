@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, UInt8
 from jaxllm.quant import affine
 from jaxllm.quant.affine import Affine
 from jaxllm.quant.rtn import Rtn, check_grid
-from jaxllm.quant.stats import Stats, need
+from jaxllm.quant.stats import Stats, check_rows, need
 
 BLOCK = 128  # inputs whose corrections are gathered in one product
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -177,12 +177,6 @@ def damped(hessian: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
     unit = jnp.where(mean > 0, mean, 1.0)
     extra = jnp.where((diagonal > 0) | (damping > 0) & (mean > 0), damping * mean, unit)
     return hessian + jnp.diag(extra)
-
-
-def check_rows(who: str, rows) -> None:
-    """Raises ValueError where a weight is no number."""
-    if not bool(jnp.isfinite(rows).all()):
-        raise ValueError(f"{who}: weights must be finite, got NaN or infinity")
 
 
 def check_curvature(who: str, damping: float, guided: bool, groups: int) -> None:

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, UInt8
 
 from jaxllm.quant.codebook import Codebook, from_codes, look_up
-from jaxllm.quant.gptq import check_curvature, check_rows, curvature, damped
+from jaxllm.quant.gptq import check_curvature, curvature, damped
 from jaxllm.quant.squeeze_llm import importance, k_means, row_keys
-from jaxllm.quant.stats import Stats
+from jaxllm.quant.stats import Stats, check_rows
 
 BLOCK = 128  # inputs whose pull from all others is gathered in one product
 AT_ONCE = 2**24  # numbers of [R, K, m] while levels are fitted

@@ -51,7 +51,7 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.pytree import pytree, static
 from jaxllm.quant.packing import from_words, to_words
 from jaxllm.quant.product import after, dot
-from jaxllm.quant.stats import Stats, need
+from jaxllm.quant.stats import Stats, check_rows, need
 
 COLUMNS = 16  # inputs of a column group
 BLOCK = 16  # outputs that share a step scale
@@ -83,6 +83,7 @@ class MixedColumns:
     shape: tuple[int, int] = static()  # (K, N)
     dtype: object = static()  # numpy dtype: what it was quantized from
 
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def as_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         K, N = self.shape
@@ -109,6 +110,7 @@ def _by_output(codes, N: int):
     return jnp.swapaxes(codes, 1, 2).reshape(-1, codes.shape[1])[:N]
 
 
+@functools.partial(jax.jit, inline=True)
 def two_bit_steps(w: MixedColumns) -> tuple[Float[Array, "N n2"], Float[Array, "N n2"]]:
     """The scale and the zero of each 2-bit group: exact in float32, and known without the codes."""
     assert w.two is not None and w.step is not None and w.zero is not None and w.step_scale is not None
@@ -125,6 +127,7 @@ def _halves(pairs, n: int):
     return jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(pairs.shape[0], -1)[:, :n]
 
 
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
     """The rows as they are stored, W = 16 C inputs in the order of `permute`."""
     N, parts = w.shape[1], []
@@ -423,6 +426,7 @@ def fit_four(
     return scale, zero, uncut(codes), uncut(values)
 
 
+@jax.jit
 def _grouped(rows, diagonal):
     """g, h, live of rows [N, K]: outputs filled up by the last, inputs by weights that do not count."""
     N, K = rows.shape
@@ -569,8 +573,7 @@ class MixedTwoBit:
             raise ValueError(
                 f"MixedTwoBit: hessian_diag must be [K], got {stats.hessian_diag.shape=}, {rows.shape=}"
             )
-        if not bool(jnp.isfinite(rows).all()):
-            raise ValueError("MixedTwoBit: weights must be finite, got NaN or infinity")
+        check_rows("MixedTwoBit", rows)
         return _grouped(rows, stats.hessian_diag)
 
 

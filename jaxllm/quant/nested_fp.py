@@ -24,6 +24,7 @@ weight. Letters: K inputs, N outputs.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -61,6 +62,7 @@ class NestedFloat:
         N, K = self.upper.shape
         return K, N
 
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def as_rows(self, dtype=jnp.float32) -> jax.Array:
         """The float16 weight's rows [N, K], one an output, whatever the mode."""
         codes = jax.lax.bitcast_convert_type(self.upper, jnp.uint8)
@@ -80,6 +82,7 @@ def eligible(w: Float16[Array, "*B"]) -> jax.Array:
     return jnp.abs(w.astype(jnp.float32)) < LIMIT
 
 
+@functools.partial(jax.jit, inline=True)
 def split(w: Float16[Array, "*B"]) -> tuple[UInt8[Array, "*B"], UInt8[Array, "*B"]]:
     """Upper and lower byte of eligible weights."""
     # subtle: the cast gives NaN above 448, which 126 eligible weights reach, unless clipped before

@@ -11,8 +11,13 @@ bits, code i of the block lies in word i // (32 / p) at bit p * (i % (32 / p)).
     packed = pack(codes, 3)             # codes [..., n] -> words [..., ceil(n / 32), 3]
     unpack(packed)                      # uint8 [..., n] again
 
+Both are compiled when called by themselves (step by step they would make some twenty small programs), and
+become part of the program when traced: `inline`, here and in the formats.
+
 Letters: n codes along the packed axis, the last.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +66,7 @@ def _shifts(bits: int, ndim: int) -> jax.Array:
     return jnp.expand_dims(jnp.arange(0, 32, bits, dtype=jnp.uint32), range(ndim - 1))
 
 
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
 def pack(codes: Integer[Array, "*B n"], bits: int) -> Packed:
     """The codes in words; a last block that is not full is filled with zeros.
 
@@ -79,6 +85,7 @@ def pack(codes: Integer[Array, "*B n"], bits: int) -> Packed:
     return Packed(jnp.concatenate(words, axis=-1), bits, n)
 
 
+@functools.partial(jax.jit, inline=True)
 def unpack(packed: Packed) -> UInt8[Array, "*B n"]:
     """The codes."""
     words, bits = packed.words, packed.bits

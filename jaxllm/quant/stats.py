@@ -20,6 +20,7 @@ Letters: K inputs, N outputs, g groups of outputs.
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.pytree import pytree, static
 
@@ -56,6 +57,12 @@ class Method(Protocol):
         dtype: the type that the weight had. What is random depends on the method's seed and `name` only.
         """
         ...
+
+
+def check_rows(who: str, rows: jax.Array) -> None:
+    """Raises ValueError where a weight is no number; traced ones cannot be looked at."""
+    if not isinstance(rows, jax.core.Tracer) and not bool(jnp.isfinite(rows).all()):
+        raise ValueError(f"{who}: weights must be finite, got NaN or infinity")
 
 
 def need(stats: Stats, who: str, *names: str) -> None:

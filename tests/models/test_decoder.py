@@ -73,10 +73,12 @@ def test_last_logits_are_those_of_the_last_real_token(case):
 
 def test_pieces_called_alone_make_the_whole(case):
     model, _, tokens, want = case
-    x = model.embed(tokens)
+    x = jax.jit(lambda model: model.embed(tokens))(model)
+    one = jax.jit(lambda layer, x: layer(x)[0])
     for layer in model.layers:
-        x, _ = layer(x)
-    np.testing.assert_allclose(model.unembed(x), want, atol=2e-5)
+        x = one(layer, x)
+    got = jax.jit(lambda model, x: model.unembed(x))(model, x)
+    np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_a_tap_sees_every_linear_and_can_change_it(case):
@@ -87,7 +89,7 @@ def test_a_tap_sees_every_linear_and_can_change_it(case):
         seen[name] = x.shape
         return x
 
-    same, _ = model(tokens, tap=look)
+    same = jax.jit(lambda model: model(tokens, tap=look)[0])(model)
     np.testing.assert_allclose(same, want, atol=2e-5)
     for part in (
         "attention.q",
@@ -101,18 +103,21 @@ def test_a_tap_sees_every_linear_and_can_change_it(case):
     for name in ("queries", "keys", "values"):
         assert seen[f"layers.0.attention.{name}"][:2] == (3, 24)
     assert seen["layers.1.out"] == (3, 24, 32)
-    changed, _ = model(tokens, tap=lambda n, x: 0 * x if n == "layers.0.mlp.down.out" else x)
-    assert np.abs(np.asarray(changed - want)).max() > 1e-2
+    change = lambda n, x: 0 * x if n == "layers.0.mlp.down.out" else x  # noqa: E731
+    changed = jax.jit(lambda model: model(tokens, tap=change)[0])(model)
+    assert np.abs(np.asarray(changed) - np.asarray(want)).max() > 1e-2
 
 
 def test_a_tap_of_zeros_can_be_differentiated(case):
     model, _, tokens, _ = case
 
-    def loss(zero):
+    @jax.jit
+    @jax.grad
+    def slope(zero, model):
         tap = lambda n, x: x + zero if n == "layers.0.attention.q.out" else x  # noqa: E731
         return model(tokens[:1, :6], tap=tap)[0].sum()
 
-    gradient = jax.grad(loss)(jnp.zeros((1, 6, 32)))
+    gradient = slope(jnp.zeros((1, 6, 32)), model)
     assert np.abs(np.asarray(gradient)).max() > 0
 
 
@@ -121,12 +126,14 @@ def test_sixteen_bit_models_follow_the_float32_one_and_give_float32_logits(dtype
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     half = jax.tree.map(lambda x: x.astype(dtype), model)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, TINY.vocab)
-    want, got = model(tokens)[0], half(tokens)[0]
+    forward = jax.jit(lambda model: model(tokens)[0])
+    want, got = forward(model), forward(half)
     assert got.dtype == jnp.float32 and half.dtype == dtype
-    assert np.abs(np.asarray(got - want)).max() < 0.1 * np.abs(np.asarray(want)).max()
+    got, want = np.asarray(got), np.asarray(want)
+    assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
 
 
-def test_step_time_work_does_not_grow_with_layers_of_unused_cache():
+def test_step_time_work_does_not_grow_with_layers_of_unused_cache(usual_compiler):
     """The compiled step copies no cache: what it writes beside its donated operand is small."""
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     token = jnp.zeros((1, 1), jnp.int32)
@@ -134,7 +141,7 @@ def test_step_time_work_does_not_grow_with_layers_of_unused_cache():
     def temporary(rows):
         cache = dataclasses.replace(model.make_cache(1, rows), empty=False)
         step = jax.jit(lambda m, t, c: m(t, c, logits="last"), donate_argnums=2)
-        memory = step.lower(model, token, cache).compile().memory_analysis()
+        memory = step.lower(model, token, cache).compile(compiler_options=usual_compiler).memory_analysis()
         return memory.temp_size_in_bytes, memory.alias_size_in_bytes, cache
 
     temp, aliased, cache = temporary(4096)

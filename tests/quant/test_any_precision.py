@@ -191,7 +191,7 @@ def test_codes_and_tables_ascend_with_the_weights(grown):
 
 def test_a_level_lies_between_its_children_and_equals_them_where_it_is_not_cut(grown):
     _, _, parent, tables = grown
-    for b, (table, finer) in enumerate(itertools.pairwise(tables), start=3):
+    for b, (table, finer) in enumerate(itertools.pairwise(map(np.asarray, tables)), start=3):
         low, high = finer[:, ::2], finer[:, 1::2]
         assert (low <= table + 1e-7).all() and (table <= high + 1e-7).all()
         for n in range(N):

@@ -321,7 +321,7 @@ def test_what_a_method_wants_is_said_and_missing_or_foreign_statistics_are_refus
         DashQ().solve(rows, Stats(), name="up", dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"dash_q: diagonal must be \[K\], got energy\.shape=\(32,\), K=64"):
         solved(rows, h[:32])
-    with pytest.raises(ValueError, match="dash_q: weights must be finite, got NaN or infinity in name='up'"):
+    with pytest.raises(ValueError, match="dash_q: up: weights must be finite, got NaN or infinity"):
         solved(rows.at[0, 0].set(jnp.nan), h)
     for bad in (-1.0, jnp.inf, jnp.nan):
         with pytest.raises(ValueError, match="dash_q: diagonal must be finite and not negative"):

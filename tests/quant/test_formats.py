@@ -203,7 +203,7 @@ def test_what_a_mesh_cannot_split_is_one_line():
 
 
 @pytest.mark.parametrize("name", some_slow(*FORMS))
-def test_a_decoding_loop_never_holds_the_model_unpacked(name):
+def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
     """XLA:CPU would take dequantization out of the loop and hold every layer in float32."""
     blocks = []
     for layers in (2, 6):
@@ -216,7 +216,11 @@ def test_a_decoding_loop_never_holds_the_model_unpacked(name):
         model = quantize(model, Fixed(lambda rows, one=one: one[rows.shape[::-1]]), progress=False)
         request, state = jax.eval_shape(_started, model)
         step = jax.ShapeDtypeStruct((), jnp.int32)
-        memory = generating._decode.lower(model, request, state, step).compile().memory_analysis()
+        memory = (
+            generating._decode.lower(model, request, state, step)
+            .compile(compiler_options=usual_compiler)
+            .memory_analysis()
+        )
         block = 4 * (4 * 256 * 256 + 3 * 256 * 512)  # float32 bytes of one block's linears
         blocks.append(memory.temp_size_in_bytes / block)
     assert blocks[1] - blocks[0] < 4 * 0.1  # what four more blocks take

@@ -145,9 +145,6 @@ def from_codes(
     return Affine(pack(codes, bits), scale.T.astype(jnp.float16), kept, group, (K, N), jnp.dtype(dtype))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("bits", "group", "dtype", "zero_code", "scale_bits"), inline=True
-)
 def encode(
     rows: Float[Array, "N K"],
     scale: Float[Array, "N G"],
@@ -166,6 +163,23 @@ def encode(
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"affine: bits must be 1 to 8, got {bits=}")
+    check_rows("affine", rows)
+    return _encode(
+        rows,
+        scale,
+        zero,
+        bits=bits,
+        group=group,
+        dtype=jnp.dtype(dtype),
+        zero_code=zero_code,
+        scale_bits=scale_bits,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("bits", "group", "dtype", "zero_code", "scale_bits"), inline=True
+)
+def _encode(rows, scale, zero, *, bits, group, dtype, zero_code, scale_bits) -> Affine:
     scale, used = stored(rows, scale, zero, bits=bits, group=group, zero_code=zero_code)
     second = None if scale_bits is None else coded_scales(scale, scale_bits)
     if second is not None:
@@ -222,6 +236,5 @@ def quantize(
     w: Float[Array, "K N"], *, bits: int, group: int, symmetric: bool = False, zero_code: bool = True
 ) -> Affine:
     """Round to nearest between each group's least and greatest weight."""
-    check_rows("affine", w)
     scale, zero = min_max(w.T, bits=bits, group=group, symmetric=symmetric)
     return encode(w.T, scale, zero, bits=bits, group=group, dtype=w.dtype, zero_code=zero_code)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.quant import affine
 from jaxllm.quant.affine import Affine
-from jaxllm.quant.stats import Stats, check_rows
+from jaxllm.quant.stats import Stats
 
 # Factors on the range, tried in this order; of equal errors the first wins.
 SHRINKS = tuple(1 - i / 40 for i in range(30))
@@ -54,7 +54,6 @@ class Rtn:
         K, diagonal = rows.shape[1], stats.hessian_diag
         if diagonal is not None and diagonal.shape != (K,):
             raise ValueError(f"rtn: statistics must be of K inputs, got {K=}, {diagonal.shape=}")
-        check_rows("rtn", rows)
         scale, zero = self.grid(rows, stats.hessian_diag)
         kept = None if self.symmetric else zero
         sizes = {"bits": self.bits, "group": min(self.group, rows.shape[1])}

@@ -123,3 +123,6 @@ def test_bad_input_is_one_line():
     for bad in (jnp.nan, jnp.inf):
         with pytest.raises(ValueError, match="affine: weights must be finite"):
             affine.quantize(weight().at[3, 3].set(bad), bits=4, group=32)
+        rows, one = weight().T.at[3, 3].set(bad), jnp.ones((40, 3))
+        with pytest.raises(ValueError, match="affine: weights must be finite"):
+            affine.encode(rows, one, one, bits=4, group=32)

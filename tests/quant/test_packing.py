@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,14 @@ def test_packed_codes_go_through_jit_vmap_and_tree_map():
     np.testing.assert_array_equal(jax.vmap(unpack)(packed), want)
     same = jax.tree.map(lambda x: x, packed)
     assert isinstance(same, Packed) and (same.bits, same.size) == (3, 40)
+
+
+def test_packing_is_one_program_alone_and_no_call_in_another():
+    want = jnp.asarray(codes(3, (4, 40)))
+    for function, argument in ((functools.partial(pack, bits=3), want), (unpack, pack(want, 3))):
+        inner = getattr(function, "func", function)
+        assert hasattr(inner, "lower")  # jitted: an eager call compiles once
+        assert f"name={inner.__name__}" not in str(jax.make_jaxpr(function)(argument))
 
 
 def drawn(data, bits: int, n: int) -> np.ndarray:

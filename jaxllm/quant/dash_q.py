@@ -119,8 +119,16 @@ class DashQ:
             zero_code=self.zero_code,
         )
         if not self.feedback:
-            more = {"zero_code": self.zero_code, "scale_bits": self.scale_bits}
-            return affine.encode(rows, scale, zero, **sizes, dtype=jnp.dtype(dtype), **more)
+            return affine.encode(
+                rows,
+                scale,
+                zero,
+                bits=self.bits,
+                group=sizes["group"],
+                dtype=dtype,
+                zero_code=self.zero_code,
+                scale_bits=self.scale_bits,
+            )
         scale, zero = affine.stored(rows, scale, zero, **sizes, zero_code=self.zero_code)
         rhos = RHOS if self.shrinkage == "auto" else (1.0 if self.shrinkage is None else self.shrinkage,)
         codes = _fed_back(rows, scale, zero, stats, rhos, **sizes)

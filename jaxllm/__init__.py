@@ -13,7 +13,7 @@ from jaxllm.load import load, save
 from jaxllm.measure import perplexity, report_bytes, score_choices
 from jaxllm.quant.any_precision import AnyPrecision, read_at
 from jaxllm.quant.awq import Awq
-from jaxllm.quant.calibrate import Calibration, calibrate, text_sequences
+from jaxllm.quant.calibrate import Calibration, calibrate
 from jaxllm.quant.dash_q import DashQ
 from jaxllm.quant.dec_dec import DecDec
 from jaxllm.quant.gptq import Gptq
@@ -25,6 +25,7 @@ from jaxllm.quant.rotate import Rotate
 from jaxllm.quant.rtn import Rtn
 from jaxllm.quant.sensitivity import sensitivity, spend
 from jaxllm.quant.squeeze_llm import SqueezeLlm
+from jaxllm.quant.stages import text_sequences
 from jaxllm.sharding import make_mesh, shard
 
 __version__ = "0.1.0"

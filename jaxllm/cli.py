@@ -258,10 +258,10 @@ def quantize(
     **options: Any,
 ) -> None:
     """Store a model's weights in fewer bits; write it to a new directory."""
-    from jaxllm.quant.calibrate import text_sequences
     from jaxllm.quant.methods import METHODS, Budget, make_method, read_recipe
     from jaxllm.quant.quantize import linear_bits
     from jaxllm.quant.sensitivity import sensitivity, spend
+    from jaxllm.quant.stages import text_sequences
 
     if lists:
         list_methods(METHODS, as_json)

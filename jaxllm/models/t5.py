@@ -226,6 +226,14 @@ def add(x: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T
     return x
 
 
+def both_ways(
+    relative: RelativeBias, S: int, lengths: Int[Array, " B"]
+) -> tuple[Bool[Array, "B 1 S"], Float[Array, "1 H S S"]]:
+    """Which of S source tokens are real, and what their distances add to the scores of the encoder."""
+    step = jnp.arange(S, dtype=jnp.int32)
+    return (step[None, :] < lengths[:, None])[:, None], relative((step[None, :] - step[:, None])[None])
+
+
 class EncoderBlock(nnx.Module):
     """One layer of the encoder."""
 
@@ -264,9 +272,7 @@ class Encoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], lengths: Int[Array, " B"], tap: Tap | None = None
     ) -> Float[Array, "B S D"]:
-        step = jnp.arange(x.shape[1], dtype=jnp.int32)
-        bias = self.relative((step[None, :] - step[:, None])[None])  # [1, H, S, S]
-        mask = (step[None, :] < lengths[:, None])[:, None]  # [B, 1, S]
+        mask, bias = both_ways(self.relative, x.shape[1], lengths)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, bias, below(tap, f"layers.{i}"))
         return see(tap, "norm", self.norm(x))

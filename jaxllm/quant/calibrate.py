@@ -3,19 +3,18 @@
     stats = calibrate(model, tokens, want={"hessian"})       # tokens [S, T], or rows of different lengths
     stats["layers.0.attention.q"].hessian                    # one layer's, read when asked for
 
-Text goes through the model one block at a time: all sequences through block 0, whose sums are finished and
-written, then through block 1. So no more than one block's statistics are in memory beside the model and the
-hidden states (S x T x width, on the host). Statistics that need the loss ("guided_hessian", "fisher") take
-one pass backwards before, block by block as well: of each linear's outputs only the mean square of the
-gradient per token and group is kept (arXiv:2505.07004, Algorithm 1), and the squared gradients of weights
-("fisher") are summed in files. Linears that read the same input (q, k and v) share one copy of what depends
-on it alone.
+Text goes through the model one block at a time (`stages.py`): all sequences through block 0, whose sums are
+finished and written, then through block 1. So no more than one block's statistics are in memory beside the
+model and the hidden states (S x T x width, on the host). Statistics that need the loss ("guided_hessian",
+"fisher") take one pass backwards before, block by block as well: of each linear's outputs only the mean
+square of the gradient per token and group is kept (arXiv:2505.07004, Algorithm 1), and the squared gradients
+of weights ("fisher") are summed in files. Linears that read the same input (q, k and v) share one copy of
+what depends on it alone.
 
 What each statistic is: `stats.py`. Sums are float32 at highest matmul precision. Letters: S sequences, T
 tokens, K inputs, N outputs, g groups of consecutive outputs.
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -33,12 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.measure.perplexity import as_tokens, refuse_encoder
+from jaxllm.quant.stages import Batch, LinearInfo, Stage, State, Text, linears_by_name, linears_of, side_of
+from jaxllm.quant.stages import stages as stages_of
 from jaxllm.quant.stats import WANTS, Stats
 
 META = "calibration.json"
 OF_OUTPUT = frozenset({"guided_hessian", "fisher"})
-HELD_OUT_EVERY = 4
 LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
 
 
@@ -52,7 +51,7 @@ class Calibration(Mapping[str, Stats]):
             raise FileNotFoundError(f"calibration: {META} must be in the directory, got path={self.path}")
         meta = json.loads(file.read_text())
         self.want, self.fingerprint, self.text = frozenset(meta["want"]), meta["fingerprint"], meta["text"]
-        self.tokens, self.groups, self._inputs = meta["tokens"], meta["groups"], meta["inputs"]
+        self.groups, self._inputs, self._tokens = meta["groups"], meta["inputs"], meta["tokens"]
         if temporary:  # the directory goes with the handle
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
@@ -62,7 +61,7 @@ class Calibration(Mapping[str, Stats]):
             if (self.path / file).is_file():
                 with np.load(self.path / file) as arrays:
                     found |= {key: jnp.asarray(arrays[key]) for key in arrays}
-        return Stats(**found, tokens=self.tokens)
+        return Stats(**found, tokens=self._tokens[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -84,62 +83,61 @@ def calibrate(
 ) -> Calibration:
     """Measures what `want` names (`stats.WANTS`) for every linear of the model's blocks.
 
-    sequences: token ids, [S, T] or rows of different lengths, each at most the model's context.
+    sequences: token ids, [S, T] or rows of different lengths, each at most the model's context; for a T5,
+      pairs of a source's and a target's, as it is trained on (`T5` puts `decoder_start` in front itself).
     path: a directory for the results, kept; a run that was stopped goes on after the last finished block
       when called again with the same arguments. None: a temporary one that goes with the handle.
     groups: of consecutive outputs, for "guided_hessian"; must divide every linear's N.
     batch: sequences that go through the model at once. sample: rows kept for "sample".
 
-    Warns where fewer tokens were seen than a Hessian has columns. Raises ValueError for a model that is no
-    decoder alone, for no text, or for a directory that another model, text or wish has begun.
+    Warns where fewer tokens were seen than a Hessian has columns. Raises ValueError for no text, or for a
+    directory that another model, text or wish has begun.
     """
     want = frozenset(want)
     if not want or want - frozenset(WANTS):
         raise ValueError(f"calibrate: want must name some of {', '.join(WANTS)}, got {sorted(want)}")
     text = Text.of(model, sequences, batch)
-    blocks = {f"layers.{i}": block for i, block in enumerate(model.layers)}
-    linears = {
-        f"{p}.{n}": x.below(p) for p, block in blocks.items() for n, x in linears_of(model, block).items()
-    }
-    check(linears, want, groups, text.count)
+    linears = linears_by_name(model)
+    check(linears, want, groups, text)
     meta = {
         "fingerprint": fingerprint(model),
         "text": text.digest(),
         "want": sorted(want),
         "groups": groups,
         "sample": sample,
-        "tokens": text.count,
+        "tokens": {name: text.counts[linear.side] for name, linear in linears.items()},
         "inputs": {name: linear.source for name, linear in linears.items()},
     }
     bar = partial(tqdm, disable=not progress, file=sys.stderr)
     if path is not None:
-        _fill(Path(path), model, blocks, text, meta, bar)
+        _fill(Path(path), model, text, meta, bar)
         return Calibration(path)
     folder = Path(tempfile.mkdtemp())
     try:
-        _fill(folder, model, blocks, text, meta, bar)
+        _fill(folder, model, text, meta, bar)
         return Calibration(folder, temporary=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _fill(folder: Path, model, blocks, text: "Text", meta: dict[str, Any], bar) -> None:
+def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     """Measures block by block what the directory does not hold yet."""
     if _claim(folder, meta):
         return
     want = frozenset(meta["want"])
     if want & OF_OUTPUT:
-        gradients(model, blocks, text, folder, groups=meta["groups"], want=want, bar=bar)
-    states = text.embedded(model)
-    for prefix, block in bar(blocks.items(), desc="calibrate", unit="block"):
-        if (folder / f"{prefix}.done").is_file():
-            states = [np.asarray(forward(block, x, n)) for x, n, _ in text.parts(states)]
+        gradients(model, text, folder, groups=meta["groups"], want=want, bar=bar)
+    states = text.begun()
+    for stage in bar(stages_of(model), desc="calibrate", unit="block"):
+        prefix = stage.name
+        if not prefix or (folder / f"{prefix}.done").is_file():
+            states = text.through(stage, states)
             continue
         sums = Sums(want, meta["sample"])
-        states = sums.take(block, text, states, folder, prefix)
-        for name in linears_of(model, block):
-            arrays = sums.arrays(name) | _fisher(folder, f"{prefix}.{name}")
+        states = sums.take(stage, text, states, folder)
+        for name, linear in linears_of(model, stage).items():
+            arrays = sums.arrays(name, linear) | _fisher(folder, f"{prefix}.{name}")
             for end, keys in (("in", arrays.keys() - OF_OUTPUT), ("out", arrays.keys() & OF_OUTPUT)):
                 if keys:
                     np.savez(folder / f"{prefix}.{name}.{end}.npz", **{key: arrays[key] for key in keys})
@@ -148,110 +146,6 @@ def _fill(folder: Path, model, blocks, text: "Text", meta: dict[str, Any], bar) 
         file.unlink()
     shutil.rmtree(folder / "gradients", ignore_errors=True)
     (folder / f"{META}.begun").replace(folder / META)
-
-
-def text_sequences(
-    model, tokenizer, text: str, *, length: int = 512, limit: int | None = None
-) -> list[list[int]]:
-    """A text as calibration sequences: `length` tokens each, side by side, the shorter rest left out.
-
-    Where the tokenizer begins texts with a token, so does every sequence. length is cut to the context.
-    """
-    if tokenizer is None:
-        raise ValueError("calibrate: text needs a tokenizer, this model has none: give token ids")
-    ids = tokenizer.encode(text)
-    begin = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-    ids, size = ids[len(begin) :], min(length, model.config.context) - len(begin)
-    if size < 1 or len(ids) < size:
-        raise ValueError(
-            f"calibrate: the text must have at least one piece of {length=} tokens, got {len(ids)}"
-        )
-    rows = [begin + ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
-    return rows[:limit]
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Calibration sequences, padded on the right to one length and to whole batches."""
-
-    tokens: np.ndarray  # int32 [S', T]
-    lengths: np.ndarray  # int32 [S'], 1 for a row that only fills up the last batch
-    real: np.ndarray  # bool [S']
-    batch: int
-
-    @classmethod
-    def of(cls, model, sequences: Any, batch: int) -> "Text":
-        """Checked against the model's vocabulary and context."""
-        refuse_encoder("calibrate", model)
-        rows = [as_tokens("calibrate", row, model.config.vocab) for row in sequences]
-        sizes = [len(row) for row in rows]
-        if not rows or not 2 <= min(sizes) <= max(sizes) <= model.config.context:
-            got = f"{min(sizes)} to {max(sizes)}" if rows else "none"
-            raise ValueError(f"calibrate: sequences must have 2 to {model.config.context} tokens, got {got}")
-        if batch < 1:
-            raise ValueError(f"calibrate: batch must be positive, got {batch=}")
-        batch = min(batch, len(rows))
-        S = -(-len(rows) // batch) * batch
-        tokens, lengths = np.zeros((S, max(sizes)), np.int32), np.ones((S,), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], lengths[i] = row, len(row)
-        return cls(tokens, lengths, np.arange(S) < len(rows), batch)
-
-    @property
-    def count(self) -> int:
-        """How many tokens are real."""
-        return int(self.lengths[self.real].sum())
-
-    def digest(self) -> str:
-        """Tells this text from another."""
-        return hashlib.sha256(self.tokens.tobytes() + self.lengths.tobytes()).hexdigest()
-
-    def embedded(self, model) -> list[np.ndarray]:
-        """What the first block reads, a batch each, on the host."""
-        embed = jax.jit(lambda model, tokens: model.embed(tokens))
-        starts = range(0, len(self.tokens), self.batch)
-        return [np.asarray(embed(model, self.tokens[i : i + self.batch])) for i in starts]
-
-    def parts(self, states: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each batch its states, its lengths, and each token's part: 1 real, -1 held out, 0 none."""
-        for i, x in enumerate(states):
-            at = slice(i * self.batch, (i + 1) * self.batch)
-            held = np.arange(at.start, at.stop) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            real = (np.arange(x.shape[1])[None] < self.lengths[at, None]) & self.real[at, None]
-            yield x, self.lengths[at], real * np.where(held, -1, 1)[:, None].astype(np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearInfo:
-    """A linear of a block: whose input it shares, and its shape."""
-
-    source: str  # the first linear that reads the same input
-    K: int
-    N: int
-
-    def below(self, prefix: str) -> "LinearInfo":
-        """As seen from the whole model."""
-        return dataclasses.replace(self, source=f"{prefix}.{self.source}")
-
-
-def linears_of(model, block) -> dict[str, LinearInfo]:
-    """The linears of a block, by name in the order in which they run; nothing is computed."""
-    seen: dict[str, jax.Array] = {}
-    found: dict[str, LinearInfo] = {}
-
-    def tap(name, array):
-        end = name.rpartition(".")[2]
-        if end == "in":
-            seen[name[: -len(".in")]] = array
-        elif end == "out" and name[: -len(".out")] in seen:
-            own = name[: -len(".out")]
-            source = next(other for other, x in seen.items() if x is seen[own])
-            found[own] = LinearInfo(source, seen[own].shape[-1], array.shape[-1])
-        return array
-
-    x = jax.ShapeDtypeStruct((1, 2, model.config.width), model.dtype)
-    jax.eval_shape(lambda block, x: block(x, tap=tap)[0], block, x)
-    return found
 
 
 def fingerprint(model) -> str:
@@ -263,15 +157,16 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def check(linears: dict[str, LinearInfo], want: frozenset[str], groups: int, tokens: int) -> None:
+def check(linears: dict[str, LinearInfo], want: frozenset[str], groups: int, text: Text) -> None:
     """Raises ValueError for groups that do not divide, warns of too little text."""
     uneven = [name for name, linear in linears.items() if groups < 1 or linear.N % groups]
     if "guided_hessian" in want and uneven:
         N = linears[uneven[0]].N
         raise ValueError(f"calibrate: groups must divide the outputs of {uneven[0]}, got {groups=}, {N=}")
-    short = [name for name, linear in linears.items() if tokens < linear.K]
+    short = [name for name, linear in linears.items() if text.counts[linear.side] < linear.K]
     if short and want & {"hessian", "guided_hessian"}:
         names = ", ".join(short[:3]) + (", ..." if short[3:] else "")
+        tokens = text.counts[linears[short[0]].side]
         warnings.warn(
             f"calibrate: a Hessian should see more tokens than it has columns, got {tokens} for {names}",
             stacklevel=3,
@@ -295,12 +190,6 @@ def _claim(folder: Path, meta: dict[str, Any]) -> bool:
     return False
 
 
-@jax.jit
-def forward(block, x, lengths):
-    """What a block gives."""
-    return block(x, lengths=lengths)[0]
-
-
 class Sums:
     """The statistics of one block, summed batch by batch."""
 
@@ -308,44 +197,47 @@ class Sums:
         self.want, self.sample = want, sample
         self.sums: dict[str, dict[str, jax.Array]] = {}
         self.rows: dict[str, list[np.ndarray]] = {}
-        self.tokens = 0
+        self.tokens: dict[str, int] = {}  # by side
 
-    def take(
-        self, block, text: Text, states: list[np.ndarray], folder: Path, prefix: str
-    ) -> list[np.ndarray]:
+    def take(self, stage: Stage, text: Text, states: list[State], folder: Path) -> list[State]:
         """Takes in all batches that a block reads; gives what it leaves for the next."""
-        parts = enumerate(text.parts(states))
-        return [self.add(block, *part, _saliency(folder, prefix, i)) for i, part in parts]
+        batches = enumerate(zip(states, text.batches(), strict=True))
+        return [
+            self.add(stage, state, batch, _saliency(folder, stage.name, i)) for i, (state, batch) in batches
+        ]
 
-    def add(self, block, x, lengths, part, saliency: dict[str, np.ndarray]) -> np.ndarray:
+    def add(self, stage: Stage, state: State, batch: Batch, saliency: dict[str, np.ndarray]) -> State:
         """Takes in one batch; gives what the next block reads."""
-        y, new, inputs = _measure(block, x, lengths, part, saliency, want=self.want)
+        y, new, inputs = _measure(
+            stage.block, stage.shared, state, batch, saliency, run=stage.run, side=stage.side, want=self.want
+        )
         for name, stats in new.items():
             old = self.sums.get(name)
             self.sums[name] = stats if old is None else _add(old, stats)
-        if "sample" in self.want:
-            for name, rows in inputs.items():
-                have = sum(len(r) for r in self.rows.get(name, []))
-                real = np.asarray(rows)[np.asarray(part) != 0][: self.sample - have]
-                self.rows.setdefault(name, []).append(np.asarray(real, np.float32))
-        self.tokens += int(np.count_nonzero(part))
-        return np.asarray(y)
+        for name, (rows, part) in inputs.items():
+            have = sum(len(r) for r in self.rows.get(name, []))
+            real = np.asarray(rows)[np.asarray(part) != 0][: self.sample - have]
+            self.rows.setdefault(name, []).append(np.asarray(real, np.float32))
+        for side, part in batch.part.items():
+            self.tokens[side] = self.tokens.get(side, 0) + int(np.count_nonzero(part))
+        return state | {side: np.asarray(x) for side, x in y.items()}
 
-    def stats(self, model, block, folder: Path, prefix: str) -> dict[str, Stats]:
+    def stats(self, model, stage: Stage, folder: Path) -> dict[str, Stats]:
         """What was measured, by the linears' full names."""
         found = {}
-        for name, linear in linears_of(model, block).items():
-            arrays = self.arrays(linear.source) | self.arrays(name) | _fisher(folder, f"{prefix}.{name}")
-            found[f"{prefix}.{name}"] = Stats(
-                **{key: jnp.asarray(x) for key, x in arrays.items()}, tokens=self.tokens
+        for name, linear in linears_of(model, stage).items():
+            full = f"{stage.name}.{name}"
+            arrays = self.arrays(linear.source, linear) | self.arrays(name, linear) | _fisher(folder, full)
+            found[full] = Stats(
+                **{key: jnp.asarray(x) for key, x in arrays.items()}, tokens=self.tokens[linear.side]
             )
         return found
 
-    def arrays(self, name: str) -> dict[str, Any]:
-        """What was measured for one linear, without what another speaks for."""
+    def arrays(self, name: str, linear: LinearInfo) -> dict[str, Any]:
+        """What was measured under a linear's name, without what another speaks for."""
         found: dict[str, Any] = dict(self.sums.get(name, {}))
         if "mean" in found:
-            found["mean"] = found["mean"] / self.tokens
+            found["mean"] = found["mean"] / self.tokens[linear.side]
         if name in self.rows:
             found["sample"] = np.concatenate(self.rows[name])
         return found
@@ -356,8 +248,8 @@ def _add(old, new):
     return {key: old[key] + new[key] for key in old if key != "thresholds"} | top
 
 
-@partial(jax.jit, static_argnames="want")
-def _measure(block, x, lengths, part, saliency, *, want: frozenset[str]):
+@partial(jax.jit, static_argnames=("run", "side", "want"))
+def _measure(block, shared, state, batch, saliency, *, run, side: str, want: frozenset[str]):
     """A batch's part of each statistic, by linear; and what linears read, for the sample."""
     seen: dict[str, jax.Array] = {}
 
@@ -366,13 +258,14 @@ def _measure(block, x, lengths, part, saliency, *, want: frozenset[str]):
             seen[name[: -len(".in")]] = array
         return array
 
-    y, _ = block(x, lengths=lengths, tap=tap)
+    y = run(block, shared, state, batch, tap)
     sums: dict[str, dict[str, jax.Array]] = {}
-    inputs: dict[str, jax.Array] = {}
+    inputs: dict[str, tuple[jax.Array, jax.Array]] = {}
     for name, array in seen.items():
+        part = batch.part[side_of(array, state, side)]
         flat = array.astype(jnp.float32).reshape(-1, array.shape[-1])
         if not any(array is seen[other] for other in inputs):  # the first that reads it speaks for the others
-            inputs[name] = array
+            inputs[name] = array, part
             sums[name] = _of_input(flat, part.ravel(), want)
         if name in saliency:
             s = saliency[name].astype(jnp.float32) * (part != 0).astype(jnp.float32)[..., None]
@@ -403,26 +296,34 @@ def _gram(x):
     return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def gradients(model, blocks, text: Text, folder: Path, *, groups: int, want: frozenset[str], bar) -> None:
+def gradients(model, text: Text, folder: Path, *, groups: int, want: frozenset[str], bar) -> None:
     """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients."""
     place = folder / "gradients"
     if (place / "done").is_file():
         return
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
+    chain = stages_of(model)
     fisher: dict[str, np.ndarray] = {}
-    for i, (x, lengths, part) in enumerate(
-        bar(list(text.parts(text.embedded(model))), desc="gradients", unit="batch")
-    ):
-        states = [x]
-        for block in blocks.values():
-            states.append(np.asarray(forward(block, states[-1], lengths)))
-        tokens = text.tokens[i * text.batch : (i + 1) * text.batch]
-        g = _top(model, states.pop(), tokens, part)
-        for prefix, block in reversed(blocks.items()):
+    for i, batch in enumerate(bar(list(text.batches()), desc="gradients", unit="batch")):
+        states: list[State] = [{}]
+        for stage in chain:
+            states.append(stage(states[-1], batch))
+        g = _top(model, states.pop(), batch)
+        for stage in reversed(chain[1:]):  # nothing is asked of what embeds
             g, saliency, squares = _pull(
-                block, states.pop(), lengths, g, groups=groups, fisher="fisher" in want
+                stage.block,
+                stage.shared,
+                states.pop(),
+                batch,
+                g,
+                run=stage.run,
+                groups=groups if stage.name else 1,
+                fisher="fisher" in want,
             )
+            if not stage.name:
+                continue
+            prefix = stage.name
             if "guided_hessian" in want:
                 np.savez(place / f"{prefix}.{i}.npz", **{n: np.asarray(s) for n, s in saliency.items()})  # type: ignore[arg-type]
             for name, square in squares.items():
@@ -450,65 +351,64 @@ def _saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def _top(model, x, tokens, part):
-    """The gradient of the loss, a sequence's mean negative log-likelihood, at the last block's output."""
+def _top(model, state, batch):
+    """The gradient of the loss, a sequence's mean negative log-likelihood, at what the last block left."""
 
-    def loss(x):
-        logp = jax.nn.log_softmax(model.unembed(x)[:, :-1])
-        came = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=2)[..., 0]
-        real = (part[:, 1:] != 0).astype(jnp.float32)
+    def loss(state):
+        logp = jax.nn.log_softmax(model.unembed(state["target"])[:, :-1])
+        came = jnp.take_along_axis(logp, batch.tokens["target"][:, 1:, None], axis=2)[..., 0]
+        real = (batch.part["target"][:, 1:] != 0).astype(jnp.float32)
         means = jnp.sum(came * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1.0)
         return -LOSS_SCALE * jnp.sum(means)  # sequences do not meet: each has its own gradient
 
-    return jax.grad(loss)(x)
+    return jax.grad(loss)(state)
 
 
-@partial(jax.jit, static_argnames=("groups", "fisher"))
-def _pull(block, x, lengths, g, *, groups: int, fisher: bool):
-    """The gradient at a block's input, each linear's saliency [B, T, g], and its squared weight gradients.
+@partial(jax.jit, static_argnames=("run", "groups", "fisher"))
+def _pull(block, shared, state, batch, g, *, run, groups: int, fisher: bool):
+    """The gradient before a stage, each linear's saliency [B, T, g], and its squared weight gradients.
 
     A zero is added to each linear's output, and the loss differentiated by it. Square first, sum later: the
     saliency squares a token's gradient, the Fisher a sequence's (arXiv:2505.07004 against arXiv:2306.07629).
     """
     inputs: dict[str, jax.Array] = {}
 
-    def run(x, zeros):
+    def through(state, zeros):
         def tap(name, array):
-            end = name.rpartition(".")[2]
-            own = name[: -len(end) - 1]
+            own, _, end = name.rpartition(".")
             if end == "in":
                 inputs[own] = array
             elif end == "out" and own in zeros:
                 array = array + zeros[own]
             return array
 
-        y, _ = block(x, lengths=lengths, tap=tap)
+        y = state | run(block, shared, state, batch, tap)
         return y, dict(inputs)
 
-    def shapes(x):
+    def shapes(state):
         found = {}
 
         def tap(name, array):
-            end = name.rpartition(".")[2]
+            own, _, end = name.rpartition(".")
             if end == "in":
-                found[name[: -len(".in")]] = None
-            elif end == "out" and name[: -len(".out")] in found:
-                found[name[: -len(".out")]] = array
+                found[own] = None
+            elif end == "out" and own in found:
+                found[own] = array
             return array
 
-        block(x, lengths=lengths, tap=tap)
+        run(block, shared, state, batch, tap)
         return found
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, x))
-    _, pull, inputs = jax.vjp(run, x, zeros, has_aux=True)
-    g_x, g_out = pull(g)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, state))
+    _, pull, inputs = jax.vjp(through, state, zeros, has_aux=True)
+    before, g_out = pull(g)
     saliency, squares = {}, {}
     for name, gz in g_out.items():
         gz = gz.astype(jnp.float32)
         saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:2], groups, -1)), axis=-1)
         if fisher:
             squares[name] = _sum_of_squares(gz, inputs[name].astype(jnp.float32))
-    return g_x, saliency, squares
+    return before, saliency, squares
 
 
 def _sum_of_squares(gz, x):

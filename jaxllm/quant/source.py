@@ -6,6 +6,7 @@
 Text goes through the blocks as they come, so only one block's statistics are in memory at a time.
 """
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -16,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from jaxllm.quant import calibrate as measure
 from jaxllm.quant.calibrate import Calibration
+from jaxllm.quant.stages import Text, linears_by_name, stages
 from jaxllm.quant.stats import Method, Stats
 
 
@@ -90,12 +91,13 @@ class Source:
         bar = partial(tqdm, disable=not progress, file=sys.stderr)
         self.bar = partial(bar, desc=desc, unit="block")
         self.given = sequences if isinstance(sequences, Calibration) else None
-        self.text: measure.Text | None = None
+        self.text: Text | None = None
         self.folder = Path()
         if not self.want:
             return
         calibrated = [n for n, several in methods.items() if also or any(m.wants for m in several)]
-        outside = [name for name in calibrated if not name.startswith("layers.")]
+        linears = linears_by_name(model)
+        outside = [name for name in calibrated if name not in linears]
         if outside:
             raise ValueError(f"quantize: only linears of blocks are calibrated, got {outside[0]}")
         if sequences is None:
@@ -103,17 +105,13 @@ class Source:
         if self.given is not None:
             self._check(self.given)
             return
-        self.text = measure.Text.of(model, sequences, batch)
-        layers = {f"layers.{i}": block for i, block in enumerate(model.layers)}
-        weights = linear_weights(model)
-        linears = {name: measure.LinearInfo(name, *weights[name].shape) for name in calibrated}
-        measure.check(linears, self.want, self.groups, self.text.count)
+        self.text = Text.of(model, sequences, batch)
+        asked_of = {name: linears[name] for name in calibrated}
+        measure.check(asked_of, self.want, self.groups, self.text)
         self.folder = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         if self.want & measure.OF_OUTPUT:
-            measure.gradients(
-                model, layers, self.text, self.folder, groups=self.groups, want=self.want, bar=bar
-            )
+            measure.gradients(model, self.text, self.folder, groups=self.groups, want=self.want, bar=bar)
 
     def identity(self) -> list[Any]:
         """What tells these statistics from others': the model, the text, and how it goes through."""
@@ -145,31 +143,31 @@ class Source:
             for prefix in self.bar(prefixes):
                 yield prefix, {name: self._known(name) for name in self.names if block_of(name) == prefix}
             return
-        layers = {f"layers.{i}": block for i, block in enumerate(self.model.layers)}
-        states = self.text.embedded(self.model)
-        for prefix in self.bar([*layers, *(p for p in prefixes if p not in layers)]):
-            if prefix not in layers:
-                yield prefix, {}
+        chain = stages(self.model)
+        states = self.text.begun()
+        for stage in self.bar(chain):
+            prefix, after = stage.name, states
+            if not prefix:
+                states = self.text.through(stage, states)
                 continue
-            block, after = layers[prefix], states
             if skip(prefix):
                 if not self.sequential:
-                    after = self._through(block, states)
+                    after = self.text.through(stage, states)
                 yield prefix, {}
             else:
                 sums = measure.Sums(self.want, self.sample)
-                after = sums.take(block, self.text, states, self.folder, prefix)
-                yield prefix, sums.stats(self.model, block, self.folder, prefix)
+                after = sums.take(stage, self.text, states, self.folder)
+                yield prefix, sums.stats(self.model, stage, self.folder)
                 del sums
             if self.sequential:
                 new = done or {}
                 own = {n.removeprefix(prefix + "."): w for n, w in new.items() if block_of(n) == prefix}
-                after = self._through(replace_weights(block, own), states)
+                quantized = dataclasses.replace(stage, block=replace_weights(stage.block, own))
+                after = self.text.through(quantized, states)
             states = after
+        for prefix in prefixes:
+            if all(prefix != stage.name for stage in chain):
+                yield prefix, {}
 
     def _known(self, name: str) -> Stats:
         return Stats() if self.given is None or name not in self.given else self.given[name]
-
-    def _through(self, block, states: list[np.ndarray]) -> list[np.ndarray]:
-        assert self.text is not None
-        return [np.asarray(measure.forward(block, x, n)) for x, n, _ in self.text.parts(states)]

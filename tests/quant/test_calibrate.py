@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm.models import gpt, t5
+from jaxllm.models import gpt
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.quant import calibrate as module
 from jaxllm.quant.calibrate import Calibration, calibrate
@@ -77,7 +77,7 @@ def test_every_linear_is_measured_and_those_that_read_the_same_share_a_file(meas
     names = {f"layers.{i}.{name}" for i in range(2) for name in linears}
     assert set(measured) == names and len(measured) == 14
     assert len(list(measured.path.glob("*.in.npz"))) == 8
-    assert measured.tokens == sum(map(len, ROWS)) == measured["layers.1.mlp.down"].tokens
+    assert measured["layers.1.mlp.down"].tokens == sum(map(len, ROWS))
 
 
 @pytest.mark.parametrize("name", ["layers.0.attention.v", "layers.1.mlp.down"])
@@ -133,12 +133,10 @@ def test_the_sum_of_gradient_times_input_is_the_weights_gradient(model, seen):
     np.testing.assert_allclose(g.T @ x, want, rtol=1e-4, atol=1e-6)
 
 
-def test_gpt_is_measured_too_and_an_encoder_is_refused():
+def test_gpt_is_measured_too():
     model = gpt.Gpt(gpt.TINY, rngs=nnx.Rngs(0))
     got = calibrate(model, ROWS, want={"hessian_diag"}, progress=False)
     assert all(stats.hessian_diag is not None and stats.hessian is None for stats in got.values())
-    with pytest.raises(ValueError, match="must be a decoder alone, got T5"):
-        calibrate(t5.T5(t5.TINY, rngs=nnx.Rngs(0)), ROWS, want={"hessian_diag"})
 
 
 def test_a_run_that_was_stopped_goes_on_after_the_last_block(model, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ TINY = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab
 # Logical axes of each parameter on a mesh with the axis "model"; weights are [K, N]. First match decides,
 # what matches nothing is replicated. "kv" is "model" where the key heads can be split, else replicated.
 SHARDING = (
-    (r"embedding\.table", P("model", None)),
+    (r"embedding\.table", P(None, "model")),
     (r"head\.w", P(None, "model")),
     (r"attention\.q\.w|mlp\.(gate|up)\.w", P(None, "model")),
     (r"attention\.[kv]\.w", P(None, "kv")),

@@ -130,7 +130,7 @@ GPT_341B = gpt3(120, 15360, 120)
 # decides, what matches nothing is replicated. "kv" is "model" where the heads can be split, else
 # replicated. Embedding and head are split by width: no mesh divides GPT-2's 50,257 tokens.
 SHARDING = (
-    (r"embedding\.table", P(None, "model")),
+    (r"embedding\.table", P("model", None)),
     (r"head\.w", P("model", None)),
     (r"attention\.q\.w|mlp\.up\.w", P(None, "model")),
     (r"attention\.[kv]\.w", P(None, "kv")),

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.quant.dense import Dense
-from jaxllm.quant.matmul import matmul
+from jaxllm.quant.matmul import matmul, take
 
 Tap = Callable[[str, jax.Array], jax.Array]
 
@@ -55,25 +55,21 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [V, D] read by token, and, when the head is tied, multiplied by as well."""
+    """A table read by token, and, when the head is tied, multiplied by as well.
+
+    It is stored as the weight [D, V] of that head, whose rows [V, D] are the tokens'.
+    """
 
     def __init__(self, V: int, D: int, *, std: float, rngs: nnx.Rngs, dtype):
         table = std * jax.random.normal(rngs.params(), (V, D), jnp.float32)
-        self.table = nnx.Param(table.astype(dtype))
+        self.table = nnx.Param(Dense(table.astype(dtype)))
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        table = self.table.get_value()
-        if table.dtype.itemsize != 2:
-            return table[tokens]
-        # subtle: XLA:CPU gathers 16-bit floats by first turning the whole table into float32, and would take
-        # even their bits out of a decoding loop as a copy
-        table, tokens = jax.lax.optimization_barrier((table, tokens))
-        bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
-        return jax.lax.bitcast_convert_type(bits, table.dtype)
+        return take(self.table.get_value(), tokens)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The tied head: float32 logits."""
-        return matmul(x, Dense(self.table.get_value()), jnp.float32)
+        return matmul(x, self.table.get_value(), jnp.float32)
 
 
 class RmsNorm(nnx.Module):

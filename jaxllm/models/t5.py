@@ -119,7 +119,7 @@ T5_V1_1_XXL = v1_1(24, 4096, 64, 10_240)
 # decides, what matches nothing is replicated. "kv" is "model" where the heads can be split, else
 # replicated.
 SHARDING = (
-    (r"embedding\.table", P("model", None)),
+    (r"embedding\.table", P(None, "model")),
     (r"relative\.table", P(None, "kv")),  # a column a head
     (r"head\.w", P(None, "model")),
     (r"(attention|cross)\.q\.w|mlp\.(gate|up)\.w", P(None, "model")),

@@ -42,7 +42,7 @@ class Affine:
 
     codes: Packed  # [N, K]
     scale: "jax.Array | Affine"  # float16 (or a file's float type) [G, N], or an Affine [N, G]
-    zero: jax.Array | Packed | None  # float16 [G, N], or codes [G, N], or None
+    zero: Any  # float16 [G, N], or Packed codes [G, N], or None
     group: int = static()
     shape: tuple[int, int] = static()  # (K, N)
     dtype: object = static()  # numpy dtype: what it was quantized from

@@ -5,11 +5,14 @@ A weight is a `jax.Array` [K, N] or one of the frozen pytrees in `FORMATS`. A fo
 Adding a format is one file and one entry of `FORMATS`; one that multiplies in a way of its own gets a `case`.
 """
 
+import dataclasses
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from jaxllm.quant import awq, dec_dec, mixed_two_bit, nested_fp, permuted, rotate
 from jaxllm.quant.affine import Affine
@@ -20,7 +23,7 @@ from jaxllm.quant.dec_dec import HostResidual
 from jaxllm.quant.dense import Dense
 from jaxllm.quant.mixed_two_bit import MixedColumns
 from jaxllm.quant.nested_fp import NestedFloat
-from jaxllm.quant.packing import Packed
+from jaxllm.quant.packing import Packed, unpack_at
 from jaxllm.quant.permuted import Permuted
 from jaxllm.quant.product import after, dot
 from jaxllm.quant.rotate import Rotated
@@ -84,6 +87,54 @@ def matmul(x: Float[Array, "*B K"], w: Weight, out_dtype=None) -> Float[Array, "
         case _:
             raise TypeError(f"matmul: no rule for a weight of type {type(w).__name__}")
     return y.astype(out_dtype)
+
+
+def take(w: Weight, index: Int[Array, "*B"]) -> Float[Array, "*B K"]:
+    """Rows of the weight [N, K], of which only what is asked for is read; in the weight's type.
+
+    Raises TypeError for a format whose rows cannot be read alone (`has_rows`).
+    """
+    if not has_rows(w):
+        raise TypeError(f"take: rows of {type(w).__name__} cannot be read alone")
+    if isinstance(w, Dense):
+        return _gather(w.rows, index, 0)
+    some, flat = cast(Any, w), index.reshape(-1)
+    zero = some.zero if isinstance(w, Affine) else None
+    if isinstance(zero, Packed):  # across rows
+        some = dataclasses.replace(some, zero=None)
+    leaves, tree = jax.tree.flatten(some)
+    places = jax.tree.leaves(some.specs(P(None, "N")), is_leaf=lambda x: isinstance(x, P))
+    read = [
+        _gather(x, flat, tuple(place).index("N")) if "N" in place else x
+        for x, place in zip(leaves, places, strict=True)
+    ]
+    some = jax.tree.unflatten(tree, read)
+    if any(field.name == "shape" for field in dataclasses.fields(some)):
+        some = dataclasses.replace(some, shape=(w.shape[0], flat.size))
+    if isinstance(zero, Packed):
+        some = dataclasses.replace(some, zero=unpack_at(zero, flat).astype(jnp.float16))
+    return some.as_rows(w.dtype).reshape(*index.shape, -1)
+
+
+def has_rows(w: Weight) -> bool:
+    """Whether each of the weight's rows lies by itself, so that `take` can read it."""
+    match w:
+        case Affine(scale=Affine()):  # scales are coded across rows
+            return False
+        case Dense() | Affine() | Codebook() | BitPlanes() | NestedFloat():
+            return True
+        case _:
+            return False
+
+
+def _gather(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    before = (slice(None),) * axis
+    if x.dtype.itemsize != 2:
+        return x[*before, index]
+    # subtle: XLA:CPU gathers 16-bit floats by first turning all of them into float32, and would take even
+    # their bits out of a decoding loop as a copy
+    x, index = jax.lax.optimization_barrier((x, index))
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint16)[*before, index], x.dtype)
 
 
 def dequantize(w: Weight) -> Float[Array, "K N"]:

@@ -96,3 +96,10 @@ def unpack(packed: Packed) -> UInt8[Array, "*B n"]:
         at += p
     assert codes is not None
     return codes.reshape(*words.shape[:-2], -1)[..., : packed.size].astype(jnp.uint8)
+
+
+def unpack_at(packed: Packed, index: Integer[Array, " n"]) -> UInt8[Array, "*B n"]:
+    """The codes at some places of the packed axis; only their blocks are read."""
+    blocks = Packed(packed.words[..., index // BLOCK, None, :], packed.bits, BLOCK)
+    within = jnp.broadcast_to((index % BLOCK)[:, None], (*blocks.shape[:-1], 1))
+    return jnp.take_along_axis(unpack(blocks), within, axis=-1)[..., 0]

@@ -5,8 +5,9 @@
 
 A recipe is a list of (pattern, method): the first pattern that is found (re.search) in a linear's name, such
 as "layers.3.mlp.down", decides; None leaves it as it is; a name that no pattern matches is an error. One
-method alone takes every linear of the blocks. Embeddings, norms and the head stay as they are; the head is
-quantized only by a pattern of yours that matches "head" and a method that needs no calibration.
+method alone takes every linear of the blocks. What lies outside of blocks stays as it is unless a pattern
+spells its name, as "head" or "^embedding$" do and ".*" does not, and gives it a method that needs no
+calibration. A quantized embedding is read row by row; tied, it is the head as well. Norms always stay.
 
 In memory at a time: the model, what is finished, one block's statistics and the hidden states of the text.
 """
@@ -19,9 +20,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from jaxllm.models.layers import Embedding
 from jaxllm.quant.dense import Dense
-from jaxllm.quant.matmul import num_bytes
+from jaxllm.quant.matmul import has_rows, num_bytes
 from jaxllm.quant.source import Source, block_of, linear_variables, linear_weights, replace_weights
 from jaxllm.quant.stats import Method, Stats
 
@@ -68,6 +71,7 @@ def quantize(
     masks = _allocate(plan, weights, source)
     kept = None if checkpoint is None else _Kept(checkpoint, [repr(method), *source.identity()])
     variables = linear_variables(model) if consume else {}
+    tables = {".".join(map(str, path)) for path, m in nnx.iter_modules(model) if isinstance(m, Embedding)}
     new: dict[str, Any] = {}
     for block, stats in source.blocks(new, skip=lambda block: kept is not None and kept.has(block)):
         names = [name for name in plan if block_of(name) == block]
@@ -78,6 +82,9 @@ def quantize(
             for name in names:
                 more = {"mask": masks[name]} if name in masks else {}
                 found[name] = _solve(plan[name], weights[name], stats.get(name, Stats()), name, **more)
+                if name in tables and not has_rows(found[name]):
+                    made = type(found[name]).__name__
+                    raise ValueError(f"quantize: {name} must be stored in rows that stand alone, got {made}")
             if kept is not None:
                 kept.write(block, found)
         new |= found
@@ -108,9 +115,11 @@ def _plan(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
     used = [False] * len(recipe)
     plan: dict[str, Method] = {}
     for name, w in weights.items():
-        i = next((i for i, (pattern, _) in enumerate(recipe) if re.search(pattern, name)), None)
+        asked = lambda pattern: "." in name or name in pattern  # noqa: B023, E731
+        rules = (i for i, (pattern, _) in enumerate(recipe) if re.search(pattern, name) and asked(pattern))
+        i = next(rules, None)
         if i is None:
-            if "." not in name:  # the head, which nobody asked for
+            if "." not in name:  # an embedding or the head, which nobody asked for
                 continue
             raise ValueError(f"quantize: the recipe must match every linear, got none for {name}")
         used[i] = True

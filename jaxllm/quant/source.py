@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from jaxllm.quant import calibrate as measure
 from jaxllm.quant.calibrate import Calibration
+from jaxllm.quant.matmul import FORMATS
 from jaxllm.quant.stages import Text, linears_by_name, stages
 from jaxllm.quant.stats import Method, Stats
 
 
 def linear_weights(model) -> dict[str, Any]:
-    """The weight of every linear by the linear's name, as "layers.0.attention.q"."""
+    """The weight of every linear and embedding by its name: "layers.0.attention.q", "embedding"."""
     return {name: variable.get_value() for name, variable in linear_variables(model).items()}
 
 
@@ -35,10 +36,14 @@ def linear_variables(model) -> dict[str, nnx.Variable]:
     """The variable that holds each linear's weight."""
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(map(str, path))
-        if name.endswith(".w"):
-            found[name.removesuffix(".w")] = variable
+        if _is_weight(path, variable):
+            found[".".join(map(str, path[:-1]))] = variable
     return found
+
+
+def _is_weight(path: tuple[Any, ...], variable: nnx.Variable) -> bool:
+    """Whether a variable is a linear's `w` or an embedding's table: biases and norms are plain arrays."""
+    return path[-1] == "w" or isinstance(variable.get_value(), FORMATS)
 
 
 def replace_weights(model, weights: dict[str, Any]):
@@ -47,8 +52,8 @@ def replace_weights(model, weights: dict[str, Any]):
     left = dict(weights)
 
     def one(path, variable):
-        name = ".".join(map(str, path)).removesuffix(".w")
-        return variable.replace(left.pop(name)) if name in left else variable
+        name = ".".join(map(str, path[:-1]))
+        return variable.replace(left.pop(name)) if name in left and _is_weight(path, variable) else variable
 
     flat = [(path, one(path, variable)) for path, variable in nnx.to_flat_state(state)]
     if left:
@@ -144,6 +149,9 @@ class Source:
                 yield prefix, {name: self._known(name) for name in self.names if block_of(name) == prefix}
             return
         chain = stages(self.model)
+        for prefix in prefixes:  # embeddings and the head, which nothing is measured for
+            if all(prefix != stage.name for stage in chain):
+                yield prefix, {}
         states = self.text.begun()
         for stage in self.bar(chain):
             prefix, after = stage.name, states
@@ -165,9 +173,6 @@ class Source:
                 quantized = dataclasses.replace(stage, block=replace_weights(stage.block, own))
                 after = self.text.through(quantized, states)
             states = after
-        for prefix in prefixes:
-            if all(prefix != stage.name for stage in chain):
-                yield prefix, {}
 
     def _known(self, name: str) -> Stats:
         return Stats() if self.given is None or name not in self.given else self.given[name]

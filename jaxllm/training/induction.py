@@ -43,7 +43,7 @@ def wire(model: Decoder, seed: int) -> Decoder:
     for name, x in values.items():
         if ".attention.o." in name or ".mlp.down." in name:
             x[:] = 0
-    table = values[".embedding.table.value"]
+    table = values[".embedding.table.value.rows"]
     table[:, 1:] /= np.linalg.norm(table[:, 1:], axis=1, keepdims=True)
     table[:, 0] = CONSTANT * D**-0.5
 

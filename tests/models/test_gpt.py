@@ -98,7 +98,7 @@ def test_a_tap_sees_every_linear_and_can_change_it(case):
     assert np.abs(np.asarray(changed - want)).max() > 1e-2
     paths = jax.tree_util.tree_flatten_with_path(model)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    linears = [name.removesuffix(".w.value.rows") for name in names if name.endswith(".rows")]
+    linears = [name.removesuffix(".w.value.rows") for name in names if name.endswith(".w.value.rows")]
     assert len(linears) >= 12
     assert {f"{name}.{end}" for name in linears for end in ("in", "out")} <= set(seen)
     for name in ("queries", "keys", "values"):

@@ -17,7 +17,7 @@ from jaxllm.decoding import generate as generating
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.quant import affine, codebook
 from jaxllm.quant.dense import Dense
-from jaxllm.quant.matmul import FORMATS, bits_per_weight, dequantize, matmul, num_bytes
+from jaxllm.quant.matmul import FORMATS, bits_per_weight, dequantize, has_rows, matmul, num_bytes, take
 from jaxllm.quant.mixed_two_bit import MixedTwoBit
 from jaxllm.quant.permuted import Permuted
 from jaxllm.quant.quantize import quantize
@@ -77,6 +77,8 @@ FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), a
 FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
 # what these multiply by depends on x: their own tests say how
 OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
+# an embedding can be stored so
+WITH_ROWS = {"affine4", "affine3", "affine8", "codebook3", "any_precision", "nested_fp", "nested_fp8"}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,20 @@ def test_a_product_is_that_of_the_dequantized_weight(weights, name):
 
 
 @pytest.mark.parametrize("name", FORMS)
+def test_single_rows_are_those_of_the_whole(weights, name):
+    w = weights[1][name]
+    index = jnp.asarray([[5, 0, 63], [7, 7, 31]])
+    assert has_rows(w) == (name in WITH_ROWS)
+    if not has_rows(w):
+        with pytest.raises(TypeError, match=f"rows of {type(w).__name__} cannot be read alone"):
+            take(w, index)
+        return
+    got = jax.jit(take)(w, index)
+    assert got.dtype == w.dtype
+    np.testing.assert_array_equal(got, w.as_rows(jnp.float32)[index])
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_bits_are_those_of_all_arrays_held(weights, name):
     w = weights[1][name]
     assert num_bytes(w) == sum(x.nbytes for x in jax.tree.leaves(w))
@@ -129,6 +145,11 @@ def test_a_weight_survives_trees_vmap_and_donation(weights, name):
     jax.tree.map(np.testing.assert_array_equal, out, w)
 
 
+def everything(method, name):
+    """All linears of the blocks by a method, and the embedding where the format can be read row by row."""
+    return [(r"\.|^embedding$" if name in WITH_ROWS else r"\.", method)]
+
+
 @pytest.fixture(scope="module")
 def models():
     """A model in every format."""
@@ -137,7 +158,7 @@ def models():
 
     def make(name):
         if name not in cache:
-            cache[name] = quantize(model, Fixed(FORMS[name]), progress=False)
+            cache[name] = quantize(model, everything(Fixed(FORMS[name]), name), progress=False)
         return cache[name]
 
     return make
@@ -213,7 +234,8 @@ def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
         shapes = ((256, 256), (256, 512), (512, 256))
         one = {(K, N): FORMS[name](jnp.full((N, K), 0.01)) for K, N in shapes}
         model = Decoder(config, rngs=nnx.Rngs(0))
-        model = quantize(model, Fixed(lambda rows, one=one: one[rows.shape[::-1]]), progress=False)
+        method = Fixed(lambda rows, one=one: one[rows.shape[::-1]])
+        model = quantize(model, everything(method, name), progress=False)
         request, state = jax.eval_shape(_started, model)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         memory = (

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.quant import any_precision, mixed_two_bit
-from jaxllm.quant.packing import Packed, from_words, pack, parts, to_words, unpack
+from jaxllm.quant.packing import Packed, from_words, pack, parts, to_words, unpack, unpack_at
 
 # Few lengths, so that little is compiled; any codes.
 widths = st.integers(1, 8)
@@ -113,3 +113,10 @@ def test_metadata_words_of_three_groups_are_a_bijection(zero, step):
 def test_widths_outside_one_to_eight_are_refused():
     with pytest.raises(ValueError, match="pack: bits must be 1 to 8, got bits=9"):
         pack(jnp.zeros((4,), jnp.int32), 9)
+
+
+def test_codes_at_some_places_are_those_of_the_whole():
+    index = jnp.asarray([69, 0, 31, 32, 33, 69])
+    for bits in range(1, 9):
+        want = jnp.asarray(codes(bits, (3, 70)))
+        np.testing.assert_array_equal(unpack_at(pack(want, bits), index), want[:, index])

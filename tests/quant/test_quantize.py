@@ -17,7 +17,7 @@ from jaxllm.quant import calibrate as calibrating
 from jaxllm.quant.affine import Affine, encode, min_max
 from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.dense import Dense
-from jaxllm.quant.matmul import num_bytes
+from jaxllm.quant.matmul import dequantize, num_bytes
 from jaxllm.quant.quantize import quantize
 from jaxllm.quant.rtn import Rtn
 from jaxllm.quant.source import linear_weights, replace_weights
@@ -52,9 +52,10 @@ def model():
 def test_one_method_takes_every_linear_of_the_blocks_and_leaves_the_rest(model):
     small = quantize(model, Rtn(bits=4, group=16), progress=False)
     weights = linear_weights(small)
-    assert isinstance(weights.pop("head"), Dense) and len(weights) == 14
+    assert isinstance(weights.pop("head"), Dense) and isinstance(weights.pop("embedding"), Dense)
+    assert len(weights) == 14
     assert all(isinstance(w, Affine) for w in weights.values())
-    assert small.embedding.table.get_value() is model.embedding.table.get_value()
+    assert small.embedding.table.get_value().rows is model.embedding.table.get_value().rows
     assert isinstance(model.layers[0].mlp.up.w.get_value(), Dense)  # the given model is as it was
     assert jl.report_bytes(small).weight_bytes < 0.6 * jl.report_bytes(model).weight_bytes
     tokens = jnp.asarray([ROWS[0]])
@@ -75,6 +76,24 @@ def test_a_recipe_gives_each_linear_its_first_match(model):
     assert bits["layers.1.attention.v"] == 2 and bits["head"] == 6
 
 
+def test_embedding_and_head_are_quantized_when_their_names_are_spelt(model):
+    left = quantize(model, [(".*", Rtn(bits=4, group=16))], progress=False)
+    assert all(isinstance(linear_weights(left)[name], Dense) for name in ("embedding", "head"))
+    rest = (r"\.", None)
+    small = quantize(model, [rest, ("embedding|head", Rtn(bits=8, group=16))], progress=False)
+    rows = {n: dequantize(w).T for n, w in linear_weights(small).items() if isinstance(w, Affine)}
+    assert rows.keys() == {"embedding", "head"}
+    same = replace_weights(model, {name: Dense(x) for name, x in rows.items()})
+    tokens = jnp.asarray([ROWS[0]])
+    np.testing.assert_allclose(small(tokens)[0], same(tokens)[0], rtol=1e-5, atol=1e-5)
+    tied = Decoder(dataclasses.replace(TINY, tied=True), rngs=nnx.Rngs(0))
+    small = quantize(tied, [rest, ("embedding", Rtn(bits=8, group=16))], progress=False)
+    same = replace_weights(tied, {"embedding": Dense(dequantize(linear_weights(small)["embedding"]).T)})
+    np.testing.assert_allclose(small(tokens)[0], same(tokens)[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="embedding must be stored in rows that stand alone, got Affine"):
+        quantize(tied, [rest, ("embedding", Rtn(bits=2, group=16, scale_bits=6))], progress=False)
+
+
 def test_every_family_can_be_rounded():
     model = t5.T5(t5.TINY, rngs=nnx.Rngs(0))
     weights = linear_weights(quantize(model, Rtn(bits=4, group=16), progress=False))
@@ -89,7 +108,7 @@ def test_calibration_on_the_way_equals_calibration_before(model):
         model, two, calibrate(model, ROWS, want={"hessian"}, batch=2, progress=False), progress=False
     )
     assert [n for n, *_ in one.seen] == [n for n, *_ in two.seen]
-    assert {n for n, *_ in one.seen} == linear_weights(model).keys() - {"head"}
+    assert {n for n, *_ in one.seen} == linear_weights(model).keys() - {"head", "embedding"}
     for (_, a, _), (_, b, _) in zip(one.seen, two.seen, strict=True):
         np.testing.assert_array_equal(a, b)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(small), nnx.state(again))
@@ -210,7 +229,7 @@ def test_memory_is_what_was_given_what_is_finished_and_one_block(quick_gc, consu
 
     small = quantize(model, Watch(), ROWS, consume=consume, sequential=sequential, progress=False)
     assert (small is model) == consume
-    done = sum(num_bytes(w) for n, w in linear_weights(small).items() if n != "head")
+    done = sum(num_bytes(w) for n, w in linear_weights(small).items() if "." in n)
     states = 2 * 4 * 5 * 43 * 32  # what a block reads and gives, of 5 sequences
     statistics = 4 * (3 * 32 * 32 + 64 * 64) + states + 4096  # of q k v, o, gate up, down; and small things
     if consume:

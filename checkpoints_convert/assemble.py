@@ -13,11 +13,18 @@ from checkpoints_convert.tensor_files import FLOATS, NAMES, listed
 
 
 def assemble(
-    family: Family, config, found: dict[str, np.ndarray], *, dtype=None, mesh=None, scheme=None
+    family: Family,
+    config,
+    found: dict[str, np.ndarray],
+    *,
+    dtype=None,
+    mesh=None,
+    mapped=False,
+    scheme=None,
 ) -> nnx.Module:
     """The model of a config with the tensors that were found, each read when its leaf is filled.
 
-    scheme: how some linears are quantized (`quantized.Scheme`).
+    mapped: as in `fill`. scheme: how some linears are quantized (`quantized.Scheme`).
 
     Raises ValueError, listing names, when tensors are missing or left over, or of another shape.
     """
@@ -27,7 +34,7 @@ def assemble(
     if scheme is None:
         found = with_usual_names(family, found, [tensor.theirs for tensor in wanted])
         check_names(family, found, wanted)
-        return fill(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh)
+        return fill(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh, mapped=mapped)
     names = [tensor.theirs for tensor in wanted] + quantized.possible_names(scheme, wanted)
     found = with_usual_names(family, found, names)
     dense, linears = quantized.split(scheme, wanted, found)
@@ -39,7 +46,7 @@ def assemble(
     table = next(tensor for tensor in dense if "embedding.table" in tensor.ours)
     kind = read(table.ours[0], leaves[table.ours[0]].shape).dtype if dtype is None else np.dtype(dtype)
     formats = quantized.read_linears(scheme, linears, found, leaves, kind)
-    return fill(make, read, dtype=dtype, mesh=mesh, formats=formats)
+    return fill(make, read, dtype=dtype, mesh=mesh, mapped=mapped, formats=formats)
 
 
 def with_usual_names(family: Family, found: dict, wanted: list[str]) -> dict:

@@ -46,12 +46,14 @@ def fill(
     *,
     dtype=None,
     mesh=None,
+    mapped: bool = False,
     formats: dict[str, Any] | None = None,
 ) -> nnx.Module:
     """The model that `make` would make, with `read(name, shape)` at every leaf.
 
     dtype: of all leaves that are read; None keeps what is read.
     mesh: the model is sharded over it by its own table.
+    mapped: what is read in its own type stays what `read` gave, a view of a mapped file.
     formats: weights by the names of the dense leaves whose place they take, in host memory; emptied, so that
       each is freed when it has been copied to its place.
     """
@@ -64,12 +66,13 @@ def fill(
     else:
         places = jax.tree.leaves(shardings(nnx.merge(graph, state), mesh))
     del state
-    filled = []
+    filled: list[Any] = []
     for (path, leaf), place in zip(_one_by_one(leaves), places, strict=True):
         if isinstance(leaf, np.ndarray):  # a format's, in its own type
             filled.append(put(leaf, place))
         else:
-            filled.append(put(_read(read, leaf_name(path), leaf.shape), place, dtype))
+            value = _read(read, leaf_name(path), leaf.shape)
+            filled.append(value if mapped and dtype in (None, value.dtype) else put(value, place, dtype))
     return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, filled))
 
 

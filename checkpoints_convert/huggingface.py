@@ -41,11 +41,12 @@ TOKENIZER_FILES = (
 )
 
 
-def load(path_or_id, *, dtype=None, mesh=None, revision=None, local_files_only=False):
+def load(path_or_id, *, dtype=None, mesh=None, mapped=False, revision=None, local_files_only=False):
     """The model of a Hugging Face directory or hub id, and its tokenizer (None if it has none).
 
     dtype: what all weights are cast to; None keeps the file's types. Quantized ones stay as they are.
-    mesh: the model is sharded over it. revision, local_files_only: for hub ids.
+    mesh: the model is sharded over it. mapped: weights that need no cast stay in the files (`jaxllm.load`).
+    revision, local_files_only: for hub ids.
 
     The tokenizer is the checkpoint's own: whether `encode` puts a begin token in front is its
     policy, and `apply_chat_template` has its chat template. End tokens (generation_config.json,
@@ -56,7 +57,7 @@ def load(path_or_id, *, dtype=None, mesh=None, revision=None, local_files_only=F
     config = translate(family, raw, path)
     scheme = quantized.scheme_of(raw)
     found = tensor_files.open_directory(path)
-    model = assemble(family, config, found, dtype=dtype, mesh=mesh, scheme=scheme)
+    model = assemble(family, config, found, dtype=dtype, mesh=mesh, mapped=mapped, scheme=scheme)
     return model, load_tokenizer(path)
 
 

@@ -22,7 +22,7 @@ import jaxllm as jl
 from jaxllm import demo as demonstration
 from jaxllm.load import convert as convert_checkpoint
 
-OpenModel = Callable[[], tuple[Any, Any]]
+OpenModel = Callable[..., tuple[Any, Any]]
 
 MODEL = click.option("--model", metavar="DIR|ID", help="Directory or hub id. [default: pico]")
 DTYPE = click.option(
@@ -36,7 +36,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 
 
 def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that choose a model; the command gets `open_model()` in their place."""
+    """Adds the options that choose a model; the command gets `open_model(**more)` in their place."""
 
     @MODEL
     @DTYPE
@@ -44,8 +44,8 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
     @OFFLINE
     @functools.wraps(command)
     def with_model(*, model, dtype, revision, local_files_only, **options):
-        def open_model() -> tuple[Any, Any]:
-            return jl.load(model, dtype=dtype, revision=revision, local_files_only=local_files_only)
+        def open_model(**more: Any) -> tuple[Any, Any]:
+            return jl.load(model, dtype=dtype, revision=revision, local_files_only=local_files_only, **more)
 
         command(open_model=open_model, **options)
 
@@ -277,7 +277,7 @@ def quantize(
     words = None if calibration is None else read_text(calibration, "--calibration")
     if out.exists():
         raise FileExistsError(f"quantize: {out} exists already")
-    model, tokenizer = open_model()
+    model, tokenizer = open_model(mapped=True)
     rows = None if words is None else text_sequences(model, tokenizer, words, length=length, limit=sequences)
     start = time.perf_counter()
     if isinstance(chosen, Budget):

@@ -47,7 +47,15 @@ def models() -> dict[str, tuple[type, type]]:
     }
 
 
-def load(path_or_id=None, *, dtype=None, mesh=None, revision=None, local_files_only: bool = False):
+def load(
+    path_or_id=None,
+    *,
+    dtype=None,
+    mesh=None,
+    mapped: bool = False,
+    revision=None,
+    local_files_only: bool = False,
+):
     """A model and its tokenizer (None if it has none).
 
     path_or_id: a native directory, a Hugging Face directory, a llama2.c `.bin` file, or an id on
@@ -55,12 +63,16 @@ def load(path_or_id=None, *, dtype=None, mesh=None, revision=None, local_files_o
     dtype: what weights are cast to, such as "bfloat16"; None keeps theirs. Only plain weights can
       be cast.
     mesh: where the model is sharded by its own table (`sharding.make_mesh`).
+    mapped: what needs no cast and lies in safetensors files stays there as views, and is read whenever it is
+      used: for `quantize`, which then never holds the whole. The files must stay as they are meanwhile.
     revision, local_files_only: for hub ids.
 
     Errors are one line: FileNotFoundError where nothing is found, ValueError where what is found
     cannot be read.
     """
     dtype = None if dtype is None else float_type(dtype)
+    if mapped and mesh is not None:
+        raise ValueError("load: mapped weights lie in files, on no mesh: give one of mapped and mesh")
     if path_or_id is None:
         path_or_id = Path(str(importlib.resources.files("jaxllm") / "pico" / "target"))
         if not path_or_id.is_dir():
@@ -73,7 +85,12 @@ def load(path_or_id=None, *, dtype=None, mesh=None, revision=None, local_files_o
     from checkpoints_convert import huggingface
 
     return huggingface.load(
-        path_or_id, dtype=dtype, mesh=mesh, revision=revision, local_files_only=local_files_only
+        path_or_id,
+        dtype=dtype,
+        mesh=mesh,
+        mapped=mapped,
+        revision=revision,
+        local_files_only=local_files_only,
     )
 
 

@@ -134,7 +134,7 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
         if not prefix or (folder / f"{prefix}.done").is_file():
             states = text.through(stage, states)
             continue
-        sums = Sums(want, meta["sample"])
+        sums, stage = Sums(want, meta["sample"]), stage.here()
         states = sums.take(stage, text, states, folder)
         for name, linear in linears_of(model, stage).items():
             arrays = sums.arrays(name, linear) | _fisher(folder, f"{prefix}.{name}")

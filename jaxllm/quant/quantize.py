@@ -1,6 +1,7 @@
 """One function that turns a model into one whose weights are stored by any method, layer by layer.
 
     small = quantize(model, DashQ(bits=2), tokens)          # tokens [S, T], or rows, to calibrate on
+    small = quantize("path/to/checkpoint", DashQ(bits=2), tokens)             # never whole in memory
     small = quantize(model, [(r"mlp\\.down", Rtn(bits=8)), (r".*", Gptq(bits=4))], tokens)
 
 A recipe is a list of (pattern, method): the first pattern that is found (re.search) in a linear's name, such
@@ -10,6 +11,8 @@ spells its name, as "head" or "^embedding$" do and ".*" does not, and gives it a
 calibration. A quantized embedding is read row by row; tied, it is the head as well. Norms always stay.
 
 In memory at a time: the model, what is finished, one block's statistics and the hidden states of the text.
+With `consume` what is finished takes the model's place; from a checkpoint's path, only what is finished, one
+block, its statistics and the states are there.
 """
 
 import json
@@ -26,6 +29,7 @@ from jaxllm.models.layers import Embedding
 from jaxllm.quant.dense import Dense
 from jaxllm.quant.matmul import has_rows, num_bytes
 from jaxllm.quant.source import Source, block_of, linear_variables, linear_weights, replace_weights
+from jaxllm.quant.stages import in_memory
 from jaxllm.quant.stats import Method, Stats
 
 Recipe = Method | Sequence[tuple[str, Method | None]]
@@ -45,6 +49,7 @@ def quantize(
 ):
     """The model with the weights of its linears stored by `method`, or by the methods of a recipe.
 
+    model: a model, or what `load` takes; then it is loaded as `load(model, mapped=True)` and consumed.
     sequences: what methods that need statistics are calibrated on: token ids [S, T] or rows of different
       lengths, or a finished `Calibration` of this model.
     sequential: each block is calibrated on what the quantized blocks before it give, not the given model's.
@@ -57,6 +62,10 @@ def quantize(
     before anything is run for a pattern that matches nothing, a linear that none matches, a weight that is
     not dense, sizes that do not fit, or statistics that are missing or another model's.
     """
+    if isinstance(model, str | Path):
+        from jaxllm.load import load
+
+        (model, _), consume = load(model, mapped=True), True
     weights = linear_weights(model)
     plan = _plan(method, weights)
     source = Source(
@@ -93,11 +102,14 @@ def quantize(
                 del weights[name]
                 variables[name].set_value(new[name])
         del stats  # before the next block is measured
-    return model if consume else replace_weights(model, new)
+    made = model if consume else replace_weights(model, new)
+    for _, variable in nnx.to_flat_state(nnx.state(made)):  # what was mapped and is not quantized
+        variable.set_value(in_memory(variable.get_value(), copy=True))
+    return made
 
 
 def _solve(method: Method, w: Dense, stats: Stats, name: str, **more: Any) -> Any:
-    rows = w.rows.astype(jnp.float32)
+    rows = in_memory(w).rows.astype(jnp.float32)
     if not bool(jnp.isfinite(rows).all()):
         raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {name}")
     return method.solve(rows, stats, name=name, dtype=w.dtype, **more)
@@ -155,7 +167,8 @@ def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: Source) 
         for method, gains in shared.items():
             for name in (n for n in gains if block_of(n) == block):
                 known = stats.get(name, Stats())
-                gains[name] = method.gains(weights[name].rows.astype(jnp.float32), known, name=name)
+                rows = in_memory(weights[name]).rows.astype(jnp.float32)
+                gains[name] = method.gains(rows, known, name=name)
         del stats
     masks: dict[str, Any] = {}
     for method, gains in shared.items():

@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxllm.quant.matmul import num_bytes
 from jaxllm.quant.source import Source, block_of, linear_weights
+from jaxllm.quant.stages import in_memory
 from jaxllm.quant.stats import Method
 
 Form = Literal["guided_hessian", "fisher", "hessian", "hessian_diag"]
@@ -84,7 +85,7 @@ def sensitivity(
     table: dict[str, list[Choice]] = {}
     for block, stats in source.blocks():
         for name in (n for n in weights if block_of(n) == block):
-            rows = weights[name].rows.astype(jnp.float32)
+            rows = in_memory(weights[name]).rows.astype(jnp.float32)
             table[name] = []
             for method in methods:
                 made: Any = method.solve(rows, stats[name], name=name, dtype=weights[name].dtype)

@@ -158,6 +158,7 @@ class Source:
             if not prefix:
                 states = self.text.through(stage, states)
                 continue
+            stage = stage.here()
             if skip(prefix):
                 if not self.sequential:
                     after = self.text.through(stage, states)

@@ -48,10 +48,25 @@ class Stage:
     side: str  # that it changes
     run: Callable[..., State]  # (block, shared, state, batch, tap): the hidden states that change
 
+    def here(self) -> "Stage":
+        """The same with its block in memory, where it lay in a mapped file."""
+        return dataclasses.replace(self, block=in_memory(self.block)) if self.name else self
+
     def __call__(self, state: State, batch: Batch) -> State:
         """The state after this stage, on the host."""
         new = _forward(self.block, self.shared, state, batch, run=self.run)
         return state | {side: np.asarray(x) for side, x in new.items()}
+
+
+def in_memory(tree: Any, *, copy: bool = False) -> Any:
+    """A tree with arrays in place of views of mapped files, itself if it has none.
+
+    copy: the arrays must not share memory with the files.
+    """
+    if not any(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
+        return tree
+    make = jnp.array if copy else jnp.asarray
+    return jax.tree.map(lambda x: make(x) if isinstance(x, np.ndarray) else x, tree)
 
 
 @partial(jax.jit, static_argnames="run")

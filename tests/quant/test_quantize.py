@@ -17,6 +17,7 @@ from jaxllm.quant import calibrate as calibrating
 from jaxllm.quant.affine import Affine, encode, min_max
 from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.dense import Dense
+from jaxllm.quant.gptq import Gptq
 from jaxllm.quant.matmul import dequantize, num_bytes
 from jaxllm.quant.quantize import quantize
 from jaxllm.quant.rtn import Rtn
@@ -238,6 +239,39 @@ def test_memory_is_what_was_given_what_is_finished_and_one_block(quick_gc, consu
         assert max(held) <= given + done // 4 + statistics
     else:
         assert max(held) <= given + done + statistics
+
+
+def test_a_checkpoint_is_quantized_without_ever_being_in_memory(tmp_path, quick_gc):
+    config = dataclasses.replace(TINY, layers=12)
+    whole = Decoder(config, rngs=nnx.Rngs(0))
+    jl.save(whole, tmp_path / "given", to="huggingface")
+    want = quantize(whole, Gptq(bits=4, group=16), ROWS, batch=2, progress=False)
+    before = {id(x) for x in jax.live_arrays()}
+    size = lambda arrays: sum(x.nbytes for x in arrays)  # noqa: E731
+    held = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Watch(Gptq):
+        def solve(self, rows, stats, *, name, dtype):
+            gc.collect()
+            held.append(size(x for x in jax.live_arrays() if id(x) not in before))
+            return super().solve(rows, stats, name=name, dtype=dtype)
+
+    got = quantize(tmp_path / "given", Watch(bits=4, group=16), ROWS, batch=2, progress=False)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(nnx.state(got)))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(want))
+    done = sum(num_bytes(w) for n, w in linear_weights(got).items() if "." in n)
+    block = size(jax.tree.leaves(nnx.state(whole.layers[0])))
+    statistics = 4 * (3 * 32 * 32 + 64 * 64) + 2 * 4 * 5 * 43 * 32 + 16384
+    given = size(jax.tree.leaves(nnx.state(whole)))
+    assert max(held) <= done + block + 4 * 64 * 32 + statistics < given / 2
+    mapped, _ = jl.load(tmp_path / "given", mapped=True)
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(nnx.state(mapped)))
+    forward = jax.jit(lambda model, tokens: model(tokens)[0])
+    tokens = jnp.asarray([ROWS[1]])
+    np.testing.assert_array_equal(forward(mapped, tokens), forward(whole, tokens))
+    with pytest.raises(ValueError, match="give one of mapped and mesh"):
+        jl.load(tmp_path / "given", mapped=True, mesh=jl.make_mesh(model=2))
 
 
 def test_a_consumed_model_that_fails_is_quantized_in_part_and_whole(model):

@@ -121,10 +121,10 @@ def _awq(given: dict[str, Any]) -> "Awq":
     return Awq(group=_whole(given, "group_size", "q_group_size"))
 
 
-def _compressed_tensors(given: dict[str, Any]) -> "CompressedTensors":
+def _compressed_tensors(given: dict[str, Any]) -> "CompressedTensors | ByTarget":
     if given.get("format") != "pack-quantized":
         raise refused(f"compressed-tensors as {given.get('format')}")
-    schemes = []
+    ways: list[tuple[tuple[str, ...], CompressedTensors]] = []
     for name, entry in _mapping(given.get("config_groups"), "config_groups").items():
         entry = _mapping(entry, name)
         if entry.get("input_activations") or entry.get("output_activations"):
@@ -133,18 +133,18 @@ def _compressed_tensors(given: dict[str, Any]) -> "CompressedTensors":
         strategy = weights.get("strategy")
         if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
             raise refused(f"compressed-tensors as {weights.get('type')} by {strategy}")
-        schemes.append(
-            CompressedTensors(
-                bits=_whole(weights, "num_bits", allowed=(4, 8)),
-                group=-1 if strategy == "channel" else _whole(weights, "group_size"),
-                symmetric=bool(weights.get("symmetric", True)),
-            )
+        way = CompressedTensors(
+            bits=_whole(weights, "num_bits", allowed=(4, 8)),
+            group=-1 if strategy == "channel" else _whole(weights, "group_size"),
+            symmetric=bool(weights.get("symmetric", True)),
         )
-    if len(set(schemes)) != 1:
-        raise ValueError(
-            f"huggingface.load: config_groups must store all weights alike, got {len(set(schemes))} ways"
-        )
-    return schemes[0]
+        targets = entry.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(f"huggingface.load: {name}.targets must be a list of names, got {targets!r}")
+        ways.append((tuple(targets), way))
+    if not ways:
+        raise ValueError("huggingface.load: config_groups must have a group, got none")
+    return ways[0][1] if len({way for _, way in ways}) == 1 else ByTarget(tuple(ways))
 
 
 def _any_precision(given: dict[str, Any]) -> "AnyPrecision":
@@ -323,6 +323,30 @@ class CompressedTensors:
 
 
 @dataclasses.dataclass(frozen=True)
+class ByTarget:
+    """compressed-tensors' files whose linears are stored in several ways, each for the targets it names.
+
+    A target is a linear's name, "re:" and a pattern that its name begins with, or "Linear" for all; the most
+    particular kind decides, and among patterns the first in alphabetical order.
+    """
+
+    ways: tuple[tuple[tuple[str, ...], CompressedTensors], ...]
+    name: ClassVar[str] = CompressedTensors.name
+    main: ClassVar[str] = CompressedTensors.main
+    transposes: ClassVar[bool] = False
+
+    def of(self, linear: str) -> CompressedTensors:
+        """How one linear is stored."""
+        by_target = {target: way for targets, way in self.ways for target in targets}
+        patterns = sorted(target for target in by_target if target.startswith("re:"))
+        matching = (pattern for pattern in patterns if re.match(pattern.removeprefix("re:"), linear))
+        target = linear if linear in by_target else next(matching, "Linear")
+        if target not in by_target:
+            raise ValueError(f"checkpoint: a target of config_groups must name {linear}, none does")
+        return by_target[target]
+
+
+@dataclasses.dataclass(frozen=True)
 class Planes:
     """A linear in bit planes."""
 
@@ -364,7 +388,8 @@ class AnyPrecision:
         return Planes(from_cuda_planes(tensors["qweight"], K), tables, self.seed)
 
 
-Scheme = Gptq | Awq | CompressedTensors | AnyPrecision
+OneWay = Gptq | Awq | CompressedTensors | AnyPrecision
+Scheme = OneWay | ByTarget
 
 
 # Codes in words.
@@ -436,9 +461,15 @@ def stem(tensor: Tensor) -> str | None:
     return tensor.theirs.removesuffix(".weight") if linear else None
 
 
-def last_names(scheme: Scheme) -> list[str]:
+def way_of(scheme: Scheme, tensor: Tensor) -> OneWay:
+    """How one linear is stored."""
+    return scheme.of(str(stem(tensor))) if isinstance(scheme, ByTarget) else scheme
+
+
+def last_names(scheme: Scheme) -> set[str]:
     """What the names of a linear's tensors end in."""
-    return list(scheme.shapes(32, 32))  # the same for all sizes
+    ways = [way for _, way in scheme.ways] if isinstance(scheme, ByTarget) else [scheme]
+    return {last for way in ways for last in way.shapes(32, 32)}  # the same for all sizes
 
 
 def possible_names(scheme: Scheme, wanted: list[Tensor]) -> list[str]:
@@ -461,8 +492,9 @@ def split(scheme: Scheme, wanted: list[Tensor], found: Tensors) -> tuple[list[Te
 
 def names_of(scheme: Scheme, tensor: Tensor, found: Tensors) -> list[Tensor]:
     """What the files must have of a linear, and may have and do."""
-    names = {last: f"{stem(tensor)}.{last}" for last in last_names(scheme)}
-    must = [name for last, name in names.items() if last not in scheme.optional or name in found]
+    way = way_of(scheme, tensor)
+    names = {last: f"{stem(tensor)}.{last}" for last in way.shapes(32, 32)}
+    must = [name for last, name in names.items() if last not in way.optional or name in found]
     return [Tensor(name, tensor.ours, False) for name in must]
 
 
@@ -486,14 +518,14 @@ def read_linears(
         names = names_of(scheme, tensor, found)
         tensors = {entry.theirs.rpartition(".")[2]: found[entry.theirs] for entry in names}
         try:
-            check(scheme, tensors, K, N)
+            check(way_of(scheme, tensor), tensors, K, N)
         except ValueError as error:
             raise ValueError(f"checkpoint: {stem(tensor)}: {error}") from error
         given.append((tensor, tensors, K, N))
     weights = {}
     for tensor, tensors, K, N in given:
         try:
-            linear = scheme.read(tensors, K, N)
+            linear = way_of(scheme, tensor).read(tensors, K, N)
         except ValueError as error:
             raise ValueError(f"checkpoint: {stem(tensor)}: {error}") from error
         start = 0
@@ -504,7 +536,7 @@ def read_linears(
     return weights
 
 
-def check(scheme: Scheme, tensors: Tensors, K: int, N: int) -> None:
+def check(scheme: OneWay, tensors: Tensors, K: int, N: int) -> None:
     """Raises ValueError unless the tensors of a linear are of the shapes and types they must be."""
     for last, (shape, kinds) in scheme.shapes(K, N).items():
         value = tensors.get(last)

@@ -565,6 +565,44 @@ def test_schemes_and_sizes_that_are_not_supported_are_one_line(block, message, t
     assert "\n" not in str(caught.value)
 
 
+def several_ways(names, **targets):
+    """A block of config.json with 8 bits a row, 4 bits with zeros, and 4 bits, each for its targets."""
+    eight = compressed_block(num_bits=8, strategy="channel", group_size=None)
+    groups = {}
+    blocks = (eight, compressed_block(symmetric=False), compressed_block())
+    for name, block in zip(names, blocks, strict=True):
+        groups[name] = block["quantization_config"]["config_groups"]["group_0"] | {"targets": targets[name]}
+    both = compressed_block()
+    both["quantization_config"]["config_groups"] = groups
+    return both
+
+
+def test_linears_of_one_checkpoint_are_stored_in_several_ways(tmp_path):
+    q = "model.layers.0.self_attn.q_proj"
+    block = several_ways("abc", a=["re:.*down", "re:.*o_proj"], b=[q], c=["Linear", "re:.*z_proj"])
+
+    def make(rng, K, N):
+        options = next(ways)
+        return compressed(rng, K, N, **options)
+
+    eight, zeros = {"bits": 8, "group": -1}, {"symmetric": False}
+    ways = iter([zeros, {}, {}, eight, {}, {}, eight])  # in the order of LINEARS
+    _, rows = checkpoint(tmp_path / "q", make, block)
+    weights = named_weights(jl.load(tmp_path / "q")[0])
+    for theirs, want in rows.items():
+        np.testing.assert_array_equal(weights[OURS[theirs.partition(".")[2]]].as_rows(jnp.float32), want)
+    assert weights["layers.0.mlp.down.w"].codes.bits == weights["layers.0.attention.o.w"].codes.bits == 8
+    lone = several_ways("abc", a=["re:.*down"], b=[q], c=["re:.*k_proj"])
+    tensors, _ = checkpoint(tmp_path / "r", compressed, compressed_block())
+    write(tmp_path / "r", LLAMA | lone, tensors)
+    with pytest.raises(ValueError, match=r"a target of config_groups must name model\.layers\.0\.self_attn"):
+        jl.load(tmp_path / "r")
+    missing = several_ways("abc", a=None, b=[q], c=["Linear"])
+    write(tmp_path / "r", LLAMA | missing, tensors)
+    with pytest.raises(ValueError, match="a.targets must be a list of names, got None"):
+        jl.load(tmp_path / "r")
+
+
 UP = "model.layers.0.mlp.up_proj."
 
 

@@ -121,9 +121,11 @@ def part_curvature(args) -> dict[str, Any]:
     for K in tqdm(inputs, "curvature", file=sys.stderr):
         x = jnp.asarray(np.random.default_rng(K).normal(0, 1, (batch, K)), jnp.float32)
         part = jnp.ones(batch, jnp.int32)
-        works = {want: partial(_of_input, x, part, frozenset({want})) for want in ("hessian_diag", "hessian")}
-        compiled = {want: jax.jit(work) for want, work in works.items()}
-        times, _, _ = interleaved(compiled, args.rounds)
+        compiled = jax.jit(_of_input, static_argnames="want")
+        works = {
+            want: partial(compiled, x, part, want=frozenset({want})) for want in ("hessian_diag", "hessian")
+        }
+        times, _, _ = interleaved(works, args)
         for want in works:
             found.append({"K": K, "statistic": want, "seconds": times[want], "tokens": batch})
     return {"inputs": found}

@@ -236,7 +236,11 @@ def convert(
 @click.option("--group", type=int, help="Inputs that share a scale. [default: the method's]")
 @click.option("--option", "more", multiple=True, metavar="NAME=JSON", help="Another option; repeatable.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="JSON: a method by pattern, or a budget.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="UTF-8 text to calibrate on.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text; for a T5, lines of source, tab, target.",
+)
 @click.option("--sequences", type=int, default=128, help="Take so many pieces of it at most.")
 @click.option("--length", type=int, default=512, help="Tokens of a piece.")
 @click.option("--sequential", is_flag=True, help="Calibrate each block on quantized ones before it.")

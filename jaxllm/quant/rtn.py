@@ -1,10 +1,11 @@
 """Round to nearest: each weight to the closest point of its group's affine grid. The baseline. Lossy.
 
-The grid runs from a group's least weight to its greatest, 0 included. With `clip` the range shrinks by the
-factor that leaves the least squared error in the group, each input weighed by its energy sum_t x_t^2 if
-calibration gives it: what GPTQ implementations call MSE clipping (arXiv:2210.17323; they take the exponent
-2.4 and no weights), and AWQ's clip search (arXiv:2306.00978) with inputs taken as independent. The range that
-stays whole is among the factors, so clipping never raises that error but by rounding to float16.
+The grid runs from a group's least weight to its greatest, 0 included. With `clip` the range is stretched by
+the factor, and the zero moved by the code, that leave the least squared error in the group, each input
+weighed by its energy sum_t x_t^2 if calibration gives it: what GPTQ implementations call MSE clipping
+(arXiv:2210.17323; they take the exponent 2.4, no weights, and leave the zero), and AWQ's clip search
+(arXiv:2306.00978) with inputs taken as independent. The grid as it was is among those tried, so clipping
+never raises that error but by rounding to float16.
 
     Rtn(bits=3, group=32, clip=True).solve(rows, stats, name="up", dtype=jnp.bfloat16)          # Affine
 
@@ -22,8 +23,10 @@ from jaxllm.quant import affine
 from jaxllm.quant.affine import Affine
 from jaxllm.quant.stats import Stats
 
-# Factors on the range, tried in this order; of equal errors the first wins.
-SHRINKS = tuple(1 - i / 40 for i in range(30))
+# Factors on the range, tried in this order after 1; of equal errors the first wins. Then smaller steps about
+# each group's best one, and with them the whole zero moved by a code.
+COARSE = tuple(1.1 - i / 20 for i in range(17))
+FINE = tuple((step, move) for step in (0.0, -1 / 40, 1 / 40) for move in (0, -1, 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,27 +107,32 @@ def _grid(method: Rtn, rows, weight):
     rows = rows.astype(jnp.float32)
     sizes = {"bits": method.bits, "group": min(method.group, rows.shape[1])}
 
-    def at(shrink):
-        scale, zero = affine.min_max(rows, symmetric=method.symmetric, shrink=shrink, **sizes)
+    top = 2**method.bits - 1
+
+    def at(stretch, move=0):
+        scale, zero = affine.min_max(rows, symmetric=method.symmetric, shrink=stretch, **sizes)
+        zero = None if zero is None else jnp.clip(zero + move, 0, top)
         return affine.stored(rows, scale, zero, zero_code=method.zero_code, **sizes)
 
     if not method.clip:
         return at(1.0)
-    shrinks = jnp.asarray(SHRINKS, jnp.float32)
     # subtle: a group of dead inputs only would take any range; with equal weights it takes a sensible one
     weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny) + 1e-6
 
-    def closer(i, best):
-        least, scale, zero = best
-        new_scale, new_zero = at(shrinks[i])
-        error = clip_error(rows, new_scale, new_zero, weight, **sizes)
-        better = error < least
-        return (
-            jnp.where(better, error, least),
-            jnp.where(better, new_scale, scale),
-            jnp.where(better, new_zero, zero),
-        )
+    def tried(best, stretch, move):
+        """The better of what was best (error, stretch, scale, zero) and one more grid."""
+        scale, zero = at(stretch, move)
+        error = clip_error(rows, scale, zero, weight, **sizes)
+        one = error, jnp.broadcast_to(stretch, error.shape), scale, zero
+        return tuple(jnp.where(error < best[0], new, old) for new, old in zip(one, best, strict=True))
 
     scale, zero = at(1.0)
-    start = clip_error(rows, scale, zero, weight, **sizes), scale, zero
-    return jax.lax.fori_loop(1, len(SHRINKS), closer, start)[1:]
+    error = clip_error(rows, scale, zero, weight, **sizes)
+    best = error, jnp.ones_like(error), scale, zero
+    coarse = jnp.asarray(COARSE, jnp.float32)
+    best = jax.lax.fori_loop(0, len(COARSE), lambda i, best: tried(best, coarse[i], 0), best)
+    centre = best[1]
+    moves = [one for one in FINE if not (method.symmetric and one[1])]
+    step, move = (jnp.asarray(part, jnp.float32) for part in zip(*moves, strict=True))
+    finer = lambda i, best: tried(best, centre + step[i], move[i])  # noqa: E731
+    return jax.lax.fori_loop(0, len(moves), finer, best)[2:]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.quant import affine
-from jaxllm.quant.rtn import SHRINKS, Rtn, clip_error
+from jaxllm.quant.rtn import COARSE, FINE, Rtn, clip_error
 from jaxllm.quant.stats import Stats
 
 N, K, GROUP = 8, 150, 32
@@ -47,16 +47,25 @@ def test_clipping_never_raises_a_groups_error_and_lowers_most(rows, zero_code, w
     assert after.sum() < 0.9 * before.sum()
 
 
-def test_the_search_finds_the_best_of_all_its_shrinks(rows):
-    method = Rtn(bits=2, group=GROUP, clip=True)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_search_finds_the_best_of_all_it_tries(rows, symmetric):
+    method = Rtn(bits=2, group=GROUP, clip=True, symmetric=symmetric)
     weight = jnp.exp(jnp.linspace(-2, 2, K))
     stored = method.solve(rows, Stats(hessian_diag=weight), name="w", dtype=jnp.float32)
-    every = []
-    for shrink in SHRINKS:
-        scale, zero = affine.min_max(rows, bits=2, group=GROUP, shrink=shrink)
-        one = affine.encode(rows, scale, zero, bits=2, group=GROUP, zero_code=True)
-        every.append(error(rows, one, weight))
-    np.testing.assert_allclose(error(rows, stored, weight), np.min(every, 0), rtol=1e-3)
+    kept = {"bits": 2, "group": GROUP}
+
+    def tried(stretch, move):
+        scale, zero = affine.min_max(rows, **kept, symmetric=symmetric, shrink=stretch)
+        zero = None if symmetric else jnp.clip(zero + move, 0, 3)
+        return error(rows, affine.encode(rows, scale, zero, **kept, zero_code=not symmetric), weight)
+
+    first = [1.0, *COARSE]
+    coarse = np.stack([tried(stretch, 0) for stretch in first])
+    centre = np.asarray(first, np.float32)[coarse.argmin(0)]
+    fine = [tried(centre + np.float32(step), move) for step, move in FINE if not (symmetric and move)]
+    least = np.minimum(coarse.min(0), np.min(fine, 0))
+    np.testing.assert_allclose(error(rows, stored, weight), least, rtol=1e-3)
+    assert symmetric or least.sum() < 0.99 * coarse.min(0).sum()  # the second round pays
 
 
 def test_the_error_searched_is_that_of_what_is_stored(rows):

@@ -38,14 +38,14 @@ def attention(
     J, S = k.shape[:2]
     K, G = J // B, H * B // J
     q = q.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(J, G * T, D)
-    scores = jnp.einsum("jnd,jsd->jns", q, k, **_FLOAT32).reshape(B, K, G, T, S) * scale
+    scores = jnp.einsum("jnd,jsd->jns", q, k, **FLOAT32).reshape(B, K, G, T, S) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32).reshape(-1, K, G, T, S)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(J, G * T, S)
-    out = jnp.einsum("jns,jsd->jnd", weights, v, **_FLOAT32).astype(v.dtype)
+    out = jnp.einsum("jns,jsd->jnd", weights, v, **FLOAT32).astype(v.dtype)
     return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -59,7 +59,7 @@ def by_head(x: Float[Array, "B T K D"]) -> Float[Array, "J T D"]:
     return x.transpose(0, 2, 1, 3).reshape(B * K, T, D)
 
 
-_FLOAT32 = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+FLOAT32 = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 
 
 def causal_attention(

@@ -5,33 +5,110 @@ out = attend(q, cache, layer, positions, ...)  queries against all that the laye
 cache = advance(cache, lengths)                once a chunk, after its last layer
 cache = truncate(cache, lengths)               forget the newest rows, per request
 cache = select(cache, rows)                    other requests in another order (fork, beams, tree paths)
+cache = grow(cache, rows)                      a copy with room for `rows` tokens (behind a context)
 k, v = kept(cache, layer, k, v)                a chunk as it will be read back: for one that sees itself only
-num_bytes(cache)                               bytes really held
+context, tail = split(cache)                   what never changes, and what is written; `join` undoes it
+room(cache), num_bytes(cache)                  the longest chunk that fits; bytes really held
+
+`DenseCache` holds every token of a request, `PagedCache` what `evict` has left of a context and all that came
+since. Either may hold `CodedRows`.
 """
 
-from jaxllm.cache import dense, quantized
-from jaxllm.cache.dense import (
-    DenseCache,
-    advance,
-    append,
-    attend,
-    kept,
-    num_bytes,
-    select,
-    truncate,
-)
+from typing import Any, TypeVar
+
+import jax
+
+from jaxllm.cache import dense, paged, quantized
+from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.evict import evict
+from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.quantized import CodedRows
 
+Cache = DenseCache | PagedCache
+C = TypeVar("C", bound=Cache)
+
+
+def _layout(cache: Cache) -> Any:
+    return paged if isinstance(cache, PagedCache) else dense
+
+
+def append(cache: C, layer: int, k, v, lengths) -> C:
+    """See `dense.append`."""
+    return _layout(cache).append(cache, layer, k, v, lengths)
+
+
+def attend(q, cache: Cache, layer: int, positions, lengths, **rule):
+    """See `dense.attend`."""
+    return _layout(cache).attend(q, cache, layer, positions, lengths, **rule)
+
+
+def advance(cache: C, lengths) -> C:
+    """See `dense.advance`."""
+    return _layout(cache).advance(cache, lengths)
+
+
+def truncate(cache: C, lengths) -> C:
+    """See `dense.truncate`."""
+    return _layout(cache).truncate(cache, lengths)
+
+
+def select(cache: C, rows) -> C:
+    """See `dense.select`."""
+    return _layout(cache).select(cache, rows)
+
+
+def grow(cache: C, rows: int) -> C:
+    """See `dense.grow`."""
+    return _layout(cache).grow(cache, rows)
+
+
+def kept(cache: Cache | None, layer: int, k, v):
+    """See `dense.kept`."""
+    return dense.kept(_tail(cache), layer, k, v)
+
+
+def room(cache: Cache) -> int:
+    """See `dense.room`."""
+    return dense.room(_tail(cache))
+
+
+def _tail(cache: Any) -> Any:
+    return split(cache)[1] if cache is not None else None
+
+
+def split(cache: Cache) -> tuple[Context | None, DenseCache]:
+    """What never changes, and what is written: a program may be given the second for good, not the first."""
+    return (cache.context, cache.tail) if isinstance(cache, PagedCache) else (None, cache)
+
+
+def join(context: Context | None, tail: DenseCache) -> Cache:
+    """The cache that was split."""
+    return tail if context is None else PagedCache(context, tail)
+
+
+def num_bytes(cache: Cache) -> int:
+    """Bytes of all arrays held."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
 __all__ = [
+    "Cache",
     "CodedRows",
     "DenseCache",
+    "PagedCache",
     "advance",
     "append",
     "attend",
     "dense",
+    "evict",
+    "grow",
+    "join",
     "kept",
     "num_bytes",
+    "paged",
     "quantized",
+    "room",
     "select",
+    "split",
     "truncate",
 ]

@@ -32,6 +32,8 @@ class DenseCache:
     keys: tuple[Rows, ...]  # a layer: [B K, R, D]
     values: tuple[Rows, ...]  # a layer: [B K, R, D]
     lengths: jax.Array  # [B] int32
+    # [B] int32: the position in row 0 of layers without a window, what came before lies elsewhere; None: 0
+    base: jax.Array | None
     windows: tuple[int | None, ...] = static()  # a layer: how far back it sees
     rows: int = static()  # how many tokens a request may have
     # True until the first chunk, which then attends to itself only: cheaper, and known before tracing.
@@ -68,6 +70,7 @@ def make(
         keys=tuple(empty(shape, rotated=True) for shape in shapes),
         values=tuple(empty(shape, rotated=False) for shape in shapes),
         lengths=jnp.zeros((batch,), jnp.int32),
+        base=None,
         windows=windows,
         rows=rows,
         empty=True,
@@ -95,7 +98,8 @@ def append(
     else:
         step = jnp.arange(T)[None, :]
         kept = (step < lengths[:, None]) & (step >= lengths[:, None] - R)
-        row = jnp.where(kept, (cache.lengths[:, None] + step) % R, R)  # R lies outside: dropped
+        at = cache.lengths - first_position(cache, layer)
+        row = jnp.where(kept, (at[:, None] + step) % R, R)  # R lies outside: dropped
         row, block = jnp.repeat(row, K, axis=0), jnp.arange(B * K)[:, None]
         put = lambda x, y: x.at[block, row].set(y, mode="drop")  # noqa: E731
         write = lambda old, new: jax.tree.map(put, old, new)  # noqa: E731
@@ -128,6 +132,11 @@ def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
     return dataclasses.replace(cache, lengths=cache.lengths + lengths, empty=False)
 
 
+def first_position(cache: DenseCache, layer: int) -> jax.Array | int:
+    """Where the rows of a layer begin [B]."""
+    return 0 if cache.base is None or cache.windows[layer] is not None else cache.base
+
+
 def row_positions(ends: Int[Array, " B"], R: int) -> Int[Array, "B R"]:
     """The position of each row's token when request b ends before `ends[b]`; negative where there is none."""
     last, row = ends[:, None] - 1, jnp.arange(R)[None, :]
@@ -151,13 +160,7 @@ def attend(
     mask: hides further rows (tree decoding). bias: added to the scores by distance (T5).
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    window = cache.windows[layer]
-    held = row_positions(cache.lengths + lengths, keys.shape[1])[:, None, :]  # [B, 1, R]
-    seen = (held >= 0) & (held <= positions[:, :, None])
-    if window is not None:
-        seen = seen & (held > positions[:, :, None] - window)
-    if mask is not None:
-        seen = seen & mask
+    held, seen = visible(cache, layer, positions, lengths, mask)
     added = None if bias is None else bias(held - positions[:, :, None])  # [B, H, T, R]
     if isinstance(keys, CodedRows):
         q, keys = quantized.turn(q, keys), quantized.numbers(keys)
@@ -166,12 +169,32 @@ def attend(
     return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
 
 
+def visible(
+    cache: DenseCache,
+    layer: int,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    mask: Bool[Array, "B T R"] | None,
+) -> tuple[Int[Array, "B 1 R"], Bool[Array, "B T R"]]:
+    """The position of each row, and which rows each query may see."""
+    base = first_position(cache, layer)
+    held = row_positions(cache.lengths + lengths - base, cache.keys[layer].shape[1])
+    seen = (held >= 0)[:, None, :]
+    held = (held if isinstance(base, int) else held + base[:, None])[:, None, :]  # [B, 1, R]
+    seen = seen & (held <= positions[:, :, None])
+    window = cache.windows[layer]
+    if window is not None:
+        seen = seen & (held > positions[:, :, None] - window)
+    return held, seen if mask is None else seen & mask
+
+
 def truncate(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
     """The cache with request b cut back to its first `lengths[b]` tokens; a longer length changes nothing.
 
     Exact as long as no more than the slack is forgotten by a layer with a window.
     """
-    return dataclasses.replace(cache, lengths=jnp.minimum(cache.lengths, lengths))
+    least = lengths if cache.base is None else jnp.maximum(lengths, cache.base)
+    return dataclasses.replace(cache, lengths=jnp.minimum(cache.lengths, least))
 
 
 def select(cache: DenseCache, rows: Int[Array, " N"]) -> DenseCache:
@@ -179,7 +202,8 @@ def select(cache: DenseCache, rows: Int[Array, " N"]) -> DenseCache:
     B = cache.lengths.shape[0]
     split = lambda x: x.reshape(B, -1, *x.shape[1:])[rows].reshape(-1, *x.shape[1:])  # noqa: E731
     keys, values = jax.tree.map(split, (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths[rows])
+    base = None if cache.base is None else cache.base[rows]
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths[rows], base=base)
 
 
 def room(cache: DenseCache) -> int:
@@ -189,7 +213,7 @@ def room(cache: DenseCache) -> int:
     rings = [
         keys.shape[1] - window + 1
         for keys, window in zip(cache.keys, cache.windows, strict=True)
-        if window is not None and keys.shape[1] < cache.rows
+        if window is not None and (cache.base is not None or keys.shape[1] < cache.rows)
     ]
     return min([cache.rows, *rings])
 
@@ -198,14 +222,11 @@ def grow(cache: DenseCache, rows: int) -> DenseCache:
     """A copy with room for `rows` tokens a request; never smaller than the cache given."""
     more = max(0, rows - cache.rows)
 
-    def wider(array):
-        full = array.shape[1] == cache.rows  # a layer that holds less overwrites its oldest rows: it stays
-        return jnp.pad(array, ((0, 0), (0, more if full else 0), (0, 0)))
+    def wider(rows: Rows, window: int | None):
+        # a layer that overwrites its oldest rows stays
+        full = window is None or (cache.base is None and rows.shape[1] == cache.rows)
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, more if full else 0), (0, 0)))  # noqa: E731
+        return jax.tree.map(pad, rows)
 
-    keys, values = jax.tree.map(wider, (cache.keys, cache.values))
+    keys, values = (tuple(map(wider, some, cache.windows)) for some in (cache.keys, cache.values))
     return dataclasses.replace(cache, keys=keys, values=values, rows=cache.rows + more)
-
-
-def num_bytes(cache: DenseCache) -> int:
-    """Bytes of all arrays held."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import cache as kv
-from jaxllm.cache import DenseCache
+from jaxllm.cache import Cache, DenseCache
+from jaxllm.cache.paged import Context
 from jaxllm.decoding.sampling import Plan, Sampler, choose
 from jaxllm.pytree import pytree
 
@@ -54,7 +55,7 @@ class Token:
 class _State:
     """Everything the loop carries."""
 
-    cache: DenseCache
+    cache: DenseCache  # without the context, if there is one
     token: jax.Array  # [B] chosen, not yet fed
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array | None  # [B, N]
@@ -73,6 +74,7 @@ class _Request:
     stop_tokens: jax.Array  # [S]
     plan: Plan
     memory: object  # what an encoder left, or None
+    context: Context | None = None  # of a cache that was evicted: shared, so never given away
 
 
 def generate(
@@ -85,7 +87,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
-    cache: DenseCache | None = None,
+    cache: Cache | None = None,
     kv_bits: int | None = None,
     logprobs: bool = False,
 ) -> list[Completion]:
@@ -134,7 +136,7 @@ def stream(
     seed: int = 0,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
-    cache: DenseCache | None = None,
+    cache: Cache | None = None,
     kv_bits: int | None = None,
     logprobs: bool = False,
 ) -> Iterator[Token]:
@@ -243,20 +245,23 @@ class _Run:
         ]
         self.longest = max(budgets)
         tokens, lengths = _pad(fed, B)
-        rows = bucket(max(before)) * (max(before) > 0) + tokens.shape[1] + bucket(self.longest)
+        there = max(before) - (int(cache.tail.base.min()) if isinstance(cache, kv.PagedCache) else 0)
+        rows = bucket(there) * (there > 0) + tokens.shape[1] + bucket(self.longest)
+        context, own = kv.split(_given(model, cache, n, B, rows, kv_bits))
         self.request = _Request(
             budgets=jnp.asarray(budgets + [0] * (B - n), jnp.int32),
             keys=_keys(seed, B),
             stop_tokens=jnp.asarray(self.stop_tokens, jnp.int32),
             plan=sampler.plan(),
             memory=memory,
+            context=context,
         )
         self.state = _start(
             model,
             self.request,
             tokens,
             lengths,
-            _given(model, cache, n, B, rows, kv_bits),
+            own,
             N=bucket(self.longest),
             logprobs=logprobs,
         )
@@ -385,7 +390,7 @@ def _keys(seed: int | Sequence[int], B: int):
     return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
 
-def _held(cache: DenseCache | None, n: int) -> list[int]:
+def _held(cache: Cache | None, n: int) -> list[int]:
     """How many tokens each request continues."""
     if cache is None:
         return [0] * n
@@ -397,12 +402,12 @@ def _held(cache: DenseCache | None, n: int) -> list[int]:
     return lengths * n if len(lengths) == 1 else lengths
 
 
-def _given(model, cache: DenseCache | None, n: int, B: int, rows: int, kv_bits: int | None) -> DenseCache:
+def _given(model, cache: Cache | None, n: int, B: int, rows: int, kv_bits: int | None) -> Cache:
     """An own cache with room for `rows` tokens a request: empty, or a copy of the one given."""
     if cache is None:
         return model.make_cache(B, rows, bits=kv_bits)
     order = [0] * B if cache.lengths.shape[0] == 1 else [min(i, n - 1) for i in range(B)]
-    return kv.dense.grow(kv.select(cache, jnp.asarray(order)), rows)
+    return kv.grow(kv.select(cache, jnp.asarray(order)), rows)
 
 
 @jax.jit
@@ -412,24 +417,26 @@ def _encode_source(model, tokens, lengths):
 
 def _start(model, request, tokens, lengths, cache, *, N: int, logprobs: bool) -> _State:
     """Reads the prompts, in pieces if a layer with a window could not take them at once."""
-    room = kv.dense.room(cache)
+    room = kv.room(cache)
     last = None
     for begin in range(0, tokens.shape[1], room):
         piece = tokens[:, begin : begin + room]
         real = jnp.clip(lengths - begin, 0, piece.shape[1])
-        logits, cache = _prefill(model, request.memory, piece, real, cache)
+        logits, cache = _prefill(model, request, piece, real, cache)
         last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
     return _first(model, request, tokens, lengths, last, cache, N=N, logprobs=logprobs)
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _prefill(model, memory, tokens, lengths, cache):
-    return _forward(model, memory, tokens, cache, lengths)
+def _prefill(model, request, tokens, lengths, cache):
+    return _forward(model, request, tokens, cache, lengths)
 
 
-def _forward(model, memory, tokens, cache, lengths):
-    more = {} if memory is None else {"memory": memory}
-    return model(tokens, cache, lengths=lengths, logits="last", **more)
+def _forward(model, request, tokens, cache, lengths):
+    more = {} if request.memory is None else {"memory": request.memory}
+    cache = kv.join(request.context, cache)
+    logits, cache = model(tokens, cache, lengths=lengths, logits="last", **more)
+    return logits, kv.split(cache)[1]
 
 
 @partial(jax.jit, static_argnames=("N", "logprobs"), donate_argnames="cache")
@@ -488,9 +495,7 @@ def _decode(model, request: _Request, state: _State, until) -> _State:
 
     def body(state):
         alive = _alive(request, state)
-        logits, cache = _forward(
-            model, request.memory, state.token[:, None], state.cache, alive.astype(jnp.int32)
-        )
+        logits, cache = _forward(model, request, state.token[:, None], state.cache, alive.astype(jnp.int32))
         return _choose(request, dataclasses.replace(state, cache=cache), logits)
 
     def goes_on(state):

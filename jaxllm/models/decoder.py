@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.attention import causal_attention
-from jaxllm.cache import DenseCache
+from jaxllm.cache import Cache, DenseCache
 from jaxllm.models.layers import Embedding, Linear, RmsNorm, Tap, below, see
 from jaxllm.models.rope import Rope, rotate
 
@@ -117,12 +117,12 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: DenseCache | None,
+        cache: Cache | None,
         index: int,
         positions,
         lengths,
         tap,
-    ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)  # noqa: E731
         q = heads(self.q(x, below(tap, "q")))  # [B, T, H, E]
         k = heads(self.k(x, below(tap, "k")))  # [B, T, K, E]
@@ -176,13 +176,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: DenseCache | None = None,
+        cache: Cache | None = None,
         *,
         index: int = 0,
         positions: Int[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The block's output, and the cache with this layer's rows appended (not yet advanced).
 
         index: which layer of the cache is this block's. positions, lengths: as in `Decoder.__call__`.
@@ -258,13 +258,13 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        cache: DenseCache | None = None,
+        cache: Cache | None = None,
         *,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         logits: Literal["all", "last"] = "all",
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DenseCache | None]:
+    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache | None]:
         """Float32 logits of a chunk, and the cache with the chunk in it (None if none was given).
 
         tokens: the next tokens of each request. Where requests differ in length, the shorter ones are padded

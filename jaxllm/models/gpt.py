@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.attention import causal_attention
-from jaxllm.cache import DenseCache
+from jaxllm.cache import Cache, DenseCache
 from jaxllm.models.decoder import ACTIVATIONS, chunk, last_token
 from jaxllm.models.layers import Embedding, LayerNorm, Linear, Tap, below, see
 
@@ -155,12 +155,12 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: DenseCache | None,
+        cache: Cache | None,
         index: int,
         positions,
         lengths,
         tap,
-    ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)  # noqa: E731
         # the names under which every model shows what its cache is given; nothing is turned here
         q = see(tap, "queries", heads(self.q(x, below(tap, "q"))))  # [B, T, H, E]
@@ -203,13 +203,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: DenseCache | None = None,
+        cache: Cache | None = None,
         *,
         index: int = 0,
         positions: Int[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "B T D"], DenseCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The block's output, and the cache with this layer's rows appended (not yet advanced).
 
         index: which layer of the cache is this block's. positions, lengths: as in `Gpt.__call__`.
@@ -300,13 +300,13 @@ class Gpt(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        cache: DenseCache | None = None,
+        cache: Cache | None = None,
         *,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         logits: Literal["all", "last"] = "all",
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DenseCache | None]:
+    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache | None]:
         """Float32 logits of a chunk, and the cache with the chunk in it (None if none was given).
 
         The arguments mean what they mean in `decoder.Decoder`.

@@ -1,0 +1,254 @@
+"""An evicted cache attends as a dense one whose evicted rows are hidden, and their bytes are gone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxllm as jl
+from jaxllm import cache as kv
+from jaxllm.cache import paged
+from jaxllm.cache.evict import choose, evict
+from jaxllm.models.decoder import TINY, Decoder
+
+T = 40
+LENGTHS = [40, 29, 33]
+CONFIG = dataclasses.replace(TINY, layers=3, windows=(None, 8, None), context=128)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def contexts():
+    rows = np.random.default_rng(0).integers(3, 120, (3, T)).astype(np.int32)
+    return jnp.asarray(rows), jnp.asarray(LENGTHS, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def filled(model, contexts):
+    """The model's cache of three contexts, with room for more."""
+
+    def make(**options):
+        cache = model.make_cache(3, 64, slack=16, **options)
+        return jax.jit(lambda cache: model(contexts[0], cache, lengths=contexts[1])[1])(cache)
+
+    return make
+
+
+def drawn(seed=0, layers=2):
+    return jnp.asarray(np.random.default_rng(seed).random((layers, 3, 2, T)), jnp.float32)
+
+
+def masked(model, cache, keep, tokens, lengths):
+    """Logits over the dense cache where rows of layers without a window are hidden: the oracle."""
+    hidden = np.zeros((2, 3, 2, 64), bool)
+    hidden[..., :T] = ~np.asarray(keep)
+    hidden &= (np.arange(64)[None] < np.asarray(LENGTHS)[:, None])[None, :, None]
+
+    def attend(q, cache, layer, positions, lengths, *, scale, softcap=None):
+        if cache.windows[layer] is not None:
+            return kv.dense.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap)
+        _, seen = kv.dense.visible(cache, layer, positions, lengths, None)
+        outs = []
+        for head in range(2):  # a key head at a time, as each hides others
+            gone = jnp.asarray(hidden[layer // 2, :, head])[:, None]
+            part = q.reshape(*q.shape[:2], 2, 2, -1)[:, :, head]
+            keys, values = (x[layer] for x in (cache.keys, cache.values))
+            if isinstance(keys, kv.CodedRows):
+                part = kv.quantized.turn(part, keys)
+            k, v = (paged.numbers(x).reshape(3, 2, 64, -1)[:, head] for x in (keys, values))
+            outs.append(jl.attention.attention(part, k, v, seen & ~gone, scale=scale, softcap=softcap))
+        return jnp.stack(outs, axis=2).reshape(q.shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "attend", attend)
+        return jax.jit(lambda: model(tokens, cache, lengths=lengths))()
+
+
+@pytest.mark.parametrize("bits, page, group", [(None, 4, 3), (None, 64, 1), (8, 4, 2)])
+def test_evicted_equals_masked_for_chunks_ragged_heads_and_batches(
+    model, filled, bits, page, group, monkeypatch
+):
+    monkeypatch.setattr(paged, "_group", lambda J: group)  # heads a group, of six
+    cache = filled(bits=bits)
+    scores = drawn().at[0, 1, 1].set(-1.0)  # a head of request 1 keeps nothing
+    keep = choose(scores, np.asarray(LENGTHS), np.full(3, 0.3))
+    assert not keep[0, 1, 1].any()
+    small = evict(cache, scores, ratio=0.3, page=page)
+    forward = jax.jit(lambda cache, tokens, lengths: model(tokens, cache, lengths=lengths))
+    chunk = jnp.asarray(np.random.default_rng(1).integers(3, 120, (3, 7)), jnp.int32)
+    lengths = jnp.asarray([7, 4, 6], jnp.int32)
+    got, small = forward(small, chunk, lengths)
+    want, cache = masked(model, cache, keep, chunk, lengths)
+    real = np.arange(7)[None] < np.asarray(lengths)[:, None]
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=1e-5)
+    for step in range(2):  # one token at a time, at original positions
+        token = jnp.full((3, 1), 7 + step, jnp.int32)
+        got, small = forward(small, token, jnp.ones(3, jnp.int32))
+        want, cache = masked(model, cache, keep, token, jnp.ones(3, jnp.int32))
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(small.lengths, np.asarray(LENGTHS) + np.asarray(lengths) + 2)
+
+
+def test_at_ratio_one_nothing_is_lost(model, filled):
+    cache = filled()
+    chunk = jnp.asarray([[5, 6], [7, 8], [9, 10]])
+    forward = jax.jit(lambda cache: model(chunk, cache)[0])
+    np.testing.assert_allclose(forward(evict(cache, drawn(), ratio=1.0)), forward(cache), atol=1e-5)
+
+
+def test_each_head_keeps_its_rows_at_their_positions_and_nothing_else_is_held(filled):
+    cache = filled()
+    keep = np.asarray(choose(drawn(), np.asarray(LENGTHS), np.full(3, 0.25)))
+    small = evict(cache, drawn(), ratio=0.25, page=4, rows=8)
+    found = paged.kept_positions(small)
+    for layer in range(2):
+        for b in range(3):
+            for head in range(2):
+                np.testing.assert_array_equal(found[layer][b][head], np.flatnonzero(keep[layer, b, head]))
+    assert [keep[:, b].sum() for b in range(3)] == [n * 4 // 4 for n in LENGTHS]  # L K n / 4
+    context = small.context
+    stripes, g = context.group.shape[0], context.lengths.shape[2]
+    page = 2 * 4 * CONFIG.head_dim * 4  # keys and values of 4 rows, float32
+    tail = sum(x.size * 4 for rows in (small.tail.keys, small.tail.values) for x in rows)
+    small_things = sum(x.size * 4 for x in jax.tree.leaves((context, small.tail))) - stripes * g * page - tail
+    assert kv.num_bytes(small) == stripes * g * page + tail + small_things
+    needed = int(context.start[-1])
+    assert stripes == 16 or needed <= stripes <= needed * 1.13
+    used = sum(-(-len(rows) // 4) for layer in found for b in layer for rows in b)
+    assert used <= needed * g <= used * 1.6 + 8  # heads of a group are filled up to its longest
+
+
+def test_contexts_of_one_size_and_budget_share_a_compilation(model, filled):
+    cache = filled()
+    shapes = lambda c: [(x.shape, x.dtype) for x in jax.tree.leaves(c)]  # noqa: E731
+    one, two = (evict(cache, drawn(seed), ratio=0.5, page=4) for seed in (1, 2))
+    assert jax.tree.structure(one) == jax.tree.structure(two) and shapes(one) == shapes(two)
+
+
+def test_questions_share_a_context_and_do_not_see_each_other(model, filled):
+    small = evict(filled(), drawn(), ratio=0.3, page=4)
+    prompts = [[5, 6, 7], [9], [11, 12], [5, 6, 7]]
+    one = jl.generate(model, None, prompts, max_new_tokens=5, cache=kv.select(small, jnp.asarray([1] * 4)))
+    alone = [
+        jl.generate(model, None, [p], max_new_tokens=5, cache=kv.select(small, jnp.asarray([1])))[0]
+        for p in prompts
+    ]
+    assert [o.token_ids for o in one] == [o.token_ids for o in alone]
+    assert one[0].token_ids == one[3].token_ids
+    mixed = kv.select(small, jnp.asarray([2, 1, 1, 0]))
+    assert mixed.context.keys is small.context.keys  # nothing is copied
+    both = jl.generate(model, None, prompts, max_new_tokens=5, cache=mixed)
+    assert both[1].token_ids == alone[1].token_ids and both[2].token_ids == alone[2].token_ids
+
+
+def test_rows_of_later_turns_survive_a_question_that_is_taken_back(model, filled):
+    small = evict(filled(), drawn(), ratio=0.3, page=4)
+    forward = jax.jit(lambda cache, tokens: model(tokens, cache))
+    turn = jnp.asarray([[5, 6], [7, 8], [9, 10]])
+    question, other = jnp.asarray([[11], [12], [13]]), jnp.asarray([[14], [15], [16]])
+    _, after = forward(small, turn)
+    want, _ = forward(after, question)
+    _, asked = forward(after, other)
+    got, _ = forward(kv.truncate(asked, after.lengths), question)
+    np.testing.assert_array_equal(got, want)
+    back = kv.truncate(asked, jnp.zeros(3, jnp.int32))  # the context cannot be taken back
+    np.testing.assert_array_equal(back.lengths, small.lengths)
+
+
+def test_a_longer_answer_than_there_is_room_for_is_given_room(model, filled):
+    small = evict(filled(), drawn(), ratio=0.3, rows=8)
+    out = jl.generate(model, None, [[5], [6], [7]], max_new_tokens=30, cache=small)
+    assert all(len(o.token_ids) == 30 for o in out)
+
+
+# -- which rows stay
+
+
+def test_the_number_kept_is_exact_and_smaller_budgets_are_nested():
+    scores = jnp.round(drawn(3) * 8) / 8  # many are equal
+    lengths = np.asarray(LENGTHS)
+    before = None
+    for ratio in (0.05, 0.1, 0.3, 0.5, 0.99, 1.0):
+        keep = np.asarray(choose(scores, lengths, np.full(3, ratio)))
+        assert [int(keep[:, b].sum()) for b in range(3)] == [
+            max(1, int(ratio * 4 * n + 1e-6)) for n in LENGTHS
+        ]
+        assert before is None or (keep | ~before).all()
+        before = keep
+    one = np.asarray(choose(scores, lengths, np.full(3, 0.3)))[:, 0].reshape(-1)
+    order = np.argsort(-np.asarray(scores)[:, 0].reshape(-1), kind="stable")
+    np.testing.assert_array_equal(np.flatnonzero(one), np.sort(order[: one.sum()]))
+
+
+def test_budgets_spread_as_they_say():
+    scores, lengths, ratio = drawn(4), np.asarray(LENGTHS), np.full(3, 0.3)
+    uniform = np.asarray(choose(scores, lengths, ratio, budget="uniform"))
+    assert (uniform.sum(-1) == [[[int(0.3 * n)] * 2 for n in LENGTHS]] * 2).all()
+    heads = np.asarray(choose(scores, lengths, np.full(3, 0.5), budget="head"))
+    greatest = np.where(np.arange(T) < lengths[:, None, None], scores, -1).max(-1)
+    for b, n in enumerate(LENGTHS):
+        assert sorted(heads[:, b].sum(-1).ravel()) == [0, 0, n, n]
+        whole = heads[:, b].all(-1) | (heads[:, b].sum(-1) == n)
+        assert greatest[:, b][whole].min() > greatest[:, b][~whole].max()
+    poor = scores.at[1, :, 0].add(-2.0)
+    assert not np.asarray(choose(poor, lengths, ratio))[1, :, 0].any()
+    safe = np.asarray(choose(poor, lengths, ratio, safeguard=0.5))
+    assert (safe[1, :, 0].sum(-1) == [int(0.15 * n) for n in LENGTHS]).all()
+    assert [safe[:, b].sum() for b in range(3)] == [int(1.2 * n) for n in LENGTHS]
+
+
+def test_the_official_threshold_is_strict_and_keeps_one_less():
+    scores, lengths = drawn(5), np.asarray(LENGTHS)
+    ours = np.asarray(choose(scores, lengths, np.full(3, 0.3)))
+    official = np.asarray(choose(scores, lengths, np.full(3, 0.3), official=True))
+    for b, n in enumerate(LENGTHS):
+        flat = np.sort(np.asarray(scores)[:, b, :, :n].ravel())[::-1]
+        threshold = flat[max(int(len(flat) * 0.3) - 1, 0)]
+        want = np.asarray(scores)[:, b] > threshold
+        want[..., n:] = False
+        np.testing.assert_array_equal(official[:, b], want)
+        assert official[:, b].sum() == ours[:, b].sum() - 1 and (ours[:, b] | ~official[:, b]).all()
+
+
+def test_prefix_and_what_follows_the_context_always_stay(filled):
+    cache = filled()
+    scores = drawn(6)[..., :20]
+    small = evict(cache, scores, ratio=0.1, prefix=4, page=4)
+    for layer in paged.kept_positions(small):
+        for b, request in enumerate(layer):
+            for rows in request:
+                assert set(range(4)) <= set(rows) and set(range(24, LENGTHS[b])) <= set(rows)
+                assert len(rows) < LENGTHS[b]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"ratio": 0.0}, "ratio must lie above 0 and be at most 1, got 0.0"),
+        ({"ratio": 1.5}, "at most 1, got 1.5"),
+        ({}, "exactly one of ratio and tokens"),
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"ratio": 0.5, "prefix": 30}, r"within the \[40, 29, 33\] tokens held, got prefix=30, T=40"),
+        ({"ratio": 0.5, "safeguard": 2.0}, "safeguard must be 0 to 1"),
+    ],
+)
+def test_wrong_use_is_one_line(filled, change, message):
+    with pytest.raises(ValueError, match=message):
+        evict(filled(), drawn(), **change)
+
+
+def test_scores_of_another_cache_or_not_numbers_and_a_second_eviction_are_refused(filled):
+    cache = filled()
+    with pytest.raises(ValueError, match=r"scores must be \[L, B, K, T\] = \(2, 3, 2, 'T'\) of this cache"):
+        evict(cache, drawn(layers=3), ratio=0.5)
+    with pytest.raises(ValueError, match="scores must be finite"):
+        evict(cache, drawn().at[0, 0, 0, 0].set(jnp.nan), ratio=0.5)
+    with pytest.raises(ValueError, match="must hold every token, got a PagedCache of some"):
+        evict(evict(cache, drawn(), ratio=0.5), drawn(), ratio=0.3)

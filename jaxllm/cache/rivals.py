@@ -1,0 +1,138 @@
+"""What else has been taken for the worth of a cached pair: the rivals of KVzip, for comparison and choice.
+
+Each gives scores [L, B, K, T] for `evict`, of the tokens behind the first `prefix`; `tokens` are all that the
+cache holds, one row a request, and 0 stands behind the end of a shorter one.
+
+    h2o_scores        the attention a key receives from all later queries (arXiv:2306.14048)
+    snapkv_scores     from the last `window` queries, smoothed; these stay (arXiv:2404.14469)
+    tova_scores       from the last query, all heads together (arXiv:2401.06104)
+    streaming_scores  the first `sinks` tokens and the most recent ones (arXiv:2309.17453)
+    random_scores     drawn by seed
+
+The first three take one pass over the tokens and know the queries of the text only, not those of a later
+question. Letters: L layers without a window, B requests, K key heads, G queries a key head, T tokens.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxllm.attention import by_head
+from jaxllm.cache.received import received
+
+Rows = Sequence[Sequence[int]]
+
+
+def h2o_scores(
+    model, tokens: Rows, *, prefix: int = 0, reduce: Literal["sum", "max"] = "sum", recent: int = 0
+) -> Float[Array, "L B K T"]:
+    """Attention received from all queries: the sum of the paper, or the greatest (KVzip's comparison).
+
+    recent: the last tokens that stay whatever their score (the paper spends half of the budget so).
+    """
+    rows, lengths = _padded("h2o", model, tokens, prefix)
+    got = _attention(model, rows, lengths, rows.shape[1], reduce=reduce).mean(3)
+    return _behind(_raised(got, lengths, recent), lengths, prefix)
+
+
+def snapkv_scores(
+    model, tokens: Rows, *, prefix: int = 0, window: int = 32, kernel: int = 5
+) -> Float[Array, "L B K T"]:
+    """Attention received from the last `window` queries, averaged over `kernel` neighbouring keys."""
+    if window < 1 or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"snapkv: window must be positive, kernel odd, got {window=}, {kernel=}")
+    rows, lengths = _padded("snapkv", model, tokens, prefix)
+    got = _attention(model, rows, lengths, window, reduce="sum").mean(3) / window
+    sums = jax.lax.reduce_window(
+        got, 0.0, jax.lax.add, (1, 1, 1, kernel), (1, 1, 1, 1), [(0, 0)] * 3 + [(kernel // 2, kernel // 2)]
+    )
+    return _behind(_raised(sums / kernel, lengths, window), lengths, prefix)
+
+
+def tova_scores(model, tokens: Rows, *, prefix: int = 0) -> Float[Array, "L B K T"]:
+    """Attention received from the last query, averaged over all heads of a layer; it stays itself."""
+    rows, lengths = _padded("tova", model, tokens, prefix)
+    got = _attention(model, rows, lengths, 1, reduce="sum")
+    got = jnp.broadcast_to(got.mean((2, 3))[:, :, None], (*got.shape[:3], got.shape[-1]))
+    return _behind(_raised(got, lengths, 1), lengths, prefix)
+
+
+def streaming_scores(model, tokens: Rows, *, prefix: int = 0, sinks: int = 4) -> Float[Array, "L B K T"]:
+    """The first tokens, then the later the better."""
+    rows, lengths = _padded("streaming", model, tokens, prefix)
+    T = rows.shape[1]
+    at = np.arange(T, dtype=np.float32)
+    score = np.where(at < sinks, 2 * T - at, at)
+    return _behind(_everywhere(model, score, len(lengths)), lengths, prefix)
+
+
+def random_scores(model, tokens: Rows, *, prefix: int = 0, seed: int = 0) -> Float[Array, "L B K T"]:
+    """Uniform numbers."""
+    rows, lengths = _padded("random", model, tokens, prefix)
+    shape = _everywhere(model, np.zeros(rows.shape[1], np.float32), len(lengths)).shape
+    return _behind(jax.random.uniform(jax.random.key(seed), shape), lengths, prefix)
+
+
+def _padded(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+    if hasattr(model, "encode"):
+        raise ValueError(f"{who}: the model must be a decoder alone, got one that reads a source")
+    lengths = np.asarray([len(row) for row in tokens], np.int32)
+    if not len(lengths) or not 0 <= prefix < lengths.min():
+        raise ValueError(f"{who}: each row must have more than the {prefix=} tokens, got {lengths.tolist()}")
+    if lengths.max() > model.config.context:
+        raise ValueError(f"{who}: rows must fit the context of {model.config.context}, got {lengths.max()}")
+    rows = np.zeros((len(lengths), lengths.max()), np.int32)
+    for b, row in enumerate(tokens):
+        rows[b, : len(row)] = row
+    return rows, lengths
+
+
+def _everywhere(model, score: np.ndarray, B: int) -> jax.Array:
+    """The same scores for each layer without a window, request and key head."""
+    windows = jax.eval_shape(lambda: model.make_cache(1, 1)).windows
+    shape = (sum(window is None for window in windows), B, model.config.kv_heads, len(score))
+    return jnp.broadcast_to(jnp.asarray(score)[None, None, None], shape)
+
+
+@partial(jax.jit, static_argnames=("last", "reduce"))
+def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max"]):
+    """What keys receive from the last queries of each request [L, B, K, G, T]."""
+    B, T = tokens.shape
+    step = jnp.arange(T)
+    asks = (step[None] < lengths[:, None]) & (step[None] >= lengths[:, None] - last)
+    seen = (step[None, :, None] >= step[None, None]) & asks[:, :, None]
+    windows = jax.eval_shape(lambda: model.make_cache(1, 1)).windows
+    taken: dict[str, jax.Array] = {}
+    found: list[jax.Array] = []
+
+    def tap(name, x):
+        layer, _, what = name.removeprefix("layers.").partition(".")
+        if not name.startswith("layers.") or windows[int(layer)] is not None:
+            return x
+        if what == "attention.queries":
+            taken["queries"] = x
+        elif what == "attention.keys":
+            attention = model.layers[int(layer)].attention
+            rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
+            found.append(received(taken["queries"], by_head(x), seen, reduce=reduce, **rule))
+        return x
+
+    model(tokens, lengths=lengths, logits="last", tap=tap)
+    return jnp.stack(found)
+
+
+def _raised(scores: Float[Array, "L B K T"], lengths: np.ndarray, last: int) -> Float[Array, "L B K T"]:
+    """Scores with the last tokens of each request above all others."""
+    at = np.arange(scores.shape[-1])[None]
+    stays = (at >= lengths[:, None] - last) & (at < lengths[:, None])
+    return jnp.where(stays[None, :, None], scores.max() + 1.0, scores)
+
+
+def _behind(scores: Float[Array, "L B K T"], lengths: np.ndarray, prefix: int) -> Float[Array, "L B K _"]:
+    real = np.arange(scores.shape[-1])[None] < lengths[:, None]
+    return jnp.where(real[None, :, None], scores, 0.0)[..., prefix:]

@@ -21,8 +21,10 @@ import jax
 from jaxllm.cache import dense, paged, quantized
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.evict import evict
+from jaxllm.cache.kvzip import Replay, kvzip_scores
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.quantized import CodedRows
+from jaxllm.cache.rivals import h2o_scores, random_scores, snapkv_scores, streaming_scores, tova_scores
 
 Cache = DenseCache | PagedCache
 C = TypeVar("C", bound=Cache)
@@ -96,19 +98,26 @@ __all__ = [
     "CodedRows",
     "DenseCache",
     "PagedCache",
+    "Replay",
     "advance",
     "append",
     "attend",
     "dense",
     "evict",
     "grow",
+    "h2o_scores",
     "join",
     "kept",
+    "kvzip_scores",
     "num_bytes",
     "paged",
     "quantized",
+    "random_scores",
     "room",
     "select",
+    "snapkv_scores",
     "split",
+    "streaming_scores",
+    "tova_scores",
     "truncate",
 ]

@@ -1,7 +1,7 @@
 """How well a model works on a cache of which little is left, and how fast: KVzip and its rivals.
 
     python benchmarks/kv_eviction.py --text FILE --out results/            # pico
-    python benchmarks/kv_eviction.py --what speed --out results/           # a random 200 M Llama, 4,096 tokens
+    python benchmarks/kv_eviction.py --what speed --out results/           # a random 200 M Llama, 4k tokens
 
     recall    a list of key=value lines; every key is asked on one compressed cache. Value right as a whole
     repeat    200 uniform random tokens; the model repeats them. Tokens right, greedy, free running

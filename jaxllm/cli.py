@@ -32,6 +32,7 @@ DTYPE = click.option(
 )
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 OFFLINE = click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
+KV_METHODS = ("kvzip", "kvzip+", "snapkv", "h2o", "tova", "streaming", "random")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -83,6 +84,9 @@ def demo(out: Path | None, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0)
 @click.option("--stop", multiple=True, help="Text that ends a completion; repeatable.")
 @click.option("--kv-bits", type=int, help="Keep keys and values in 2, 4 or 8 bits. [default: as they are]")
+@click.option("--context", type=click.Path(path_type=Path), help="UTF-8 file that all prompts follow.")
+@click.option("--kv-ratio", type=float, help="Keep this part of the context's keys and values only.")
+@click.option("--kv-method", type=click.Choice(KV_METHODS), default=KV_METHODS[0], help="What is kept.")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
 @click.option("--stream", is_flag=True, help="Print text as it comes (one prompt, no --chat).")
@@ -95,6 +99,9 @@ def generate(
     seed: int,
     stop: tuple[str, ...],
     kv_bits: int | None,
+    context: Path | None,
+    kv_ratio: float | None,
+    kv_method: str,
     logprobs: bool,
     chat: bool,
     stream: bool,
@@ -108,7 +115,12 @@ def generate(
         raise click.UsageError("generate: --prompt or --prompt-file must be given")
     if stream and (as_json or chat or logprobs or len(prompts) > 1):
         raise click.UsageError("generate: --stream takes one prompt and no --json, --chat, --logprobs")
+    if context is None and kv_ratio is not None:
+        raise click.UsageError("generate: --kv-ratio is of a --context, which must be given")
+    if context is not None and chat:
+        raise click.UsageError("generate: --context takes plain prompts, no --chat")
     sampler = jl.Sampler(**sampling)
+    text = None if context is None else read_text(context, "--context")
     model, tokenizer = open_model()
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -117,8 +129,15 @@ def generate(
         "stop": stop,
         "kv_bits": kv_bits,
     }
+    asked: list[Any] = list(prompts)
+    if text is not None:
+        options |= {
+            "kv_bits": None,
+            "cache": context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits),
+        }
+        asked = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     if stream:
-        for token in jl.stream(model, tokenizer, prompts[0], **options):
+        for token in jl.stream(model, tokenizer, asked[0], **options):
             click.echo(token.text, nl=False)
         click.echo()
         return
@@ -128,7 +147,7 @@ def generate(
         said = [[{"role": "user", "content": prompt}] for prompt in prompts]
         outs = [jl.chat(model, tokenizer, messages, **options) for messages in said]
     else:
-        outs = jl.generate(model, tokenizer, prompts, **options)
+        outs = jl.generate(model, tokenizer, asked, **options)
     seconds = time.perf_counter() - start
     made = sum(len(out.token_ids) for out in outs)
     if as_json:
@@ -141,6 +160,33 @@ def generate(
         if out.logprobs is not None:
             click.echo(" ".join(f"{value:.4f}" for value in out.logprobs))
     note(f"{made} tokens in {seconds:.1f} s, compilation included")
+
+
+def context_cache(model, tokenizer, text: str, ratio: float | None, method: str, bits: int | None):
+    """A text read into a cache, of which a part is kept."""
+    if tokenizer is None:
+        raise ValueError("generate: --context needs a tokenizer, this model has none")
+    ids = tokenizer.encode(text)
+    prefix = int(ids[:1] == [tokenizer.bos_token_id])
+    slack = min(2000, len(ids)) + 128  # for a repetition and its prompt
+    cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
+    if ratio is None:
+        return cache
+    if method.startswith("kvzip"):
+        scores = jl.cache.kvzip_scores(
+            model,
+            cache,
+            [ids[prefix:]],
+            tokenizer=tokenizer,
+            prefix=prefix,
+            output_aware=method == "kvzip+",
+        )
+    else:
+        scores = getattr(jl.cache, f"{method}_scores")(model, [ids], prefix=prefix)
+    small = jl.cache.evict(cache, scores, ratio=ratio, prefix=prefix)
+    before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
+    note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")
+    return small
 
 
 def completion_json(prompt: str, out: Any) -> dict[str, Any]:

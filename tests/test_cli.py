@@ -471,6 +471,23 @@ def test_keys_and_values_in_eight_bits_change_little(jaxllm, generate, tiny_chec
     assert generate("--prompt", "the man", "--kv-bits", 8).status == 0
 
 
+def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tmp_path):
+    file = tmp_path.with_name("context.txt")
+    file.write_text("Once upon a time there was a dog.")
+    asked = ["--context", str(file), "--prompt", " It", "--prompt", " The", "--json"]
+    asked += ["--max-new-tokens", "6"]
+    whole, same, little = (
+        generate(*asked, *more)
+        for more in ((), ("--kv-ratio", "1"), ("--kv-ratio", "0.3", "--kv-method", "streaming"))
+    )
+    assert whole.status == same.status == little.status == 0, (whole, same, little)
+    ids = [[c["token_ids"] for c in done.json["prompts"]] for done in (whole, same, little)]
+    assert ids[0] == ids[1] and len(ids[2][0]) == 6
+    assert "bytes of keys and values" in little.err
+    assert_refused(generate("--kv-ratio", "0.3", "--prompt", "x"), "--kv-ratio is of a --context")
+    assert_refused(generate(*asked, "--kv-ratio", "2"), "ratio must lie above 0 and be at most 1, got 2.0")
+
+
 def test_quantize_spends_a_budget(jaxllm, tiny_checkpoint):
     Path("text.txt").write_text("Once upon a time there was a little dog. " * 40, "utf-8")
     choices = [{"method": "rtn", "bits": bits, "group": 16} for bits in (2, 6)]

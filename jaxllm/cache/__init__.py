@@ -23,6 +23,7 @@ from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.evict import evict
 from jaxllm.cache.kvzip import Replay, kvzip_scores
 from jaxllm.cache.paged import Context, PagedCache
+from jaxllm.cache.prepare import load, prefill, save
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.cache.rivals import h2o_scores, random_scores, snapkv_scores, streaming_scores, tova_scores
 
@@ -109,11 +110,14 @@ __all__ = [
     "join",
     "kept",
     "kvzip_scores",
+    "load",
     "num_bytes",
     "paged",
+    "prefill",
     "quantized",
     "random_scores",
     "room",
+    "save",
     "select",
     "snapkv_scores",
     "split",

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import paged
 from jaxllm.cache.dense import DenseCache
-from jaxllm.cache.paged import PAGE, PagedCache
+from jaxllm.cache.paged import PagedCache
 
 Budget = Literal["pair", "uniform", "head"]
 
@@ -45,14 +45,15 @@ def evict(
     safeguard: float = 0.0,
     official: bool = False,
     rows: int = 64,
-    page: int = PAGE,
+    page: int | None = None,
 ) -> PagedCache:
     """The cache with the least of the context's rows gone; the cache given stays as it is.
 
     cache: holds `prefix` tokens, the context, and perhaps more. scores: of the context; where a request's
       context is shorter than T, what stands behind its end is not looked at.
     ratio: of the context's rows that stay, above 0 to 1; or tokens: rows a head on average; at least one row.
-    rows: room for tokens that come later (`grow` makes more). page: rows of a page.
+    rows: room for tokens that come later (`grow` makes more). page: rows of a page; None takes 16 to 64, the
+      more the more stays, so that little is lost to pages that are not full.
 
     Raises ValueError for a ratio outside, scores that are not of this cache or not numbers, or a cache that
     has been evicted before.
@@ -93,6 +94,8 @@ def evict(
     keep[..., prefix : prefix + T] = np.asarray(chosen)
     after = np.arange(held.max())[None] >= prefix + lengths[:, None]
     keep |= (after & (np.arange(held.max())[None] < held[:, None]))[None, :, None]
+    if page is None:
+        page = int(np.clip(2 ** np.floor(np.log2(max(keep.sum(-1).mean() / 16, 1))), 16, 64))
     return paged.pack(cache, keep, rows=rows, page=page)
 
 

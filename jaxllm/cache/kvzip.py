@@ -34,7 +34,7 @@ from jaxllm.cache.paged import PagedCache, numbers
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.cache.received import received
 
-CHUNK = 2000
+CHUNK, LEAST = 2000, 16
 # of the published code; pico was trained on them
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -79,27 +79,32 @@ def kvzip_scores(
     tokenizer: Any = None,
     replay: Replay | None = None,
     prefix: int = 0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     output_aware: bool = False,
 ) -> Float[Array, "L B K T"]:
     """Scores of what the cache holds of each request's context; 0 behind the end of a shorter one.
 
     cache: holds `prefix` tokens, then the context, and nothing more. context: its token ids, a row a request.
     tokenizer: makes the published prompts; replay: other ones; neither: the context is repeated unasked.
-    chunk: tokens repeated at a time; its repetition must fit the model's context behind the cache.
+    chunk: tokens repeated at a time; None: 2,000, or as many as fit the model's context behind the cache.
 
     Raises ValueError where the cache does not hold this context, or the repetition does not fit.
     """
     rows = [np.asarray(row, np.int32) for row in context]
-    _check(model, cache, rows, prefix, chunk)
+    _check(model, cache, rows, prefix)
     replay = replay or (Replay() if tokenizer is None else Replay.of(tokenizer))
     B, T = len(rows), max(map(len, rows))
-    room = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32)))) + min(chunk, T)
+    asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
     held = prefix + T
+    if chunk is None:
+        chunk = max(LEAST, min(CHUNK, model.config.context - held - asked))
+    if chunk < LEAST:
+        raise ValueError(f"kvzip: chunk must be at least {LEAST} tokens, got {chunk=}")
+    room = asked + min(chunk, T)
     if held + room > model.config.context:
         raise ValueError(
             f"kvzip: cache and repetition must fit the model's context of {model.config.context}, got "
-            f"{held} + {room} tokens: take a smaller chunk"
+            f"{held} + {room} tokens"
         )
     wide = kv.grow(cache, held + room)
     if kv.room(wide) < room:
@@ -182,14 +187,12 @@ def _reach(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K G m"]:
     return jnp.sqrt(jnp.maximum(square, 0.0))
 
 
-def _check(model, cache, rows: list[np.ndarray], prefix: int, chunk: int) -> None:
+def _check(model, cache, rows: list[np.ndarray], prefix: int) -> None:
     """Raises ValueError unless the cache holds these contexts: the first layer's keys tell tokens apart."""
     if hasattr(model, "encode"):
         raise ValueError("kvzip: the model must be a decoder alone, got one that reads a source")
     if not isinstance(cache, DenseCache) or cache.base is not None:
         raise ValueError(f"kvzip: the cache must hold every token, got a {type(cache).__name__} of some")
-    if chunk < 16:
-        raise ValueError(f"kvzip: chunk must be at least 16 tokens, got {chunk=}")
     held = np.asarray(cache.lengths).tolist()
     if held != [prefix + len(row) for row in rows] or not all(map(len, rows)):
         raise ValueError(

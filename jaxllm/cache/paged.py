@@ -34,7 +34,6 @@ from jaxllm.cache.dense import DenseCache, Rows
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.pytree import pytree, static
 
-PAGE = 64
 STEP = 16  # a pool has room for so many stripes, or a multiple
 
 
@@ -207,7 +206,7 @@ def _more(sums, q, k, v, seen, *, scale: float, softcap: float | None):
 # -- from one layout to the other
 
 
-def pack(cache: DenseCache, keep: Bool[np.ndarray, "L B K T"], *, rows: int, page: int = PAGE) -> PagedCache:
+def pack(cache: DenseCache, keep: Bool[np.ndarray, "L B K T"], *, rows: int, page: int) -> PagedCache:
     """The cache with the rows that are marked, of the first T tokens of each request, and none but them.
 
     rows: room for tokens that come later. The cache given stays as it is.

@@ -1,0 +1,154 @@
+"""A text read once: into a cache, and a cache into a directory that another process opens.
+
+    cache = prefill(model, [ids])                                   # a DenseCache of the texts
+    save(evict(cache, scores, ratio=0.3), "prepared/", model)       # keys and values, codes and pages as is
+    cache = load("prepared/", model)
+
+Saving and loading are lossless. A directory knows the model whose keys it holds; none but that opens it.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.atomic import new_directory
+from jaxllm.cache.dense import DenseCache, Rows, room
+from jaxllm.cache.paged import Context, PagedCache
+from jaxllm.cache.quantized import CodedRows
+
+META, ARRAYS = "cache.json", "arrays.npz"
+STEP = 64  # lengths are rounded up to multiples, so that texts of about one length share a compilation
+
+
+def prefill(
+    model, tokens: Sequence[Sequence[int]], *, slack: int = 0, bits: int | None = None, chunk: int = 2048
+) -> DenseCache:
+    """The cache of some texts, rows of token ids; `kv.grow` makes room for more.
+
+    slack: the longest chunk that layers with a window must take later (KVzip's repetition). bits: of rows in
+    codes, 2, 4 or 8. chunk: tokens that are read at once.
+    """
+    lengths = np.asarray([len(row) for row in tokens], np.int32)
+    if not len(lengths) or not 1 <= lengths.min() <= lengths.max() <= model.config.context:
+        got = lengths.tolist()
+        raise ValueError(f"prefill: rows must have 1 to {model.config.context} tokens, got {got}")
+    T = -(-int(lengths.max()) // STEP) * STEP
+    padded = np.zeros((len(lengths), T), np.int32)
+    for b, row in enumerate(tokens):
+        padded[b, : len(row)] = row
+    if padded.min() < 0 or padded.max() >= model.config.vocab:
+        raise ValueError(f"prefill: token ids must lie in [0, {model.config.vocab})")
+    cache = model.make_cache(len(lengths), T, slack=slack, bits=bits)
+    at = 0
+    while at < T:
+        part = padded[:, at : at + min(chunk, room(cache))]
+        cache = _read(model, part, np.clip(lengths - at, 0, part.shape[1]), cache)
+        at += part.shape[1]
+    return cache
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _read(model, tokens, lengths, cache):
+    return model(tokens, cache, lengths=lengths, logits="last")[1]
+
+
+def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
+    """Writes a cache to a new directory, whole or not at all.
+
+    Raises FileExistsError where `path` exists, OSError when the disk is full.
+    """
+    from jaxllm.quant.calibrate import fingerprint
+
+    paged = isinstance(cache, PagedCache)
+    tail = cache.tail if isinstance(cache, PagedCache) else cache
+    meta: dict[str, Any] = {
+        "format": "jaxllm cache",
+        "version": 1,
+        "model": fingerprint(model),
+        "windows": list(tail.windows),
+        "rows": tail.rows,
+        "empty": tail.empty,
+        "keys": _coding(tail.keys[0]),
+        "values": _coding(tail.values[0]),
+        "readers": cache.context.readers if isinstance(cache, PagedCache) else None,
+    }
+    named = {f"{'/'.join(_names(key))}": np.asarray(x) for key, x in jax.tree.leaves_with_path(cache)}
+    meta["arrays"] = {name: [list(x.shape), x.dtype.name] for name, x in named.items()}
+    with new_directory(path, num_bytes=sum(x.nbytes for x in named.values())) as out:
+        (out / META).write_text(json.dumps(meta | {"paged": paged}) + "\n", "utf-8")
+        raw = {name: np.ascontiguousarray(x).reshape(-1).view(np.uint8) for name, x in named.items()}
+        np.savez(out / ARRAYS, **raw)  # type: ignore[arg-type]
+
+
+def load(path: str | Path, model) -> DenseCache | PagedCache:
+    """The cache of a directory that `save` wrote for this model.
+
+    Raises FileNotFoundError where there is none, ValueError for another model's or one that is damaged.
+    """
+    from jaxllm.quant.calibrate import fingerprint
+
+    path = Path(path)
+    if not (path / META).is_file():
+        raise FileNotFoundError(f"cache.load: {META} must be in the directory, got {str(path)!r}")
+    try:
+        meta = json.loads((path / META).read_text("utf-8"))
+        if meta["format"] != "jaxllm cache" or meta["version"] != 1:
+            raise ValueError("it is of another version")
+        if meta["model"] != fingerprint(model):
+            raise ValueError("it holds another model's keys")
+        with np.load(path / ARRAYS) as stored:
+            arrays = {
+                name: jnp.asarray(stored[name].view(jnp.dtype(dtype)).reshape(shape))
+                for name, (shape, dtype) in meta["arrays"].items()
+            }
+        return _rebuilt(meta, arrays)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {reason}") from error
+
+
+def _names(path) -> list[str]:
+    return [str(getattr(key, "name", getattr(key, "idx", key))) for key in path]
+
+
+def _coding(rows: Rows) -> dict[str, Any] | None:
+    """What a cache's rows are written in besides their words."""
+    if not isinstance(rows, CodedRows):
+        return None
+    names = ("bits", "group", "size", "rotated")
+    return {name: getattr(rows, name) for name in names} | {"dtype": jnp.dtype(rows.dtype).name}
+
+
+def _rebuilt(meta: dict[str, Any], arrays: dict[str, jax.Array]) -> DenseCache | PagedCache:
+    def rows(name: str, coding: dict[str, Any] | None) -> Rows:
+        if coding is None:
+            return arrays[name]
+        return CodedRows(arrays[f"{name}/words"], **(coding | {"dtype": jnp.dtype(coding["dtype"])}))
+
+    at = "tail/" if meta["paged"] else ""
+    layers = range(len(meta["windows"]))
+    tail = DenseCache(
+        keys=tuple(rows(f"{at}keys/{i}", meta["keys"]) for i in layers),
+        values=tuple(rows(f"{at}values/{i}", meta["values"]) for i in layers),
+        lengths=arrays[f"{at}lengths"],
+        base=arrays.get(f"{at}base"),
+        windows=tuple(meta["windows"]),
+        rows=meta["rows"],
+        empty=meta["empty"],
+    )
+    if not meta["paged"]:
+        return tail
+    plain = ("positions", "group", "first", "start", "lengths", "heads", "slot")
+    context = Context(
+        keys=rows("context/keys", meta["keys"]),
+        values=rows("context/values", meta["values"]),
+        **{name: arrays[f"context/{name}"] for name in plain},
+        readers=meta["readers"],
+    )
+    return PagedCache(context, tail)

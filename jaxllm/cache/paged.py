@@ -161,14 +161,16 @@ def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
 
     def body(carry):
         i, sums = carry
-        at = context.group[i]
-        take = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * g, g)  # noqa: E731
-        k, v = (jax.tree.map(lambda x: take(x, i), rows) for rows in (context.keys, context.values))
-        kept = context.lengths[layer, at] - context.first[i]  # [g]
+        one = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+        at = one(context.group, i)
+        stripe = lambda x: jax.lax.dynamic_slice_in_dim(x, i * g, g)  # noqa: E731
+        k, v = (jax.tree.map(stripe, rows) for rows in (context.keys, context.values))
+        kept = one(context.lengths[layer], at) - one(context.first, i)  # [g]
         seen = jnp.arange(C)[None, None] < kept[:, None, None]
-        old = jax.tree.map(lambda x: x[at], sums)
-        new = _more(old, asked[at], numbers(k), numbers(v), seen, **rule)
-        return i + 1, jax.tree.map(lambda x, y: x.at[at].set(y), sums, new)
+        old = jax.tree.map(lambda x: one(x, at), sums)
+        new = _more(old, one(asked, at), numbers(k), numbers(v), seen, **rule)
+        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, at, 0)  # noqa: E731
+        return i + 1, jax.tree.map(put, sums, new)
 
     end = context.start[layer + 1]
     none = (
@@ -283,15 +285,17 @@ def _tail(cache: DenseCache, rows: int) -> DenseCache:
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0))), array)
 
     keys, values = (tuple(map(one, some, cache.windows)) for some in (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values, base=cache.lengths, rows=rows, empty=False)
+    lengths, base = jnp.array(cache.lengths), jnp.array(cache.lengths)  # copies: a tail may be given away
+    tail = dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, base=base)
+    return dataclasses.replace(tail, rows=rows, empty=False)
 
 
 SLACK = 256  # longest chunk that a layer with a window, not yet full, can take at once after eviction
 
 
 def _group(J: int) -> int:
-    """Heads a group: a divisor of J that makes about eight groups."""
-    return max(d for d in range(1, max(1, J // 8) + 1) if J % d == 0)
+    """Heads a group: a divisor of J that makes about sixteen groups."""
+    return max(d for d in range(1, max(1, J // 16) + 1) if J % d == 0)
 
 
 def _rounded(stripes: int) -> int:

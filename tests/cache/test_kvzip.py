@@ -92,7 +92,7 @@ def test_chunks_look_at_their_own_keys_and_never_score_less_than_the_whole_softm
                 assert (here >= whole[layer][0].max((1, 2))[:, 3 + at : 3 + at + len(part)] - 1e-6).all()
 
 
-def test_output_aware_scores_weigh_by_what_a_value_moves_and_are_plain_where_all_move_alike(model):
+def test_output_aware_scores_weigh_by_how_far_a_value_moves_the_output(model):
     cache = filled(model)
     got = np.asarray(kvzip_scores(model, cache, ROWS, replay=REPLAY, prefix=3, chunk=64, output_aware=True))
     for layer, (weights, v, h) in enumerate(looked_at(model, ROWS[0], [100, 101, 103, *ROWS[0]], None)):

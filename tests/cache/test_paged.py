@@ -162,6 +162,19 @@ def test_rows_of_later_turns_survive_a_question_that_is_taken_back(model, filled
     np.testing.assert_array_equal(back.lengths, small.lengths)
 
 
+def test_what_is_written_may_be_given_away_and_the_cache_it_came_from_stays(model, filled):
+    cache = filled()
+    small = evict(cache, drawn(), ratio=0.3)
+    step = jax.jit(
+        lambda context, tail: kv.split(model(jnp.full((3, 1), 5), kv.join(context, tail))[1])[1],
+        donate_argnums=1,
+    )
+    context, tail = kv.split(small)
+    tail = step(context, tail)
+    np.testing.assert_array_equal(tail.lengths, cache.lengths + 1)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((context, cache)))
+
+
 def test_a_longer_answer_than_there_is_room_for_is_given_room(model, filled):
     small = evict(filled(), drawn(), ratio=0.3, rows=8)
     out = jl.generate(model, None, [[5], [6], [7]], max_new_tokens=30, cache=small)
@@ -252,3 +265,19 @@ def test_scores_of_another_cache_or_not_numbers_and_a_second_eviction_are_refuse
         evict(cache, drawn().at[0, 0, 0, 0].set(jnp.nan), ratio=0.5)
     with pytest.raises(ValueError, match="must hold every token, got a PagedCache of some"):
         evict(evict(cache, drawn(), ratio=0.5), drawn(), ratio=0.3)
+
+
+def test_a_tensor_parallel_model_evicts_and_answers_as_one_device_does():
+    config = dataclasses.replace(CONFIG, width=64, heads=8, kv_heads=4, context=256)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    split = jl.shard(model, jl.make_mesh(data=2, model=4))
+    rows = [list(range(3, 43)), [5, 9, 2, 7] * 8]
+    outs = []
+    for one in (model, split):
+        cache = kv.prefill(one, rows, slack=64)
+        scores = kv.kvzip_scores(one, cache, rows)
+        small = evict(cache, scores, ratio=0.3)
+        answers = jl.generate(one, None, [[8], [9]], max_new_tokens=6, cache=small)
+        outs.append((np.asarray(scores), [o.token_ids for o in answers]))
+    np.testing.assert_allclose(outs[0][0], outs[1][0], atol=1e-5)
+    assert outs[0][1] == outs[1][1]

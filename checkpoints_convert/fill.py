@@ -71,8 +71,7 @@ def fill(
         if isinstance(leaf, np.ndarray):  # a format's, in its own type
             filled.append(put(leaf, place))
         else:
-            value = _read(read, leaf_name(path), leaf.shape)
-            filled.append(value if mapped and dtype in (None, value.dtype) else put(value, place, dtype))
+            filled.append(_placed(_read(read, leaf_name(path), leaf.shape), place, dtype, mapped=mapped))
     return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, filled))
 
 
@@ -99,6 +98,11 @@ def _read(read: Read, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if value.shape != shape:
         raise ValueError(f"checkpoint: {name} must have shape {shape}, got {value.shape}")
     return value
+
+
+def _placed(value: np.ndarray, place: jax.sharding.Sharding, dtype, *, mapped: bool):
+    """What was read, as it is or on its devices; a function, so that no name outlives it."""
+    return value if mapped and dtype in (None, value.dtype) else put(value, place, dtype)
 
 
 def put(value: np.ndarray, place: jax.sharding.Sharding, dtype=None) -> jax.Array:

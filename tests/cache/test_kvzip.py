@@ -35,16 +35,24 @@ def filled(model, rows=ROWS, prefix=PREFIX, **options):
     return jax.jit(lambda cache: model(jnp.asarray(tokens), cache, lengths=lengths)[1])(cache)
 
 
-def looked_at(model, row, fed, keys_at):
-    """Queries and keys of each layer of one pass over prefix + row + fed, no cache: the oracle."""
+@jax.jit
+def one_pass(model, tokens):
+    """What the layers show of tokens without a cache."""
     seen = {}
 
     def tap(name, x):
         seen[name] = x
         return x
 
-    model(jnp.asarray([PREFIX + row + fed]), tap=tap)
-    n = len(PREFIX) + len(row)
+    model(tokens, tap=tap)
+    return seen
+
+
+def looked_at(model, row, fed, keys_at):
+    """Queries and keys of each layer of one pass over prefix + row + fed, no cache: the oracle."""
+    n, every = len(PREFIX) + len(row), len(PREFIX) + len(row) + len(fed)
+    tokens = jnp.asarray([PREFIX + row + fed + [0] * (128 - every)])  # filled up: later tokens change nothing
+    seen = {name: x[:, :every] for name, x in one_pass(model, tokens).items()}
     found = []
     for layer in (0, 2):
         at = f"layers.{layer}.attention."

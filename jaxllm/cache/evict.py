@@ -4,7 +4,7 @@
 
 Scores [L, B, K, T] are of the context's T tokens, for each layer without a window (L of them), request and
 key head: the least are evicted. A budget is a part of the context's L K T pairs of one request, or so many
-tokens' worth of them. How it is spent (KVzip, arXiv:2505.23416, sections 3.2 and 3.3):
+tokens' worth of them. How it is spent (KVzip, arXiv:2505.23416):
 
     "pair"      the greatest of all layers and heads together: heads keep as much as they need
     "uniform"   each head keeps as many

@@ -3,8 +3,8 @@
 Kim et al., arXiv:2505.23416. The model is told to repeat the context, chunk by chunk, on top of the cache
 that holds it, and the repetition is given to it token by token. The score of a key is the greatest
 attention weight that any query of its chunk's repetition, prompt included, gives it; the softmax is over
-the prefix, the chunk and the repetition itself (section 3.2; the published code's form of it). One chunk:
-the plain maximum over all queries; more chunks: never less than with all keys in the softmax.
+the prefix, the chunk and the repetition itself (the published code's form of it). One chunk: the plain
+maximum over all queries; more chunks: never less than with all keys in the softmax.
 
     scores = kvzip_scores(model, cache, context, tokenizer=tokenizer)                 # [L, B, K, T]
     small = evict(cache, scores, ratio=0.3)

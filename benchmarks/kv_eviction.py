@@ -14,6 +14,7 @@ token always does. Bytes are those of all arrays held. Times are medians of inte
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import statistics
@@ -167,7 +168,6 @@ def part_speed(_model, _tokenizer, args) -> list[dict[str, Any]]:
         caches = {"full": kv.grow(cache, rows + 8), "evicted": kv.evict(cache, scores, ratio=0.3, rows=8)}
         q = jax.random.normal(jax.random.key(1), (batch, 1, LLAMA.heads, LLAMA.head_dim))
         token = jnp.ones((batch, 1), jnp.int32)
-        step = jax.jit(lambda model, context, tail: _step(model, context, tail, token), donate_argnums=2)  # noqa: B023
         parts = {name: kv.split(c) for name, c in caches.items()}
         times: dict[tuple[str, str], list[float]] = {}
         for turn in range(args.rounds + 1):
@@ -178,7 +178,7 @@ def part_speed(_model, _tokenizer, args) -> list[dict[str, Any]]:
                     jax.block_until_ready(attend(q, kv.join(context, tail)))
                 middle = time.perf_counter()
                 for _ in range(3):
-                    tail = jax.block_until_ready(step(model, context, tail))
+                    tail = jax.block_until_ready(_step(model, context, tail, token))
                 end = time.perf_counter()
                 parts[name] = context, kv.truncate(tail, jnp.full(batch, rows, jnp.int32))
                 if turn:
@@ -194,6 +194,7 @@ def part_speed(_model, _tokenizer, args) -> list[dict[str, Any]]:
     return found
 
 
+@partial(jax.jit, donate_argnames="tail")
 def _step(model, context, tail, token):
     _, cache = model(token, kv.join(context, tail), logits="last")
     return kv.split(cache)[1]
@@ -203,8 +204,8 @@ def _random_cache(model, batch: int, rows: int):
     cache = model.make_cache(batch, rows)
     fill = lambda i, x: jax.random.normal(jax.random.key(i), x.shape, x.dtype)  # noqa: E731
     keys, values = (tuple(fill(i, x) for i, x in enumerate(some)) for some in (cache.keys, cache.values))
-    made = type(cache)(keys, values, jnp.full(batch, rows, jnp.int32), None, cache.windows, rows, False)
-    return made
+    lengths = jnp.full(batch, rows, jnp.int32)
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, empty=False)
 
 
 def _uneven(L: int, B: int, K: int, T: int) -> np.ndarray:

@@ -88,6 +88,9 @@ def evict(
         raise ValueError("evict: scores must be finite, got NaN or infinity")
     if not 0 <= safeguard <= 1:
         raise ValueError(f"evict: safeguard must be 0 to 1, got {safeguard}")
+    if (safeguard and (budget != "pair" or official)) or (official and budget == "uniform"):
+        rule = 'safeguard is of the budget "pair", official of "pair" and "head", and they exclude each other'
+        raise ValueError(f"evict: {rule}, got {budget=}, {safeguard=}, {official=}")
     chosen = choose(scores, lengths, ratios, budget=budget, safeguard=safeguard, official=official)
     keep = np.zeros((layers, B, J // B, int(held.max())), bool)
     keep[..., :prefix] = True
@@ -130,7 +133,7 @@ def _choose(scores, lengths, whole, counts, *, budget: Budget, official: bool):
         s = jnp.where(real, s.astype(jnp.float32), -jnp.inf)
         if budget == "head":
             s = jnp.where(real, s.max(-1, keepdims=True), -jnp.inf)
-        if official and budget != "uniform":
+        if official:
             at = jnp.maximum(count["pair"] - 1, 0)
             kept = s > jnp.sort(s.reshape(-1), descending=True)[at]
         elif budget == "uniform":

@@ -31,6 +31,7 @@ from jaxllm.attention import FLOAT32, by_head
 from jaxllm.cache import quantized
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import PagedCache, numbers
+from jaxllm.cache.prepare import padded
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.cache.received import received
 
@@ -90,10 +91,10 @@ def kvzip_scores(
 
     Raises ValueError where the cache does not hold this context, or the repetition does not fit.
     """
-    rows = [np.asarray(row, np.int32) for row in context]
-    _check(model, cache, rows, prefix)
+    tokens, sizes = padded("kvzip", model, context)
+    _check(model, cache, tokens, sizes, prefix)
     replay = replay or (Replay() if tokenizer is None else Replay.of(tokenizer))
-    B, T = len(rows), max(map(len, rows))
+    B, T = tokens.shape
     asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
     held = prefix + T
     if chunk is None:
@@ -114,13 +115,13 @@ def kvzip_scores(
     found = []
     for at in range(0, T, chunk):
         m = min(chunk, T - at)
-        size = np.asarray([np.clip(len(row) - at, 0, m) for row in rows], np.int32)
+        size = np.clip(sizes - at, 0, m)
         fed = np.zeros((B, room), np.int32)
         lengths = np.zeros(B, np.int32)
-        for b, row in enumerate(rows):
+        for b, row in enumerate(tokens):
             if not size[b]:
                 continue
-            ids = replay.before(None if at == 0 else row[at - replay.seed : at])
+            ids = replay.before(None if at == 0 else row[max(0, at - replay.seed) : at])
             lengths[b] = len(ids) + size[b]
             fed[b, : lengths[b]] = [*ids, *row[at : at + size[b]]]
         where = np.int32(prefix + at)
@@ -187,22 +188,17 @@ def _reach(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K G m"]:
     return jnp.sqrt(jnp.maximum(square, 0.0))
 
 
-def _check(model, cache, rows: list[np.ndarray], prefix: int) -> None:
+def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> None:
     """Raises ValueError unless the cache holds these contexts: the first layer's keys tell tokens apart."""
-    if hasattr(model, "encode"):
-        raise ValueError("kvzip: the model must be a decoder alone, got one that reads a source")
     if not isinstance(cache, DenseCache) or cache.base is not None:
         raise ValueError(f"kvzip: the cache must hold every token, got a {type(cache).__name__} of some")
     held = np.asarray(cache.lengths).tolist()
-    if held != [prefix + len(row) for row in rows] or not all(map(len, rows)):
+    if held != (prefix + sizes).tolist():
         raise ValueError(
-            f"kvzip: context must be what the cache holds behind {prefix=}, got {[*map(len, rows)]} tokens "
+            f"kvzip: context must be what the cache holds behind {prefix=}, got {sizes.tolist()} tokens "
             f"for {held}"
         )
-    T, R = max(map(len, rows)), cache.keys[0].shape[1]
-    tokens = np.zeros((len(rows), T), np.int32)
-    for b, row in enumerate(rows):
-        tokens[b, : len(row)] = row
+    T, R = tokens.shape[1], cache.keys[0].shape[1]
     far = np.asarray(_strange(model, cache.keys[0], tokens, np.int32(prefix)))  # [B, T]
     at = prefix + np.arange(T)[None]
     there = (at < np.asarray(held)[:, None]) & (at >= np.asarray(held)[:, None] - R)

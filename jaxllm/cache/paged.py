@@ -8,10 +8,10 @@ in groups of g; page i of all heads of a group lie side by side, a stripe:
     stripes start[layer] to start[layer + 1]; group[stripe]: whose; first[stripe]: how many rows lie before
     keys[stripe * g + place]    [C, D]: a page of the head at that place of the group
 
-Attention walks over a layer's stripes with a running softmax, so a stripe is read once and no head is filled
-up beyond the longest of its group. How many stripes there are is known at run time only, and the pool's size
-is rounded up: contexts of one size and budget share a compilation. Rows are stored rotated, as they were, so
-new tokens go on at their own positions. Lossless as to the rows that are kept.
+Attention walks over a layer's stripes with a running softmax, so a stripe is read once and no head is
+filled up beyond the longest of its group. How many stripes there are is known at run time only, and the
+pool's size is rounded up, so that most contexts of one size and budget share a compilation. Rows are stored
+rotated, as they were, so new tokens go on at their own positions. Lossless as to the rows that are kept.
 
 Requests may share a context: `slot[b]` is the context of request b (`select`, many questions to one text).
 
@@ -34,7 +34,8 @@ from jaxllm.cache.dense import DenseCache, Rows
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.pytree import pytree, static
 
-STEP = 16  # a pool has room for so many stripes, or a multiple
+STEP = 16  # stripes that a pool has room for at least
+SLACK = 256  # longest chunk that a layer with a window, not yet full, can take at once after eviction
 
 
 @pytree
@@ -290,16 +291,13 @@ def _tail(cache: DenseCache, rows: int) -> DenseCache:
     return dataclasses.replace(tail, rows=rows, empty=False)
 
 
-SLACK = 256  # longest chunk that a layer with a window, not yet full, can take at once after eviction
-
-
 def _group(J: int) -> int:
     """Heads a group: a divisor of J that makes about sixteen groups."""
     return max(d for d in range(1, max(1, J // 16) + 1) if J % d == 0)
 
 
 def _rounded(stripes: int) -> int:
-    """The least of 16, 18, 20, ..., 32, 36, 40, ... that is not below: at most an eighth too many."""
+    """The least of 16, 18, 20, ..., 32, 36, 40, ... that is not below; above 16 less than an eighth more."""
     step = max(STEP // 8, 2 ** (math.ceil(math.log2(max(stripes, 1))) - 4))
     return max(STEP, -(-stripes // step) * step)
 

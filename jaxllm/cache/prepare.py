@@ -21,6 +21,7 @@ from jaxllm.atomic import new_directory
 from jaxllm.cache.dense import DenseCache, Rows, room
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.quantized import CodedRows
+from jaxllm.measure.perplexity import as_tokens, refuse_encoder
 
 META, ARRAYS = "cache.json", "arrays.npz"
 STEP = 64  # lengths are rounded up to multiples, so that texts of about one length share a compilation
@@ -34,23 +35,34 @@ def prefill(
     slack: the longest chunk that layers with a window must take later (KVzip's repetition). bits: of rows in
     codes, 2, 4 or 8. chunk: tokens that are read at once.
     """
-    lengths = np.asarray([len(row) for row in tokens], np.int32)
-    if not len(lengths) or not 1 <= lengths.min() <= lengths.max() <= model.config.context:
-        got = lengths.tolist()
-        raise ValueError(f"prefill: rows must have 1 to {model.config.context} tokens, got {got}")
-    T = -(-int(lengths.max()) // STEP) * STEP
-    padded = np.zeros((len(lengths), T), np.int32)
-    for b, row in enumerate(tokens):
-        padded[b, : len(row)] = row
-    if padded.min() < 0 or padded.max() >= model.config.vocab:
-        raise ValueError(f"prefill: token ids must lie in [0, {model.config.vocab})")
-    cache = model.make_cache(len(lengths), T, slack=slack, bits=bits)
+    rows, lengths = padded("prefill", model, tokens)
+    T = -(-rows.shape[1] // STEP) * STEP
+    rows = np.pad(rows, ((0, 0), (0, T - rows.shape[1])))
+    cache = model.make_cache(len(rows), T, slack=slack, bits=bits)
     at = 0
     while at < T:
-        part = padded[:, at : at + min(chunk, room(cache))]
+        part = rows[:, at : at + min(chunk, room(cache))]
         cache = _read(model, part, np.clip(lengths - at, 0, part.shape[1]), cache)
         at += part.shape[1]
     return cache
+
+
+def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids [B, T], filled up on the right, and their lengths [B].
+
+    Raises ValueError for ids out of range, for rows that are empty or longer than the model's context, and
+    for a model that reads a source.
+    """
+    refuse_encoder(who, model)
+    rows = [as_tokens(who, row, model.config.vocab) for row in tokens]
+    lengths = np.asarray([len(row) for row in rows], np.int32)
+    if not rows or not 1 <= lengths.min() <= lengths.max() <= model.config.context:
+        got = lengths.tolist()
+        raise ValueError(f"{who}: rows must have 1 to {model.config.context} tokens, got {got}")
+    filled = np.zeros((len(rows), lengths.max()), np.int32)
+    for b, row in enumerate(rows):
+        filled[b, : len(row)] = row
+    return filled, lengths
 
 
 @partial(jax.jit, donate_argnames="cache")

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.attention import by_head
+from jaxllm.cache.prepare import padded
 from jaxllm.cache.received import received
 
 Rows = Sequence[Sequence[int]]
@@ -35,7 +36,7 @@ def h2o_scores(
 
     recent: the last tokens that stay whatever their score (the paper spends half of the budget so).
     """
-    rows, lengths = _padded("h2o", model, tokens, prefix)
+    rows, lengths = _rows("h2o", model, tokens, prefix)
     got = _attention(model, rows, lengths, rows.shape[1], reduce=reduce).mean(3)
     return _behind(_raised(got, lengths, recent), lengths, prefix)
 
@@ -46,7 +47,7 @@ def snapkv_scores(
     """Attention received from the last `window` queries, averaged over `kernel` neighbouring keys."""
     if window < 1 or kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"snapkv: window must be positive, kernel odd, got {window=}, {kernel=}")
-    rows, lengths = _padded("snapkv", model, tokens, prefix)
+    rows, lengths = _rows("snapkv", model, tokens, prefix)
     got = _attention(model, rows, lengths, window, reduce="sum").mean(3) / window
     sums = jax.lax.reduce_window(
         got, 0.0, jax.lax.add, (1, 1, 1, kernel), (1, 1, 1, 1), [(0, 0)] * 3 + [(kernel // 2, kernel // 2)]
@@ -56,7 +57,7 @@ def snapkv_scores(
 
 def tova_scores(model, tokens: Rows, *, prefix: int = 0) -> Float[Array, "L B K T"]:
     """Attention received from the last query, averaged over all heads of a layer; it stays itself."""
-    rows, lengths = _padded("tova", model, tokens, prefix)
+    rows, lengths = _rows("tova", model, tokens, prefix)
     got = _attention(model, rows, lengths, 1, reduce="sum")
     got = jnp.broadcast_to(got.mean((2, 3))[:, :, None], (*got.shape[:3], got.shape[-1]))
     return _behind(_raised(got, lengths, 1), lengths, prefix)
@@ -64,7 +65,7 @@ def tova_scores(model, tokens: Rows, *, prefix: int = 0) -> Float[Array, "L B K 
 
 def streaming_scores(model, tokens: Rows, *, prefix: int = 0, sinks: int = 4) -> Float[Array, "L B K T"]:
     """The first tokens, then the later the better."""
-    rows, lengths = _padded("streaming", model, tokens, prefix)
+    rows, lengths = _rows("streaming", model, tokens, prefix)
     T = rows.shape[1]
     at = np.arange(T, dtype=np.float32)
     score = np.where(at < sinks, 2 * T - at, at)
@@ -73,22 +74,15 @@ def streaming_scores(model, tokens: Rows, *, prefix: int = 0, sinks: int = 4) ->
 
 def random_scores(model, tokens: Rows, *, prefix: int = 0, seed: int = 0) -> Float[Array, "L B K T"]:
     """Uniform numbers."""
-    rows, lengths = _padded("random", model, tokens, prefix)
+    rows, lengths = _rows("random", model, tokens, prefix)
     shape = _everywhere(model, np.zeros(rows.shape[1], np.float32), len(lengths)).shape
     return _behind(jax.random.uniform(jax.random.key(seed), shape), lengths, prefix)
 
 
-def _padded(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
-    if hasattr(model, "encode"):
-        raise ValueError(f"{who}: the model must be a decoder alone, got one that reads a source")
-    lengths = np.asarray([len(row) for row in tokens], np.int32)
-    if not len(lengths) or not 0 <= prefix < lengths.min():
+def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+    rows, lengths = padded(who, model, tokens)
+    if not 0 <= prefix < lengths.min():
         raise ValueError(f"{who}: each row must have more than the {prefix=} tokens, got {lengths.tolist()}")
-    if lengths.max() > model.config.context:
-        raise ValueError(f"{who}: rows must fit the context of {model.config.context}, got {lengths.max()}")
-    rows = np.zeros((len(lengths), lengths.max()), np.int32)
-    for b, row in enumerate(tokens):
-        rows[b, : len(row)] = row
     return rows, lengths
 
 

@@ -422,19 +422,19 @@ def _start(model, request, tokens, lengths, cache, *, N: int, logprobs: bool) ->
     for begin in range(0, tokens.shape[1], room):
         piece = tokens[:, begin : begin + room]
         real = jnp.clip(lengths - begin, 0, piece.shape[1])
-        logits, cache = _prefill(model, request, piece, real, cache)
+        logits, cache = _prefill(model, request.memory, request.context, piece, real, cache)
         last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
     return _first(model, request, tokens, lengths, last, cache, N=N, logprobs=logprobs)
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _prefill(model, request, tokens, lengths, cache):
-    return _forward(model, request, tokens, cache, lengths)
+def _prefill(model, memory, context, tokens, lengths, cache):
+    return _forward(model, memory, context, tokens, cache, lengths)
 
 
-def _forward(model, request, tokens, cache, lengths):
-    more = {} if request.memory is None else {"memory": request.memory}
-    cache = kv.join(request.context, cache)
+def _forward(model, memory, context, tokens, cache, lengths):
+    more = {} if memory is None else {"memory": memory}
+    cache = kv.join(context, cache)
     logits, cache = model(tokens, cache, lengths=lengths, logits="last", **more)
     return logits, kv.split(cache)[1]
 
@@ -495,7 +495,8 @@ def _decode(model, request: _Request, state: _State, until) -> _State:
 
     def body(state):
         alive = _alive(request, state)
-        logits, cache = _forward(model, request, state.token[:, None], state.cache, alive.astype(jnp.int32))
+        token, lengths = state.token[:, None], alive.astype(jnp.int32)
+        logits, cache = _forward(model, request.memory, request.context, token, state.cache, lengths)
         return _choose(request, dataclasses.replace(state, cache=cache), logits)
 
     def goes_on(state):

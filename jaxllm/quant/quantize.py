@@ -1,7 +1,7 @@
 """One function that turns a model into one whose weights are stored by any method, layer by layer.
 
     small = quantize(model, DashQ(bits=2), tokens)          # tokens [S, T], or rows, to calibrate on
-    small = quantize("path/to/checkpoint", DashQ(bits=2), tokens)             # never whole in memory
+    small = quantize("path/to/safetensors", DashQ(bits=2), tokens)            # never whole in memory
     small = quantize(model, [(r"mlp\\.down", Rtn(bits=8)), (r".*", Gptq(bits=4))], tokens)
 
 A recipe is a list of (pattern, method): the first pattern that is found (re.search) in a linear's name, such
@@ -11,8 +11,8 @@ spells its name, as "head" or "^embedding$" do and ".*" does not, and gives it a
 calibration. A quantized embedding is read row by row; tied, it is the head as well. Norms always stay.
 
 In memory at a time: the model, what is finished, one block's statistics and the hidden states of the text.
-With `consume` what is finished takes the model's place; from a checkpoint's path, only what is finished, one
-block, its statistics and the states are there.
+With `consume` what is finished takes the model's place; from the path of a safetensors directory, only what
+is finished, one block, its statistics and the states are there. Other checkpoints are read whole.
 """
 
 import json
@@ -127,9 +127,7 @@ def _plan(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
     used = [False] * len(recipe)
     plan: dict[str, Method] = {}
     for name, w in weights.items():
-        asked = lambda pattern: "." in name or name in pattern  # noqa: B023, E731
-        rules = (i for i, (pattern, _) in enumerate(recipe) if re.search(pattern, name) and asked(pattern))
-        i = next(rules, None)
+        i = next((i for i, (pattern, _) in enumerate(recipe) if _is_of(pattern, name)), None)
         if i is None:
             if "." not in name:  # an embedding or the head, which nobody asked for
                 continue
@@ -145,6 +143,11 @@ def _plan(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
     if not all(used):
         raise ValueError(f"quantize: every pattern must match a linear, got {recipe[used.index(False)][0]!r}")
     return plan
+
+
+def _is_of(pattern: str, name: str) -> bool:
+    """Whether a rule is about a linear; one outside of blocks must be called by its name."""
+    return re.search(pattern, name) is not None and ("." in name or name in pattern)
 
 
 def _check_sizes(name: str, method: Method, K: int, N: int) -> None:

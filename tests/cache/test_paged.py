@@ -250,6 +250,8 @@ def test_prefix_and_what_follows_the_context_always_stay(filled):
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"ratio": 0.5, "prefix": 30}, r"within the \[40, 29, 33\] tokens held, got prefix=30, T=40"),
         ({"ratio": 0.5, "safeguard": 2.0}, "safeguard must be 0 to 1"),
+        ({"ratio": 0.5, "safeguard": 0.5, "budget": "head"}, 'safeguard is of the budget "pair"'),
+        ({"ratio": 0.5, "official": True, "budget": "uniform"}, 'official of "pair" and "head"'),
     ],
 )
 def test_wrong_use_is_one_line(filled, change, message):

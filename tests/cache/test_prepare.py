@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxllm as jl
+from jaxllm.models import t5
 from jaxllm.models.decoder import TINY, Decoder
 
 CONFIG = dataclasses.replace(TINY, layers=3, windows=(None, 8, None), context=128)
@@ -59,5 +60,7 @@ def test_another_model_damage_and_a_place_that_is_taken_are_one_line(model, tmp_
         jl.cache.load(tmp_path / "a", model)
     with pytest.raises(ValueError, match=r"prefill: rows must have 1 to 128 tokens, got \[0\]"):
         jl.cache.prefill(model, [[]])
-    with pytest.raises(ValueError, match=r"token ids must lie in \[0, 128\)"):
+    with pytest.raises(ValueError, match=r"prefill: token ids must lie in \[0, 128\), got token=128"):
         jl.cache.prefill(model, [[128]])
+    with pytest.raises(ValueError, match="prefill: the model must be a decoder alone, got T5"):
+        jl.cache.prefill(t5.T5(t5.TINY, rngs=nnx.Rngs(0)), [[1]])

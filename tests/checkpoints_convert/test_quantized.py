@@ -579,7 +579,9 @@ def several_ways(names, **targets):
 
 def test_linears_of_one_checkpoint_are_stored_in_several_ways(tmp_path):
     q = "model.layers.0.self_attn.q_proj"
-    block = several_ways("abc", a=["re:.*down", "re:.*o_proj"], b=[q], c=["Linear", "re:.*z_proj"])
+    # names come before patterns, these before kinds; of two patterns the first in alphabetical order
+    eights = ["re:.*down", "re:.*n.o_proj", "re:.*q_proj"]
+    block = several_ways("abc", a=eights, b=[q], c=["Linear", "re:.*o_proj"])
 
     def make(rng, K, N):
         options = next(ways)

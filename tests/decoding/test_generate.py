@@ -112,6 +112,13 @@ def test_nearby_shapes_share_a_compilation(model):
     assert (module._decode._cache_size(), module._prefill._cache_size()) == sizes
 
 
+def test_another_sampler_compiles_the_prefill_not_again(model):
+    jl.generate(model, None, PROMPTS, max_new_tokens=4)
+    size = module._prefill._cache_size()
+    jl.generate(model, None, PROMPTS, max_new_tokens=4, sampler=jl.Sampler(temperature=1.0, top_k=5))
+    assert module._prefill._cache_size() == size
+
+
 def test_generation_ends_where_the_context_does(model):
     out = jl.generate(model, None, [[1] * 60], max_new_tokens=50, stop_tokens=[])[0]
     assert len(out.token_ids) == 4 and out.finish_reason == "length"

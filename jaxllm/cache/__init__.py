@@ -20,7 +20,7 @@ import jax
 
 from jaxllm.cache import dense, paged, quantized
 from jaxllm.cache.dense import DenseCache
-from jaxllm.cache.evict import evict
+from jaxllm.cache.evict import evict, hold
 from jaxllm.cache.kvzip import Replay, kvzip_scores
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.prepare import load, prefill, save
@@ -107,6 +107,7 @@ __all__ = [
     "evict",
     "grow",
     "h2o_scores",
+    "hold",
     "join",
     "kept",
     "kvzip_scores",

@@ -4,7 +4,8 @@
 
 Scores [L, B, K, T] are of the context's T tokens, for each layer without a window (L of them), request and
 key head: the least are evicted. A budget is a part of the context's L K T pairs of one request, or so many
-tokens' worth of them. How it is spent (KVzip, arXiv:2505.23416):
+tokens' worth of them, or a threshold, by which a context decides itself how much stays (KVzap,
+arXiv:2601.07891). How it is spent (KVzip, arXiv:2505.23416):
 
     "pair"      the greatest of all layers and heads together: heads keep as much as they need
     "uniform"   each head keeps as many
@@ -16,30 +17,35 @@ keeps one pair less and none that equals the threshold. `safeguard` gives every 
 share first (AdaKV, arXiv:2407.11550). Rows before and after the context always stay. Lossy; at ratio 1
 lossless.
 
-Letters: L layers without a window, B requests, K key heads, T tokens of the longest context.
+A cache may be evicted again. Scores stay with their rows, so none need be given, and a smaller ratio keeps
+what it would have kept at once. What is gone stays gone: a budget that wants more than is left is refused.
+
+`hold` evicts while a text grows: what was read or written since goes from the tail to the pages, and so many
+tokens' worth of all rows stay.
+
+Letters: L layers without a window, B requests, K key heads, T tokens of the longest context, M most rows that
+a head has.
 """
 
-from functools import partial
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import paged
 from jaxllm.cache.dense import DenseCache
-from jaxllm.cache.paged import PagedCache
+from jaxllm.cache.paged import Held, PagedCache
 
 Budget = Literal["pair", "uniform", "head"]
 
 
 def evict(
     cache: DenseCache | PagedCache,
-    scores: Float[Array, "L B K T"],
+    scores: Float[Array, "L B K T"] | None = None,
     *,
     ratio: float | None = None,
     tokens: int | None = None,
+    threshold: float | None = None,
     budget: Budget = "pair",
     prefix: int = 0,
     safeguard: float = 0.0,
@@ -50,107 +56,205 @@ def evict(
     """The cache with the least of the context's rows gone; the cache given stays as it is.
 
     cache: holds `prefix` tokens, the context, and perhaps more. scores: of the context; where a request's
-      context is shorter than T, what stands behind its end is not looked at.
+      context is shorter than T, what stands behind its end is not looked at. None takes the scores by which
+      the cache was evicted before.
     ratio: of the context's rows that stay, above 0 to 1; or tokens: rows a head on average; at least one row.
-    rows: room for tokens that come later (`grow` makes more). page: rows of a page; None takes 16 to 64, the
-      more the more stays, so that little is lost to pages that are not full.
+      Or threshold: the rows that score at least so much.
+    rows: room for tokens that come later (`grow` makes more); a cache that was evicted before keeps its own.
+    page: rows of a page; None takes 16 to 64, the more the more stays, so that little is lost to pages that
+      are not full.
 
-    Raises ValueError for a ratio outside, scores that are not of this cache or not numbers, or a cache that
-    has been evicted before.
+    Raises ValueError for a ratio outside, scores that are not of this cache or not numbers, or a budget of
+    which too much is gone already.
     """
-    if not isinstance(cache, DenseCache) or cache.base is not None:
-        raise ValueError(f"evict: the cache must hold every token, got a {type(cache).__name__} of some")
-    layers = sum(window is None for window in cache.windows)
-    held = np.asarray(cache.lengths)
-    B, J = len(held), cache.keys[0].shape[0]
-    T = scores.shape[-1]
-    if scores.shape != (layers, B, J // B, T) or layers == 0:
-        must = (layers, B, J // B, "T")
-        raise ValueError(f"evict: scores must be [L, B, K, T] = {must} of this cache, got {scores.shape}")
-    if not 0 <= prefix < held.min() or T < 1 or prefix + T > held.max():
-        raise ValueError(
-            f"evict: prefix and context must lie within the {held.tolist()} tokens held, got {prefix=}, {T=}"
-        )
-    lengths = np.minimum(held - prefix, T)
-    if (ratio is None) == (tokens is None):
-        raise ValueError("evict: exactly one of ratio and tokens must be given")
-    if ratio is None:
-        assert tokens is not None
-        if tokens < 1:
-            raise ValueError(f"evict: tokens must be at least 1, got {tokens}")
-        ratios = np.minimum(float(tokens) / lengths, 1.0)
-    else:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"evict: ratio must lie above 0 and be at most 1, got {ratio}")
-        ratios = np.full(B, ratio)
-    real = np.arange(T)[None] < lengths[:, None]
-    if not bool((jnp.isfinite(scores) | ~real[None, :, None]).all()):
-        raise ValueError("evict: scores must be finite, got NaN or infinity")
+    if sum(x is not None for x in (ratio, tokens, threshold)) != 1:
+        raise ValueError("evict: exactly one of ratio, tokens and threshold must be given")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"evict: tokens must be at least 1, got {tokens}")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ValueError(f"evict: ratio must lie above 0 and be at most 1, got {ratio}")
     if not 0 <= safeguard <= 1:
         raise ValueError(f"evict: safeguard must be 0 to 1, got {safeguard}")
     if (safeguard and (budget != "pair" or official)) or (official and budget == "uniform"):
         rule = 'safeguard is of the budget "pair", official of "pair" and "head", and they exclude each other'
         raise ValueError(f"evict: {rule}, got {budget=}, {safeguard=}, {official=}")
-    chosen = choose(scores, lengths, ratios, budget=budget, safeguard=safeguard, official=official)
-    keep = np.zeros((layers, B, J // B, int(held.max())), bool)
-    keep[..., :prefix] = True
-    keep[..., prefix : prefix + T] = np.asarray(chosen)
-    after = np.arange(held.max())[None] >= prefix + lengths[:, None]
-    keep |= (after & (np.arange(held.max())[None] < held[:, None]))[None, :, None]
+    if threshold is not None and (budget != "pair" or safeguard or official):
+        raise ValueError(f"evict: a threshold is all of a budget, got {budget=}, {safeguard=}, {official=}")
+    again = isinstance(cache, PagedCache)
+    there = paged.held(cache, tail=not again)
+    if isinstance(cache, PagedCache):
+        s, sizes = _scores_again(cache, there, scores, prefix)
+        tail = paged.copied(cache.tail)
+    else:
+        s, sizes = _scores_of_all(cache, there, scores, prefix)
+        tail = paged.new_tail(cache, rows)
+    if threshold is not None:
+        keep = s >= threshold
+    else:
+        part = np.full(len(sizes), ratio) if tokens is None else np.minimum(float(tokens) / sizes, 1.0)
+        keep = choose(s, sizes, part, budget=budget, safeguard=safeguard, official=official)
     if page is None:
         page = int(np.clip(2 ** np.floor(np.log2(max(keep.sum(-1).mean() / 16, 1))), 16, 64))
-    return paged.pack(cache, keep, rows=rows, page=page)
+    return paged.pack(cache, there, s, keep, sizes=sizes, tail=tail, page=page)
+
+
+def hold(
+    cache: DenseCache | PagedCache,
+    scores: Float[Array, "L B K R"],
+    *,
+    tokens: int,
+    recent: int = 0,
+    sinks: int = 0,
+    rows: int = 64,
+    page: int = 16,
+) -> PagedCache:
+    """The cache with the tail's rows in its pages, and of all rows of a request the best `tokens` L K left.
+
+    scores: of the tail's rows, or of all that a `DenseCache` holds; what stands behind a request's end is not
+      looked at. Earlier rows have the scores that they were given then.
+    recent: the last tokens, and sinks: the first ones, that stay whatever they score; they count as well.
+    rows: room for tokens that come later. How many pages there are follows from `tokens` alone.
+
+    Raises ValueError where the scores are not of this cache, or tokens are not more than sinks and recent.
+    """
+    if sinks < 0 or recent < 0 or tokens <= sinks + recent:
+        got = f"{tokens=}, {sinks=}, {recent=}"
+        raise ValueError(f"hold: tokens must be more than sinks and recent together, got {got}")
+    there = paged.held(cache, tail=True)
+    L, B, K, M = there.positions.shape
+    new = paged.tail_size(cache)
+    if scores.shape[:3] != (L, B, K) or scores.shape[3] < new:
+        raise ValueError(f"hold: scores must be [L, B, K, R] of {(L, B, K, new)} rows, got {scores.shape}")
+    s = there.scores.copy()
+    real = there.positions >= 0
+    s[..., M - new :] = np.where(real[..., M - new :], np.asarray(scores)[..., :new], -np.inf)
+    if np.isnan(s).any():
+        raise ValueError("hold: scores must be numbers, got NaN")
+    s = np.where(real & (there.positions < sinks), np.inf, s)
+    lengths = np.asarray(cache.lengths)
+    stays = (s == np.inf) | (real & (there.positions >= lengths[None, :, None, None] - recent))
+    open_ = np.where(stays, -np.inf, s).swapaxes(0, 1).reshape(B, -1)
+    count = np.maximum(tokens * L * K - stays.sum((0, 2, 3)), 0)
+    keep = stays | _greatest(open_, count).reshape(B, L, K, M).swapaxes(0, 1)
+    tail = paged.new_tail(cache, rows)
+    most = tokens * L * K * B
+    return paged.pack(
+        cache, there, s, keep, sizes=np.maximum(lengths - sinks, 0), tail=tail, page=page, most=most
+    )
+
+
+def _scores_of_all(
+    cache: DenseCache, there: Held, scores: Array | None, prefix: int
+) -> tuple[Float[np.ndarray, "L B K M"], Int[np.ndarray, " B"]]:
+    """Scores of a dense cache's rows, infinite where they always stay, and the contexts' sizes."""
+    if cache.base is not None:
+        raise ValueError("evict: the cache must be whole, got the tail of one")
+    L, B, K, M = there.positions.shape
+    if scores is None:
+        raise ValueError("evict: scores must be given for a cache that was not evicted before, got None")
+    held, T = np.asarray(cache.lengths), scores.shape[-1]
+    if scores.shape != (L, B, K, T) or L == 0:
+        must = (L, B, K, "T")
+        raise ValueError(f"evict: scores must be [L, B, K, T] = {must} of this cache, got {scores.shape}")
+    if not 0 <= prefix < held.min() or T < 1 or prefix + T > M:
+        raise ValueError(
+            f"evict: prefix and context must lie within the {held.tolist()} tokens held, got {prefix=}, {T=}"
+        )
+    sizes = np.minimum(held - prefix, T)
+    s = np.full((L, B, K, M), np.inf, np.float32)
+    inside = np.arange(T) < sizes[:, None, None]
+    s[..., prefix : prefix + T] = np.where(inside, _numbers(scores, inside), np.inf)
+    return np.where(there.positions >= 0, s, -np.inf), sizes
+
+
+def _scores_again(
+    cache: PagedCache, there: Held, scores: Array | None, prefix: int
+) -> tuple[Float[np.ndarray, "L B K M"], Int[np.ndarray, " B"]]:
+    """Scores of the rows that are left of a context: those that they have, or new ones."""
+    context = cache.context
+    sizes = np.asarray(context.sizes)[np.asarray(context.slot)]
+    s = there.scores
+    if scores is None:
+        return s, sizes
+    L, B, K, _ = s.shape
+    T = scores.shape[-1]
+    at = there.positions - prefix
+    theirs = np.isfinite(s)
+    if scores.shape != (L, B, K, T) or sizes.max() != T or (theirs & ((at < 0) | (at >= T))).any():
+        raise ValueError(
+            f"evict: scores must be [L, B, K, T] = {(L, B, K, int(sizes.max()))} of the context behind "
+            f"{prefix=} that was evicted before, got {scores.shape}"
+        )
+    inside = np.arange(T) < sizes[:, None, None]
+    given = np.take_along_axis(_numbers(scores, inside), np.clip(at, 0, T - 1), axis=-1)
+    return np.where(theirs, given, s), sizes
+
+
+def _numbers(scores: Array, inside: Bool[np.ndarray, "B 1 T"]) -> Float[np.ndarray, "L B K T"]:
+    out = np.asarray(scores, np.float32)
+    if not (np.isfinite(out) | ~inside).all():
+        raise ValueError("evict: scores must be finite, got NaN or infinity")
+    return out
 
 
 def choose(
-    scores: Float[Array, "L B K T"],
-    lengths: Int[np.ndarray, " B"],
+    scores: Float[np.ndarray, "L B K M"],
+    sizes: Int[np.ndarray, " B"],
     ratios: Float[np.ndarray, " B"],
     *,
     budget: Budget = "pair",
     safeguard: float = 0.0,
     official: bool = False,
-) -> Bool[Array, "L B K T"]:
-    """What stays of each request's context of `lengths[b]` tokens; see the module."""
-    L, _, K, _ = scores.shape
-    count = lambda x: np.floor(x + 1e-9).astype(np.int32)  # noqa: E731 (0.3 * 10 is 3 here, and not 2.9...)
-    counts = {
-        "pair": count(ratios * (L * K) * lengths),
-        "uniform": count(ratios * lengths),
-        "head": count(ratios * (L * K)),
-        "safe": count(safeguard * ratios * lengths),
-    }
-    return _choose(scores, lengths.astype(np.int32), ratios >= 1, counts, budget=budget, official=official)
+) -> Bool[np.ndarray, "L B K M"]:
+    """Which rows stay of contexts of `sizes[b]` tokens; see the module.
+
+    scores: -inf where a head has no row, inf where the row stays whatever the budget.
+    Raises ValueError where fewer rows are left than the budget wants.
+    """
+    L, B, K, M = scores.shape
+    always, there = scores == np.inf, np.isfinite(scores)
+    s = np.where(there, scores, -np.inf)
+    count = lambda x: np.floor(x + 1e-9).astype(np.int64)  # noqa: E731 (0.3 * 10 is 3 here, and not 2.9...)
+    flat = lambda x: x.swapaxes(0, 1).reshape(B, -1)  # noqa: E731
+    back = lambda x: x.reshape(B, L, K, -1).swapaxes(0, 1)  # noqa: E731
+    pairs = np.maximum(count(ratios * (L * K) * sizes), 1)
+    if budget == "head":
+        best = s.max(-1, initial=-np.inf)  # [L, B, K]
+        s = np.where(there, best[..., None], -np.inf)
+        pairs = np.maximum(count(ratios * (L * K)), 1) * sizes
+    if official:
+        at = np.maximum(count(ratios * (L * K) * sizes) - 1, 0)
+        order = -np.sort(-flat(s), axis=1)
+        limit = np.take_along_axis(order, at[:, None], axis=1)
+        limit = np.where(ratios[:, None] >= 1, -np.inf, limit)
+        return back(flat(s) > limit) | always
+    if budget == "uniform":
+        each = np.maximum(count(ratios * sizes), 1)
+        kept = _greatest(s.reshape(-1, M), np.broadcast_to(each[None, :, None], (L, B, K)).ravel())
+        kept, pairs = kept.reshape(s.shape), each * L * K
+    elif budget == "head":
+        kept = back(_greatest(flat(best), pairs // sizes))[..., :1] & there
+    else:
+        least = np.broadcast_to(count(safeguard * ratios * sizes)[None, :, None], (L, B, K)).ravel()
+        safe = _greatest(s.reshape(-1, M), least).reshape(s.shape)
+        kept = back(_greatest(flat(np.where(safe, np.inf, s)), pairs))
+    left = kept.sum((0, 2, 3))
+    if (left < pairs).any():
+        b = int(np.argmax(left < pairs))
+        raise ValueError(
+            f"evict: a second budget must not want what the first has evicted, got {left[b]} rows left for "
+            f"{pairs[b]} in request {b}"
+        )
+    return kept | always
 
 
-@partial(jax.jit, static_argnames=("budget", "official"))
-def _choose(scores, lengths, whole, counts, *, budget: Budget, official: bool):
-    L, _, K, T = scores.shape
-
-    def one(s, n, whole, count):
-        """Of one request, [L, K, T]."""
-        real = jnp.broadcast_to(jnp.arange(T) < n, s.shape)
-        s = jnp.where(real, s.astype(jnp.float32), -jnp.inf)
-        if budget == "head":
-            s = jnp.where(real, s.max(-1, keepdims=True), -jnp.inf)
-        if official:
-            at = jnp.maximum(count["pair"] - 1, 0)
-            kept = s > jnp.sort(s.reshape(-1), descending=True)[at]
-        elif budget == "uniform":
-            kept = _ranks(s) < jnp.maximum(count["uniform"], 1)
-        elif budget == "head":
-            best = _ranks(s[..., 0].reshape(-1)).reshape(L, K)
-            kept = jnp.broadcast_to((best < jnp.maximum(count["head"], 1))[..., None], s.shape)
-        else:
-            safe = _ranks(s) < count["safe"]
-            order = jnp.where(safe & real, jnp.inf, s)
-            kept = (_ranks(order.reshape(-1)) < jnp.maximum(count["pair"], 1)).reshape(s.shape)
-        return (kept | whole) & real
-
-    return jax.vmap(one, in_axes=(1, 0, 0, 0), out_axes=1)(scores, lengths, whole, counts)
-
-
-def _ranks(x: Float[Array, "*B n"]) -> Int[Array, "*B n"]:
-    """How many come before each along the last axis: greater ones, and equal ones that stand before it."""
-    order = jnp.argsort(-x, axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1, stable=True)
+def _greatest(x: Float[np.ndarray, "N n"], counts: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N n"]:
+    """Marks the `counts[i]` greatest of each row, the earlier of equal ones; never one of -inf."""
+    out = np.zeros(x.shape, bool)
+    for row, kept, count in zip(x, out, counts, strict=True):
+        count = min(int(count), int((row > -np.inf).sum()))
+        if count:
+            limit = np.partition(row, len(row) - count)[len(row) - count]
+            kept[:] = row > limit
+            kept[np.flatnonzero(row == limit)[: count - int(kept.sum())]] = True
+    return out

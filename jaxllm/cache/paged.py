@@ -2,25 +2,27 @@
 
 A `PagedCache` is a frozen context and a tail. The tail is a `DenseCache` of what came since, whose rows are
 written in place; layers with a window, from which nothing is evicted, lie in it whole. The context is one
-pool for all layers and heads, of pages of C rows. Heads of a layer are sorted by how much they keep and put
-in groups of g; page i of all heads of a group lie side by side, a stripe:
+pool of pages of C rows for all layers, requests and heads. The pages of a head follow each other, so that a
+block table is where they begin:
 
-    stripes start[layer] to start[layer + 1]; group[stripe]: whose; first[stripe]: how many rows lie before
-    keys[stripe * g + place]    [C, D]: a page of the head at that place of the group
+    pages first[l, j] to first[l, j + 1]    of head j = context * K + key head, in layer l
+    keys[page]     [C, D]                   its rows by position; the last page of a head may not be full
 
-Attention walks over a layer's stripes with a running softmax, so a stripe is read once and no head is
-filled up beyond the longest of its group. How many stripes there are is known at run time only, and the
-pool's size is rounded up, so that most contexts of one size and budget share a compilation. Rows are stored
-rotated, as they were, so new tokens go on at their own positions. Lossless as to the rows that are kept.
+Attention walks over a layer's pages, some at a time, with a running softmax for each head; a page is read
+once, and no head is filled up beyond its own last page. How many pages a head has is known at run time only;
+how many there are at most follows from the number of rows that stay, so contexts of one size and budget share
+a compilation. Rows are stored rotated, as they were, so new tokens go on at their own positions. Lossless as
+to the rows that are kept. A row's score stays with it, for a second eviction.
 
 Requests may share a context: `slot[b]` is the context of request b (`select`, many questions to one text).
+`_of_context` is what a kernel over pages replaces.
 
-Letters: B requests, S contexts, K key heads, G queries a key head, L layers without a window, N groups.
+Letters: B requests, S contexts, K key heads, J = S K, G queries a key head, L layers without a window,
+P pages, C rows a page, W pages at a time.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -34,7 +36,6 @@ from jaxllm.cache.dense import DenseCache, Rows
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.pytree import pytree, static
 
-STEP = 16  # stripes that a pool has room for at least
 SLACK = 256  # longest chunk that a layer with a window, not yet full, can take at once after eviction
 
 
@@ -42,14 +43,14 @@ SLACK = 256  # longest chunk that a layer with a window, not yet full, can take 
 class Context:
     """The rows that were kept."""
 
-    keys: Rows  # [stripes g, C, D]
-    values: Rows  # [stripes g, C, D]
-    positions: jax.Array  # int32 [stripes g, C], -1 where a page is not full
-    group: jax.Array  # int32 [stripes]
-    first: jax.Array  # int32 [stripes]
-    start: jax.Array  # int32 [L + 1]: the stripes of layer l are start[l] to start[l + 1]
-    lengths: jax.Array  # int32 [L, N, g]: rows of each head
-    heads: jax.Array  # int32 [L, N g]: which head, context * K + key head, stands at each place
+    keys: Rows  # [P, C, D]
+    values: Rows  # [P, C, D]
+    positions: jax.Array  # int32 [P, C], -1 where a page is not full
+    scores: jax.Array  # float32 [P, C]: what `evict` was given; infinite for rows that always stay
+    head: jax.Array  # int32 [P]: whose page
+    filled: jax.Array  # int32 [P]: how many of its rows are real
+    first: jax.Array  # int32 [L, J + 1]
+    sizes: jax.Array  # int32 [S]: tokens of each context that scores were given for, evicted ones too
     slot: jax.Array  # int32 [B]
     readers: int = static()  # requests that read one context, at most
 
@@ -136,7 +137,8 @@ def attend(
     _, seen = dense.visible(tail, layer, positions, lengths, mask)  # [B, T, R]
     seen = jnp.broadcast_to(seen[:, None, None], (B, K, G, T, seen.shape[-1])).reshape(J, G * T, -1)
     sums = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), sums)
-    _, total, out = _more(sums, q.reshape(J, G * T, D), numbers(keys), numbers(values), seen, **rule)
+    since = _weighed(q.reshape(J, G * T, D), numbers(keys), numbers(values), seen, **rule)
+    _, total, out = _both(sums, since)
     out = (out / total[..., None]).astype(numbers(values).dtype)
     return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
@@ -148,171 +150,253 @@ def numbers(rows: Rows) -> jax.Array:
 
 def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
     """Greatest score [B, K, n], sum of weights and weighted values [B, K, n, D] over one layer's context."""
-    B, K, n, D = q.shape
-    N, g = context.lengths.shape[1:]
-    S, M, C = N * g // K, context.readers, context.keys.shape[1]
+    (B, K, n, D), (P, C, _) = q.shape, context.keys.shape
+    J, M = context.first.shape[1] - 1, context.readers
     slot = context.slot
     before = (slot[:, None] == slot[None]) & (jnp.arange(B)[:, None] > jnp.arange(B)[None])
     rank = before.sum(1)  # among the requests of one context
-    own = jnp.full((S, M), B, jnp.int32).at[slot, rank].set(jnp.arange(B, dtype=jnp.int32), mode="drop")
+    own = jnp.full((J // K, M), B, jnp.int32)
+    own = own.at[slot, rank].set(jnp.arange(B, dtype=jnp.int32), mode="drop")
     asked = jnp.concatenate([q, jnp.zeros((1, K, n, D), q.dtype)])[own]  # [S, M, K, n, D]
-    asked = asked.transpose(0, 2, 1, 3, 4).reshape(S * K, M * n, D)
-    heads = context.heads[layer]
-    asked = asked[heads].reshape(N, g, M * n, D)
+    asked = asked.transpose(0, 2, 1, 3, 4).reshape(J, M * n, D)
+    # As many pages at a time as there are heads: their rows fill a product that is worth two cores, and what
+    # is added up for heads (W W M n D) stays small beside the product itself (W M n C D).
+    W = min(P, max(8, min(J, 64, 1024 // (M * n))))
+    room = lambda x: jnp.pad(x, [(0, W)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
+    asked = room(asked)
+    start, end = context.first[layer, 0], context.first[layer, J]
 
     def body(carry):
         i, sums = carry
-        one = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-        at = one(context.group, i)
-        stripe = lambda x: jax.lax.dynamic_slice_in_dim(x, i * g, g)  # noqa: E731
-        k, v = (jax.tree.map(stripe, rows) for rows in (context.keys, context.values))
-        kept = one(context.lengths[layer], at) - one(context.first, i)  # [g]
-        seen = jnp.arange(C)[None, None] < kept[:, None, None]
-        old = jax.tree.map(lambda x: one(x, at), sums)
-        new = _more(old, one(asked, at), numbers(k), numbers(v), seen, **rule)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, at, 0)  # noqa: E731
-        return i + 1, jax.tree.map(put, sums, new)
+        at = jnp.minimum(i, P - W)
+        pages = at + jnp.arange(W)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, W)  # noqa: E731
+        new = (pages >= i) & (pages < end)
+        least = context.head[i]  # pages at hand belong to this head and those behind it
+        local = cut(context.head) - least
+        owner = (local[None] == jnp.arange(W)[:, None]) & new[None]  # [head, page]
+        heads = lambda x: jax.lax.dynamic_slice_in_dim(x, least, W)  # noqa: E731
+        k, v = (numbers(jax.tree.map(cut, rows)) for rows in (context.keys, context.values))
+        seen = jnp.arange(C)[None] < jnp.where(new, cut(context.filled), 0)[:, None]
+        part = _weighed(heads(asked)[jnp.clip(local, 0, W - 1)], k, v, seen[:, None], **rule)
+        sums = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, least, 0),
+            sums,
+            _by_head(jax.tree.map(heads, sums), part, owner),
+        )
+        return i + W, sums
 
-    end = context.start[layer + 1]
     none = (
-        jnp.full((N, g, M * n), HIDDEN),
-        jnp.zeros((N, g, M * n)),
-        jnp.zeros((N, g, M * n, D)),
+        jnp.full((J + W, M * n), HIDDEN),
+        jnp.zeros((J + W, M * n)),
+        jnp.zeros((J + W, M * n, D)),
     )
-    _, sums = jax.lax.while_loop(lambda carry: carry[0] < end, body, (context.start[layer], none))
-    place = jnp.argsort(heads)
+    _, sums = jax.lax.while_loop(lambda carry: carry[0] < end, body, (start, none))
 
     def by_request(x):
-        x = x.reshape(N * g, M, n, *x.shape[3:])[place].reshape(S, K, M, n, *x.shape[3:])
-        return x[slot, :, jnp.minimum(rank, M - 1)]
+        return x[:J].reshape(J // K, K, M, n, *x.shape[2:])[slot, :, jnp.minimum(rank, M - 1)]
 
     return jax.tree.map(by_request, sums)
 
 
-def _more(sums, q, k, v, seen, *, scale: float, softcap: float | None):
-    """Running softmax: greatest score, sum of weights, weighted values, with some more rows taken in.
+def _weighed(q, k, v, seen, *, scale: float, softcap: float | None):
+    """Greatest score [J, n], sum of weights relative to it and weighted values [J, n, D] of some rows.
 
     q [J, n, D], k, v [J, S, D], seen [J, n or 1, S].
     """
-    greatest, total, out = sums
     scores = jnp.einsum("jnd,jsd->jns", q, k, **FLOAT32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen, scores, HIDDEN)
-    new = jnp.maximum(greatest, scores.max(-1))
-    shrink = jnp.exp(greatest - new)
-    weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
-    more = jnp.einsum("jns,jsd->jnd", weights.astype(v.dtype), v, **FLOAT32)
-    return new, total * shrink + weights.sum(-1), out * shrink[..., None] + more
+    greatest = scores.max(-1)
+    weights = jnp.where(seen, jnp.exp(scores - greatest[..., None]), 0.0)
+    out = jnp.einsum("jns,jsd->jnd", weights.astype(v.dtype), v, **FLOAT32)
+    return greatest, weights.sum(-1), out
+
+
+def _both(one, other):
+    """The sums of `_weighed` over the rows of both."""
+    greatest = jnp.maximum(one[0], other[0])
+    a, b = jnp.exp(one[0] - greatest), jnp.exp(other[0] - greatest)
+    return greatest, a * one[1] + b * other[1], a[..., None] * one[2] + b[..., None] * other[2]
+
+
+def _by_head(sums, part, owner: Bool[Array, "W W"]):
+    """The sums of some heads with those of pages taken in; owner[head, page]."""
+    greatest = jnp.maximum(sums[0], jnp.where(owner[:, :, None], part[0][None], HIDDEN).max(1))
+    mine = owner.astype(jnp.float32)
+    shrink = jnp.exp(sums[0] - greatest)
+    factor = jnp.exp(part[0] - jnp.einsum("hp,hn->pn", mine, greatest, **FLOAT32))  # of a page [W, n]
+    factor = jnp.where(owner.any(0)[:, None], factor, 0.0)
+    add = lambda x: jnp.einsum("hp,pm->hm", mine, x.reshape(x.shape[0], -1), **FLOAT32)  # noqa: E731
+    total = sums[1] * shrink + add(part[1] * factor)
+    out = sums[2] * shrink[..., None] + add(part[2] * factor[..., None]).reshape(sums[2].shape)
+    return greatest, total, out
 
 
 # -- from one layout to the other
 
 
-def pack(cache: DenseCache, keep: Bool[np.ndarray, "L B K T"], *, rows: int, page: int) -> PagedCache:
-    """The cache with the rows that are marked, of the first T tokens of each request, and none but them.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Each head's rows by position, on the host, those of the tail last; M is the most that a head has."""
 
-    rows: room for tokens that come later. The cache given stays as it is.
+    positions: np.ndarray  # int32 [L, B, K, M], -1: no row
+    scores: np.ndarray  # float32 [L, B, K, M], -inf: no row; 0 in the tail
+    source: np.ndarray  # int32 [L, B, K, M]: row of the pool, or -1 - r for row r of the dense part
+
+
+def held(cache: DenseCache | PagedCache, *, tail: bool) -> Held:
+    """The rows of a cache, those of a dense one or of the tail included or not."""
+    written = cache.tail if isinstance(cache, PagedCache) else cache
+    lengths = np.asarray(written.lengths)
+    base = np.zeros_like(lengths) if written.base is None else np.asarray(written.base)
+    L, B = sum(window is None for window in cache.windows), len(lengths)
+    shape = (L, B, written.keys[0].shape[0] // B, tail_size(cache) if tail else 0)
+    at = np.arange(shape[-1], dtype=np.int32)
+    real = (at < (lengths - base)[:, None])[None, :, None]
+    positions = np.where(real, (base[:, None] + at)[None, :, None], -1).astype(np.int32)
+    found = Held(
+        np.broadcast_to(positions, shape),
+        np.broadcast_to(np.where(real, 0, -np.inf).astype(np.float32), shape),
+        np.broadcast_to(-1 - at, shape),
+    )
+    if not isinstance(cache, PagedCache):
+        return found
+    context = cache.context
+    first, filled, slot = (np.asarray(x) for x in (context.first, context.filled, context.slot))
+    C, J, K = context.positions.shape[1], first.shape[1] - 1, shape[2]
+    ends = np.concatenate([[0], np.cumsum(filled)])
+    counts = np.diff(ends[first], axis=1)[..., None]  # [L, J, 1]
+    rows = first[:, :-1, None] * C + np.arange(counts.max(initial=0))
+    rows = np.where(np.arange(rows.shape[-1]) < counts, rows, -1).astype(np.int32)
+    rows = rows.reshape(L, J // K, K, -1)[:, slot]
+    of_row = lambda x, none: np.where(rows >= 0, np.asarray(x).reshape(-1)[rows], none)  # noqa: E731
+    parts = (of_row(context.positions, -1), of_row(context.scores, np.float32(-np.inf)), rows)
+    both = lambda name, x: np.concatenate([x, getattr(found, name)], axis=-1)  # noqa: E731
+    return Held(**{f.name: both(f.name, x) for f, x in zip(dataclasses.fields(Held), parts, strict=True)})
+
+
+def tail_size(cache: DenseCache | PagedCache) -> int:
+    """Tokens of the longest request that a dense cache, or a tail, holds."""
+    written = cache.tail if isinstance(cache, PagedCache) else cache
+    return int((written.lengths - (0 if written.base is None else written.base)).max())
+
+
+def copied(tail: DenseCache) -> DenseCache:
+    """A copy, for a tail may be given away."""
+    return jax.tree.map(jnp.array, tail)
+
+
+def pack(
+    cache: DenseCache | PagedCache,
+    rows: Held,
+    scores: Float[np.ndarray, "L B K M"],
+    keep: Bool[np.ndarray, "L B K M"],
+    *,
+    sizes: Int[np.ndarray, " B"],
+    tail: DenseCache,
+    page: int,
+    most: int | None = None,
+) -> PagedCache:
+    """The rows that are marked and none but them, before a tail; the cache given stays as it is.
+
+    most: rows that the pool has room for; None: as many as are marked, rounded up to a sixteenth more.
     """
     L, B, K, _ = keep.shape
-    layers = [i for i, window in enumerate(cache.windows) if window is None]
-    g = _group(B * K)
-    N = B * K // g
-    counts = keep.sum(-1).reshape(L, B * K)
-    heads = np.argsort(counts, axis=1, kind="stable")
-    lengths = np.take_along_axis(counts, heads, 1).reshape(L, N, g)
-    stripes = -(-lengths.max(-1) // page)  # [L, N]
-    start = np.concatenate([[0], np.cumsum(stripes.sum(1))]).astype(np.int32)
-    room = _rounded(int(start[-1]))
-    group, first = np.zeros(room, np.int32), np.zeros(room, np.int32)
-    group[: start[-1]] = np.concatenate([np.repeat(np.arange(N), row) for row in stripes])
-    first[: start[-1]] = page * np.concatenate([np.arange(n) for row in stripes for n in row])
-    positions = np.full((room * g, page), -1, np.int32)
-    for layer in range(L):
-        places = np.split(np.arange(start[layer], start[layer + 1]), np.cumsum(stripes[layer])[:-1])
-        for at in range(N * g):
-            own, h = places[at // g], at % g
-            kept = np.flatnonzero(keep[layer].reshape(B * K, -1)[heads[layer, at]])
-            filled = np.full(len(own) * page, -1, np.int32)
-            filled[: len(kept)] = kept
-            positions[own * g + h] = filled.reshape(len(own), page)
-    owner = np.zeros((room * g,), np.int32)
-    for layer in range(L):
-        block = np.arange(start[layer], start[layer + 1])
-        owner.reshape(room, g)[block] = heads[layer].reshape(N, g)[group[block]]
+    J = B * K
+    layer, b, k, _ = np.nonzero(keep)
+    owner = layer * J + b * K + k
+    counts = np.bincount(owner, minlength=L * J)
+    pages = -(-counts // page)
+    first = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
+    P = (_rounded(len(owner)) if most is None else most) // page + L * J  # no head wastes a whole page
+    rank = lambda sizes: np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # noqa: E731
+    place = first[owner] * page + rank(counts)
+
+    def spread(values, empty, dtype):
+        out = np.full(P * page, empty, dtype)
+        out[place] = values[keep]
+        return out.reshape(P, page)
+
+    head, filled = np.zeros(P, np.int32), np.zeros(P, np.int32)
+    head[: first[-1]] = np.repeat(np.tile(np.arange(J), L), pages)
+    filled[: first[-1]] = np.minimum(page, np.repeat(counts, pages) - page * rank(pages))
+    first = np.stack([first[i * J : (i + 1) * J + 1] for i in range(L)])
+    source = jnp.asarray(spread(rows.source, 0, np.int32))
+    whose = jnp.asarray(head)
+    old = cache.context if isinstance(cache, PagedCache) else None
+    written = cache.tail if isinstance(cache, PagedCache) else cache
     pools = []
-    for all_rows in (cache.keys, cache.values):
-        like = all_rows[layers[0]]
-        pool = jax.tree.map(lambda x: jnp.zeros((room * g, page, *x.shape[2:]), x.dtype), like)
-        for layer, index in enumerate(layers):
-            pool = _fill(pool, all_rows[index], positions, owner, start[layer], start[layer + 1], g=g)
+    for name in ("keys", "values"):
+        of_layers = [x for x, w in zip(getattr(written, name), cache.windows, strict=True) if w is None]
+        pool = jax.tree.map(lambda x: jnp.zeros((P, page, *x.shape[2:]), x.dtype), of_layers[0])
+        for i, of_layer in enumerate(of_layers):
+            before = None if old is None else getattr(old, name)
+            pool = _fill(pool, before, of_layer, source, whose, first[i, 0], first[i, J])
         pools.append(pool)
     context = Context(
         keys=pools[0],
         values=pools[1],
-        positions=jnp.asarray(positions),
-        group=jnp.asarray(group),
+        positions=jnp.asarray(spread(rows.positions, -1, np.int32)),
+        scores=jnp.asarray(spread(scores, -np.inf, np.float32)),
+        head=whose,
+        filled=jnp.asarray(filled),
         first=jnp.asarray(first),
-        start=jnp.asarray(start),
-        lengths=jnp.asarray(lengths.astype(np.int32)),
-        heads=jnp.asarray(heads.astype(np.int32)),
+        sizes=jnp.asarray(sizes, jnp.int32),
         slot=jnp.arange(B, dtype=jnp.int32),
         readers=1,
     )
-    return PagedCache(context, _tail(cache, rows))
+    return PagedCache(context, tail)
 
 
-@functools.partial(jax.jit, static_argnames="g", donate_argnames="pool")
-def _fill(pool: Rows, rows: Rows, positions, owner, start, end, *, g: int) -> Rows:
-    """The pool with stripes `start` to `end` taken from one layer's rows [J, R, D]."""
+@functools.partial(jax.jit, donate_argnames="pool")
+def _fill(pool: Rows, old: Rows | None, written: Rows, source, head, start, end) -> Rows:
+    """The pool with pages `start` to `end` taken from one layer: of another pool, or of rows [J, R, D]."""
 
     def body(carry):
         i, pool = carry
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * g, g)  # noqa: E731
-        at, head = jnp.maximum(take(positions), 0), take(owner)
-        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y[head[:, None], at], i * g, 0)  # noqa: E731
-        return i + 1, jax.tree.map(put, pool, rows)
+        at = source[i]
+
+        def one(x, was, y):
+            new = y[head[i], jnp.maximum(-1 - at, 0)]
+            if was is not None:
+                kept = was.reshape(-1, was.shape[-1])[jnp.maximum(at, 0)]
+                new = jnp.where((at >= 0)[:, None], kept, new)
+            return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+
+        if old is None:
+            return i + 1, jax.tree.map(lambda x, y: one(x, None, y), pool, written)
+        return i + 1, jax.tree.map(one, pool, old, written)
 
     return jax.lax.while_loop(lambda carry: carry[0] < end, body, (start, pool))[1]
 
 
-def _tail(cache: DenseCache, rows: int) -> DenseCache:
-    """An empty cache behind the context; layers with a window as they are, as rings that can go on."""
+def new_tail(cache: DenseCache | PagedCache, rows: int) -> DenseCache:
+    """An empty cache behind all that is held; layers with a window as they are, as rings that can go on."""
+    old = cache.tail if isinstance(cache, PagedCache) else cache
+    dense_still = old.base is None
 
     def one(array: Rows, window: int | None) -> Rows:
         if window is None:
             return jax.tree.map(lambda x: jnp.zeros((x.shape[0], rows, *x.shape[2:]), x.dtype), array)
-        more = max(0, window + min(rows, SLACK) - array.shape[1]) if array.shape[1] == cache.rows else 0
+        whole = dense_still and array.shape[1] == old.rows
+        more = max(0, window + min(rows, SLACK) - array.shape[1]) if whole else 0
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0))), array)
 
-    keys, values = (tuple(map(one, some, cache.windows)) for some in (cache.keys, cache.values))
-    lengths, base = jnp.array(cache.lengths), jnp.array(cache.lengths)  # copies: a tail may be given away
-    tail = dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, base=base)
+    keys, values = (tuple(map(one, some, old.windows)) for some in (old.keys, old.values))
+    lengths, base = jnp.array(old.lengths), jnp.array(old.lengths)  # copies: a tail may be given away
+    tail = dataclasses.replace(old, keys=keys, values=values, lengths=lengths, base=base)
     return dataclasses.replace(tail, rows=rows, empty=False)
 
 
-def _group(J: int) -> int:
-    """Heads a group: a divisor of J that makes about sixteen groups."""
-    return max(d for d in range(1, max(1, J // 16) + 1) if J % d == 0)
-
-
-def _rounded(stripes: int) -> int:
-    """The least of 16, 18, 20, ..., 32, 36, 40, ... that is not below; above 16 less than an eighth more."""
-    step = max(STEP // 8, 2 ** (math.ceil(math.log2(max(stripes, 1))) - 4))
-    return max(STEP, -(-stripes // step) * step)
+def _rounded(n: int) -> int:
+    """The least number of five binary digits, then zeros, that is not below n: at most a sixteenth more."""
+    step = 2 ** max(0, n.bit_length() - 5)
+    return -(-n // step) * step
 
 
 def kept_positions(cache: PagedCache) -> list[list[list[np.ndarray]]]:
-    """The positions that each head of each layer without a window kept: [layer][context][key head]."""
-    context = jax.device_get(cache.context)
-    L, N, g = context.lengths.shape
-    S = int(context.heads.max()) + 1
-    K = cache.tail.keys[0].shape[0] // len(context.slot)
-    found: list[list[list[np.ndarray]]] = [[[np.empty(0)] * K for _ in range(S // K)] for _ in range(L)]
-    for layer in range(L):
-        stripes = np.arange(context.start[layer], context.start[layer + 1])
-        for place, head in enumerate(context.heads[layer]):
-            own = stripes[context.group[stripes] == place // g]
-            rows = context.positions[own * g + place % g].ravel()
-            found[layer][head // K][head % K] = rows[rows >= 0]
-    return found
+    """The positions that each head of each layer without a window kept: [layer][request][key head]."""
+    at = held(cache, tail=False).positions
+    return [[[head[head >= 0] for head in request] for request in layer] for layer in at]

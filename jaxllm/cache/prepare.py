@@ -81,7 +81,7 @@ def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
     tail = cache.tail if isinstance(cache, PagedCache) else cache
     meta: dict[str, Any] = {
         "format": "jaxllm cache",
-        "version": 1,
+        "version": 2,
         "model": fingerprint(model),
         "windows": list(tail.windows),
         "rows": tail.rows,
@@ -110,7 +110,7 @@ def load(path: str | Path, model) -> DenseCache | PagedCache:
         raise FileNotFoundError(f"cache.load: {META} must be in the directory, got {str(path)!r}")
     try:
         meta = json.loads((path / META).read_text("utf-8"))
-        if meta["format"] != "jaxllm cache" or meta["version"] != 1:
+        if meta["format"] != "jaxllm cache" or meta["version"] != 2:
             raise ValueError("it is of another version")
         if meta["model"] != fingerprint(model):
             raise ValueError("it holds another model's keys")
@@ -156,7 +156,7 @@ def _rebuilt(meta: dict[str, Any], arrays: dict[str, jax.Array]) -> DenseCache |
     )
     if not meta["paged"]:
         return tail
-    plain = ("positions", "group", "first", "start", "lengths", "heads", "slot")
+    plain = ("positions", "scores", "head", "filled", "first", "sizes", "slot")
     context = Context(
         keys=rows("context/keys", meta["keys"]),
         values=rows("context/values", meta["values"]),

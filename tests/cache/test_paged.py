@@ -45,11 +45,17 @@ def drawn(seed=0, layers=2):
     return jnp.asarray(np.random.default_rng(seed).random((layers, 3, 2, T)), jnp.float32)
 
 
-def masked(model, cache, keep, tokens, lengths):
+def chosen(scores, ratio, **options):
+    """What stays of contexts of LENGTHS tokens."""
+    there = (np.arange(T) < np.asarray(LENGTHS)[:, None])[:, None]
+    s = np.where(there, np.asarray(scores), -np.inf).astype(np.float32)
+    return choose(s, np.asarray(LENGTHS), np.full(3, ratio), **options)
+
+
+def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
     """Logits over the dense cache where rows of layers without a window are hidden: the oracle."""
-    hidden = np.zeros((2, 3, 2, 64), bool)
-    hidden[..., :T] = ~np.asarray(keep)
-    hidden &= (np.arange(64)[None] < np.asarray(LENGTHS)[:, None])[None, :, None]
+    hidden = ~np.pad(np.asarray(keep), [(0, 0)] * 3 + [(0, 64 - keep.shape[-1])])
+    hidden &= (np.arange(64)[None] < np.asarray(ends)[:, None])[None, :, None]
 
     def attend(q, cache, layer, positions, lengths, *, scale, softcap=None):
         if cache.windows[layer] is not None:
@@ -71,14 +77,11 @@ def masked(model, cache, keep, tokens, lengths):
         return jax.jit(lambda: model(tokens, cache, lengths=lengths))()
 
 
-@pytest.mark.parametrize("bits, page, group", [(None, 4, 3), (None, 64, 1), (8, 4, 2)])
-def test_evicted_equals_masked_for_chunks_ragged_heads_and_batches(
-    model, filled, bits, page, group, monkeypatch
-):
-    monkeypatch.setattr(paged, "_group", lambda J: group)  # heads a group, of six
+@pytest.mark.parametrize("bits, page", [(None, 2), (None, 64), (8, 4)])
+def test_evicted_equals_masked_for_chunks_ragged_heads_and_batches(model, filled, bits, page):
     cache = filled(bits=bits)
     scores = drawn().at[0, 1, 1].set(-1.0)  # a head of request 1 keeps nothing
-    keep = choose(scores, np.asarray(LENGTHS), np.full(3, 0.3))
+    keep = chosen(scores, 0.3)
     assert not keep[0, 1, 1].any()
     small = evict(cache, scores, ratio=0.3, page=page)
     forward = jax.jit(lambda cache, tokens, lengths: model(tokens, cache, lengths=lengths))
@@ -105,7 +108,7 @@ def test_at_ratio_one_nothing_is_lost(model, filled):
 
 def test_each_head_keeps_its_rows_at_their_positions_and_nothing_else_is_held(filled):
     cache = filled()
-    keep = np.asarray(choose(drawn(), np.asarray(LENGTHS), np.full(3, 0.25)))
+    keep = chosen(drawn(), 0.25)
     small = evict(cache, drawn(), ratio=0.25, page=4, rows=8)
     found = paged.kept_positions(small)
     for layer in range(2):
@@ -114,15 +117,13 @@ def test_each_head_keeps_its_rows_at_their_positions_and_nothing_else_is_held(fi
                 np.testing.assert_array_equal(found[layer][b][head], np.flatnonzero(keep[layer, b, head]))
     assert [keep[:, b].sum() for b in range(3)] == [n * 4 // 4 for n in LENGTHS]  # L K n / 4
     context = small.context
-    stripes, g = context.group.shape[0], context.lengths.shape[2]
+    pages = context.head.shape[0]
     page = 2 * 4 * CONFIG.head_dim * 4  # keys and values of 4 rows, float32
     tail = sum(x.size * 4 for rows in (small.tail.keys, small.tail.values) for x in rows)
-    small_things = sum(x.size * 4 for x in jax.tree.leaves((context, small.tail))) - stripes * g * page - tail
-    assert kv.num_bytes(small) == stripes * g * page + tail + small_things
-    needed = int(context.start[-1])
-    assert stripes == 16 or needed <= stripes <= needed * 1.13
+    small_things = sum(x.size * 4 for x in jax.tree.leaves((context, small.tail))) - pages * page - tail
+    assert kv.num_bytes(small) == pages * page + tail + small_things
     used = sum(-(-len(rows) // 4) for layer in found for b in layer for rows in b)
-    assert used <= needed * g <= used * 1.6 + 8  # heads of a group are filled up to its longest
+    assert used == int(context.first[-1, -1]) <= pages <= keep.sum() * 17 / 16 / 4 + 2 * 3 * 2
 
 
 def test_contexts_of_one_size_and_budget_share_a_compilation(model, filled):
@@ -130,6 +131,112 @@ def test_contexts_of_one_size_and_budget_share_a_compilation(model, filled):
     shapes = lambda c: [(x.shape, x.dtype) for x in jax.tree.leaves(c)]  # noqa: E731
     one, two = (evict(cache, drawn(seed), ratio=0.5, page=4) for seed in (1, 2))
     assert jax.tree.structure(one) == jax.tree.structure(two) and shapes(one) == shapes(two)
+
+
+def same(one, two):
+    """Whether two caches keep the same rows, bit for bit."""
+    for a, b in zip(paged.kept_positions(one), paged.kept_positions(two), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    pools = [(c.context.first, c.context.keys, c.context.values, c.context.scores) for c in (one, two)]
+    real = [np.arange(4) < np.asarray(c.context.filled)[:, None] for c in (one, two)]
+    used = int(one.context.first[-1, -1])
+    for x, y in zip(jax.tree.leaves(pools[0][1:]), jax.tree.leaves(pools[1][1:]), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(x)[:used][real[0][:used]], np.asarray(y)[:used][real[1][:used]]
+        )
+
+
+@pytest.mark.parametrize("budget", ["pair", "uniform", "head"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_evicted_twice_is_evicted_once_by_the_smaller_ratio(filled, budget, bits):
+    cache, options = filled(bits=bits), {"page": 4, "prefix": 2, "budget": budget}
+    scores = drawn(7)[..., :24]
+    half = evict(cache, scores, ratio=0.5, **options)
+    once = evict(cache, scores, ratio=0.25, **options)
+    same(evict(half, ratio=0.25, budget=budget, page=4), once)
+    same(evict(half, scores, ratio=0.25, **options), once)
+    with pytest.raises(ValueError, match="a second budget must not want what the first has evicted, got"):
+        evict(once, ratio=0.5, budget=budget)
+    with pytest.raises(ValueError, match="of the context behind prefix=0 that was evicted before"):
+        evict(half, scores, ratio=0.25)
+
+
+def test_a_second_eviction_leaves_what_was_asked_since(model, filled):
+    small = evict(filled(), drawn(), ratio=0.5, page=4)
+    forward = jax.jit(lambda cache, tokens: model(tokens, cache))
+    turn, then = jnp.asarray([[5, 6], [7, 8], [9, 10]]), jnp.asarray([[11], [12], [13]])
+    _, asked = forward(small, turn)
+    got, _ = forward(evict(asked, ratio=0.2, page=4), then)
+    want = evict(filled(), drawn(), ratio=0.2, page=4)
+    keep = chosen(drawn(), 0.2)
+    for layer, rows in enumerate(paged.kept_positions(want)):
+        assert all(
+            (rows[b][h] == np.flatnonzero(keep[layer, b, h])).all() for b in range(3) for h in range(2)
+        )
+    # the turn was read with more of the context in sight, so its rows are those of the larger cache
+    np.testing.assert_array_equal(evict(asked, ratio=0.2).tail.keys[0], asked.tail.keys[0])
+    assert got.shape == (3, 1, CONFIG.vocab)
+
+
+def test_a_threshold_keeps_what_reaches_it(filled):
+    small = evict(filled(), drawn(), threshold=0.8, page=4)
+    for layer, rows in enumerate(paged.kept_positions(small)):
+        for b, n in enumerate(LENGTHS):
+            for head in range(2):
+                want = np.flatnonzero(np.asarray(drawn())[layer, b, head, :n] >= 0.8)
+                np.testing.assert_array_equal(rows[b][head], want)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(model, filled, bits):
+    cache = filled(bits=bits)
+    scores = drawn(8)
+    small = kv.hold(cache, scores, tokens=12, recent=2, sinks=1, rows=8, page=4)
+    forward = jax.jit(lambda cache, tokens, lengths: model(tokens, cache, lengths=lengths))
+    chunk = jnp.asarray(np.random.default_rng(1).integers(3, 120, (3, 7)), jnp.int32)
+    lengths = np.asarray([7, 4, 6], np.int32)
+    _, read = forward(small, chunk, lengths)
+    new = jax.random.uniform(jax.random.key(2), (2, 3, 2, 7))
+    again = kv.hold(read, new, tokens=12, recent=2, sinks=1, rows=8, page=4)
+    shapes = lambda c: [x.shape for x in jax.tree.leaves(c)]  # noqa: E731
+    assert shapes(small) == shapes(again)  # a budget, whatever was read: one compilation
+    ends = np.asarray(LENGTHS)
+    held = {(i, b, h): range(n) for b, n in enumerate(ends) for i in range(2) for h in range(2)}
+    value = lambda i, b, h, t: scores[i, b, h, t] if t < LENGTHS[b] else new[i, b, h, t - LENGTHS[b]]  # noqa: E731
+    for found, grown in ((small, 0), (again, lengths)):
+        ends = np.asarray(LENGTHS) + grown
+        for b, n in enumerate(ends):
+            mine = {key: rows for key, rows in held.items() if key[1] == b}
+            since = range(LENGTHS[b], n)  # nothing at first
+            pairs = [(key, t) for key, rows in mine.items() for t in [*rows, *since]]
+            stay = {(key, t) for key, t in pairs if t < 1 or t >= n - 2}
+            rest = sorted((p for p in pairs if p not in stay), key=lambda p: (-value(*p[0], p[1]), p))
+            stay |= set(rest[: 12 * 4 - len(stay)])
+            for key in mine:
+                held[key] = sorted(t for k, t in stay if k == key)
+                np.testing.assert_array_equal(paged.kept_positions(found)[key[0]][b][key[2]], held[key])
+    keep = np.zeros((2, 3, 2, 64), bool)
+    for (i, b, h), rows in held.items():
+        keep[i, b, h, rows] = True
+    if bits is None:  # old rows and new ones go on at their own positions
+        _, whole = masked(model, cache, chosen_rows(small), chunk, jnp.asarray(lengths))
+        got, _ = forward(again, jnp.full((3, 1), 7), jnp.ones(3, jnp.int32))
+        want, _ = masked(model, whole, keep, jnp.full((3, 1), 7), jnp.ones(3, jnp.int32), ends)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(ValueError, match="hold: tokens must be more than sinks and recent together"):
+        kv.hold(cache, scores, tokens=3, recent=2, sinks=1)
+    with pytest.raises(ValueError, match=r"hold: scores must be \[L, B, K, R\] of"):
+        kv.hold(cache, scores[..., :20], tokens=12)
+
+
+def chosen_rows(small):
+    """What a cache keeps of its context, as a mask over 64 rows."""
+    keep = np.zeros((2, 3, 2, 64), bool)
+    for i, layer in enumerate(paged.kept_positions(small)):
+        for b, request in enumerate(layer):
+            for h, rows in enumerate(request):
+                keep[i, b, h, rows] = True
+    return keep
 
 
 def test_questions_share_a_context_and_do_not_see_each_other(model, filled):
@@ -186,41 +293,39 @@ def test_a_longer_answer_than_there_is_room_for_is_given_room(model, filled):
 
 def test_the_number_kept_is_exact_and_smaller_budgets_are_nested():
     scores = jnp.round(drawn(3) * 8) / 8  # many are equal
-    lengths = np.asarray(LENGTHS)
     before = None
     for ratio in (0.05, 0.1, 0.3, 0.5, 0.99, 1.0):
-        keep = np.asarray(choose(scores, lengths, np.full(3, ratio)))
+        keep = chosen(scores, ratio)
         assert [int(keep[:, b].sum()) for b in range(3)] == [
             max(1, int(ratio * 4 * n + 1e-6)) for n in LENGTHS
         ]
         assert before is None or (keep | ~before).all()
         before = keep
-    one = np.asarray(choose(scores, lengths, np.full(3, 0.3)))[:, 0].reshape(-1)
+    one = chosen(scores, 0.3)[:, 0].reshape(-1)
     order = np.argsort(-np.asarray(scores)[:, 0].reshape(-1), kind="stable")
     np.testing.assert_array_equal(np.flatnonzero(one), np.sort(order[: one.sum()]))
 
 
 def test_budgets_spread_as_they_say():
-    scores, lengths, ratio = drawn(4), np.asarray(LENGTHS), np.full(3, 0.3)
-    uniform = np.asarray(choose(scores, lengths, ratio, budget="uniform"))
+    scores, lengths = drawn(4), np.asarray(LENGTHS)
+    uniform = chosen(scores, 0.3, budget="uniform")
     assert (uniform.sum(-1) == [[[int(0.3 * n)] * 2 for n in LENGTHS]] * 2).all()
-    heads = np.asarray(choose(scores, lengths, np.full(3, 0.5), budget="head"))
+    heads = chosen(scores, 0.5, budget="head")
     greatest = np.where(np.arange(T) < lengths[:, None, None], scores, -1).max(-1)
     for b, n in enumerate(LENGTHS):
         assert sorted(heads[:, b].sum(-1).ravel()) == [0, 0, n, n]
         whole = heads[:, b].all(-1) | (heads[:, b].sum(-1) == n)
         assert greatest[:, b][whole].min() > greatest[:, b][~whole].max()
     poor = scores.at[1, :, 0].add(-2.0)
-    assert not np.asarray(choose(poor, lengths, ratio))[1, :, 0].any()
-    safe = np.asarray(choose(poor, lengths, ratio, safeguard=0.5))
+    assert not chosen(poor, 0.3)[1, :, 0].any()
+    safe = chosen(poor, 0.3, safeguard=0.5)
     assert (safe[1, :, 0].sum(-1) == [int(0.15 * n) for n in LENGTHS]).all()
     assert [safe[:, b].sum() for b in range(3)] == [int(1.2 * n) for n in LENGTHS]
 
 
 def test_the_official_threshold_is_strict_and_keeps_one_less():
-    scores, lengths = drawn(5), np.asarray(LENGTHS)
-    ours = np.asarray(choose(scores, lengths, np.full(3, 0.3)))
-    official = np.asarray(choose(scores, lengths, np.full(3, 0.3), official=True))
+    scores = drawn(5)
+    ours, official = chosen(scores, 0.3), chosen(scores, 0.3, official=True)
     for b, n in enumerate(LENGTHS):
         flat = np.sort(np.asarray(scores)[:, b, :, :n].ravel())[::-1]
         threshold = flat[max(int(len(flat) * 0.3) - 1, 0)]
@@ -246,7 +351,8 @@ def test_prefix_and_what_follows_the_context_always_stay(filled):
     [
         ({"ratio": 0.0}, "ratio must lie above 0 and be at most 1, got 0.0"),
         ({"ratio": 1.5}, "at most 1, got 1.5"),
-        ({}, "exactly one of ratio and tokens"),
+        ({}, "exactly one of ratio, tokens and threshold"),
+        ({"threshold": 0.5, "budget": "head"}, "a threshold is all of a budget"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"ratio": 0.5, "prefix": 30}, r"within the \[40, 29, 33\] tokens held, got prefix=30, T=40"),
         ({"ratio": 0.5, "safeguard": 2.0}, "safeguard must be 0 to 1"),
@@ -259,14 +365,14 @@ def test_wrong_use_is_one_line(filled, change, message):
         evict(filled(), drawn(), **change)
 
 
-def test_scores_of_another_cache_or_not_numbers_and_a_second_eviction_are_refused(filled):
+def test_scores_of_another_cache_or_not_numbers_or_none_are_refused(filled):
     cache = filled()
     with pytest.raises(ValueError, match=r"scores must be \[L, B, K, T\] = \(2, 3, 2, 'T'\) of this cache"):
         evict(cache, drawn(layers=3), ratio=0.5)
     with pytest.raises(ValueError, match="scores must be finite"):
         evict(cache, drawn().at[0, 0, 0, 0].set(jnp.nan), ratio=0.5)
-    with pytest.raises(ValueError, match="must hold every token, got a PagedCache of some"):
-        evict(evict(cache, drawn(), ratio=0.5), drawn(), ratio=0.3)
+    with pytest.raises(ValueError, match="scores must be given for a cache that was not evicted"):
+        evict(cache, ratio=0.5)
 
 
 def test_a_tensor_parallel_model_evicts_and_answers_as_one_device_does():

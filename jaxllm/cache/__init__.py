@@ -21,9 +21,10 @@ import jax
 from jaxllm.cache import dense, paged, quantized
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.evict import evict, hold
+from jaxllm.cache.gates import FastGate, Gate, Hold, ZapGate, load_gates, save_gates
 from jaxllm.cache.kvzip import Replay, kvzip_scores
 from jaxllm.cache.paged import Context, PagedCache
-from jaxllm.cache.prepare import load, prefill, save
+from jaxllm.cache.prepare import load, prefill, prefill_held, prefill_scored, save
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.cache.rivals import h2o_scores, random_scores, snapkv_scores, streaming_scores, tova_scores
 
@@ -98,8 +99,12 @@ __all__ = [
     "Cache",
     "CodedRows",
     "DenseCache",
+    "FastGate",
+    "Gate",
+    "Hold",
     "PagedCache",
     "Replay",
+    "ZapGate",
     "advance",
     "append",
     "attend",
@@ -112,13 +117,17 @@ __all__ = [
     "kept",
     "kvzip_scores",
     "load",
+    "load_gates",
     "num_bytes",
     "paged",
     "prefill",
+    "prefill_held",
+    "prefill_scored",
     "quantized",
     "random_scores",
     "room",
     "save",
+    "save_gates",
     "select",
     "snapkv_scores",
     "split",

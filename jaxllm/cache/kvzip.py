@@ -31,7 +31,7 @@ from jaxllm.attention import FLOAT32, by_head
 from jaxllm.cache import quantized
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import PagedCache, numbers
-from jaxllm.cache.prepare import padded
+from jaxllm.cache.prepare import STEP, padded
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.cache.received import received
 
@@ -101,20 +101,23 @@ def kvzip_scores(
         chunk = max(LEAST, min(CHUNK, model.config.context - held - asked))
     if chunk < LEAST:
         raise ValueError(f"kvzip: chunk must be at least {LEAST} tokens, got {chunk=}")
-    room = asked + min(chunk, T)
-    if held + room > model.config.context:
+    needed = asked + min(chunk, T)
+    if held + needed > model.config.context:
         raise ValueError(
             f"kvzip: cache and repetition must fit the model's context of {model.config.context}, got "
-            f"{held} + {room} tokens"
+            f"{held} + {needed} tokens"
         )
-    wide = kv.grow(cache, held + room)
-    if kv.room(wide) < room:
+    fit = lambda n: -(-n // STEP) * STEP  # noqa: E731 (texts of about one length share a compilation)
+    room = asked + min(chunk, fit(T))
+    wide = kv.grow(cache, fit(held) + room)
+    room = min(room, kv.room(wide))
+    if room < needed:
         raise ValueError(
-            f"kvzip: layers with a window must have slack for a repetition of {room}, got {kv.room(wide)}"
+            f"kvzip: layers with a window must have slack for a repetition of {needed}, got {room}"
         )
     found = []
     for at in range(0, T, chunk):
-        m = min(chunk, T - at)
+        m = min(chunk, fit(T - at))
         size = np.clip(sizes - at, 0, m)
         fed = np.zeros((B, room), np.int32)
         lengths = np.zeros(B, np.int32)
@@ -128,7 +131,7 @@ def kvzip_scores(
         found.append(
             _of_chunk(model, wide, fed, lengths, size, where, prefix=prefix, m=m, output_aware=output_aware)
         )
-    return jnp.concatenate(found, axis=-1)
+    return jnp.concatenate(found, axis=-1)[..., :T]
 
 
 @partial(jax.jit, static_argnames=("prefix", "m", "output_aware"))
@@ -199,7 +202,8 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
             f"for {held}"
         )
     T, R = tokens.shape[1], cache.keys[0].shape[1]
-    far = np.asarray(_strange(model, cache.keys[0], tokens, np.int32(prefix)))  # [B, T]
+    tokens = np.pad(tokens, ((0, 0), (0, -T % STEP)))
+    far = np.asarray(_strange(model, cache.keys[0], tokens, np.int32(prefix)))[:, :T]  # [B, T]
     at = prefix + np.arange(T)[None]
     there = (at < np.asarray(held)[:, None]) & (at >= np.asarray(held)[:, None] - R)
     if (far > 0.7)[there].any():

@@ -16,9 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
+from jaxllm import cache as kv
 from jaxllm.atomic import new_directory
-from jaxllm.cache.dense import DenseCache, Rows, room
+from jaxllm.cache.dense import DenseCache, Rows
+from jaxllm.cache.gates import Gate, Hold
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.measure.perplexity import as_tokens, refuse_encoder
@@ -35,16 +38,66 @@ def prefill(
     slack: the longest chunk that layers with a window must take later (KVzip's repetition). bits: of rows in
     codes, 2, 4 or 8. chunk: tokens that are read at once.
     """
-    rows, lengths = padded("prefill", model, tokens)
-    T = -(-rows.shape[1] // STEP) * STEP
-    rows = np.pad(rows, ((0, 0), (0, T - rows.shape[1])))
-    cache = model.make_cache(len(rows), T, slack=slack, bits=bits)
+    rows, lengths = _filled_up("prefill", model, tokens)
+    return _read(
+        model, model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits), rows, lengths, chunk
+    )[0]
+
+
+def prefill_scored(
+    model,
+    tokens: Sequence[Sequence[int]],
+    gates: Gate,
+    *,
+    prefix: int = 0,
+    bits: int | None = None,
+    chunk: int = 2048,
+) -> tuple[DenseCache, Float[Array, "L B K T"]]:
+    """As `prefill`, and the gates' scores of what stands behind `prefix`, from the same pass."""
+    rows, lengths = _filled_up("prefill_scored", model, tokens)
+    if not 0 <= prefix < lengths.min():
+        raise ValueError(f"prefill_scored: rows must have more than {prefix=} tokens, got {lengths.tolist()}")
+    cache = model.make_cache(len(rows), rows.shape[1], bits=bits)
+    cache, scores = _read(model, cache, rows, lengths, chunk, gates)
+    real = np.arange(rows.shape[1]) < lengths[:, None]
+    scores = jnp.where(real[None, :, None], jnp.concatenate(scores, axis=-1), 0.0)
+    return cache, scores[..., prefix : lengths.max()]
+
+
+def prefill_held(
+    model, tokens: Sequence[Sequence[int]], hold: Hold, *, bits: int | None = None
+) -> PagedCache:
+    """The cache of some texts within a budget: never more than `hold.tokens` and its buffer is in memory."""
+    rows, lengths = _filled_up("prefill_held", model, tokens)
+    cache = hold.settled(model.make_cache(len(rows), 1, slack=hold.buffer, bits=bits), None)
     at = 0
-    while at < T:
-        part = rows[:, at : at + min(chunk, room(cache))]
-        cache = _read(model, part, np.clip(lengths - at, 0, part.shape[1]), cache)
-        at += part.shape[1]
+    while at < lengths.max():
+        part = np.pad(rows, ((0, 0), (0, hold.buffer)))[:, at : at + hold.buffer]
+        cache, scores = _read(
+            model, cache, part, np.clip(lengths - at, 0, hold.buffer), hold.buffer, hold.gates
+        )
+        cache = hold.settled(cache, jnp.concatenate(scores, axis=-1))
+        at += hold.buffer
     return cache
+
+
+def _filled_up(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    rows, lengths = padded(who, model, tokens)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % STEP))), lengths
+
+
+def _read(model, cache, rows: np.ndarray, lengths: np.ndarray, chunk: int, gates: Gate | None = None):
+    """The cache with the rows read, some tokens at a time, and the scores [L, B, K, _] of each time."""
+    at, found = 0, []
+    while at < rows.shape[1]:
+        context, tail = kv.split(cache)
+        part = rows[:, at : at + min(chunk, kv.room(cache))]
+        sizes = np.clip(lengths - at, 0, part.shape[1])
+        _, tail, scores = read(model, gates, None, context, part, tail, sizes)
+        cache = kv.join(context, tail)
+        found.append(scores)
+        at += part.shape[1]
+    return cache, found
 
 
 def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -65,9 +118,15 @@ def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray
     return filled, lengths
 
 
-@partial(jax.jit, donate_argnames="cache")
-def _read(model, tokens, lengths, cache):
-    return model(tokens, cache, lengths=lengths, logits="last")[1]
+def forward(model, gates: Gate | None, memory, context: Context | None, tokens, tail: DenseCache, lengths):
+    """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any."""
+    tap, found = (None, []) if gates is None else gates.watch(model, tail.windows)
+    more = {} if memory is None else {"memory": memory}
+    logits, cache = model(tokens, kv.join(context, tail), lengths=lengths, logits="last", tap=tap, **more)
+    return logits, kv.split(cache)[1], jnp.stack(found) if found else None
+
+
+read = partial(jax.jit, donate_argnames="tail")(forward)
 
 
 def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:

@@ -1,6 +1,6 @@
 """Text from a model: prompts in, completions out, one compiled loop.
 
-A run has two compiled parts. `_prefill` reads the prompts and chooses each request's first token; `_decode`
+A run has two compiled parts. `read` reads the prompts, `_first` chooses each request's first token; `_decode`
 is a `lax.while_loop` that feeds the last token and chooses the next until every request has ended or a given
 step is reached. `generate` runs it to the end, `stream` a step at a time, stop strings a block at a time: the
 tokens are the same because the function is. Shapes are rounded up to buckets, so nearby batches and lengths
@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import cache as kv
-from jaxllm.cache import Cache, DenseCache
+from jaxllm.cache import Cache, DenseCache, Gate, Hold
 from jaxllm.cache.paged import Context
+from jaxllm.cache.prepare import forward, read
 from jaxllm.decoding.sampling import Plan, Sampler, choose
 from jaxllm.pytree import pytree
 
@@ -63,6 +64,7 @@ class _State:
     counts: jax.Array  # [B] how many of them are its own: it stops counting when it ends
     stopped: jax.Array  # [B] ended by a stop token or a stop string
     seen: jax.Array | None  # [B, V] tokens a request already holds, for the repetition penalty
+    scores: jax.Array | None  # [L, B, K, buffer] what gates say of the tail's rows, where a budget is held
 
 
 @pytree
@@ -75,6 +77,7 @@ class _Request:
     plan: Plan
     memory: object  # what an encoder left, or None
     context: Context | None = None  # of a cache that was evicted: shared, so never given away
+    gates: Gate | None = None  # where a budget is held
 
 
 def generate(
@@ -89,6 +92,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     cache: Cache | None = None,
     kv_bits: int | None = None,
+    hold: Hold | None = None,
     logprobs: bool = False,
 ) -> list[Completion]:
     """What the model writes after each prompt. Greedy by default; the same seed gives the same tokens.
@@ -101,6 +105,8 @@ def generate(
     stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
     cache: what every prompt continues: one request (shared) or one a prompt. It is read, never changed.
     kv_bits: 2, 4 or 8 keeps keys and values in codes of so many bits (lossy); a given cache has its own.
+    hold: keeps the cache within a budget however long the text becomes (lossy; `cache/gates.py`). A cache
+      given with it must be an evicted one to which nothing was added.
     logprobs: also give each token's log-probability.
 
     Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
@@ -115,6 +121,7 @@ def generate(
         stop_tokens,
         cache,
         kv_bits,
+        hold,
         logprobs,
     )
     if not stop:
@@ -138,6 +145,7 @@ def stream(
     stop_tokens: Sequence[int] | None = None,
     cache: Cache | None = None,
     kv_bits: int | None = None,
+    hold: Hold | None = None,
     logprobs: bool = False,
 ) -> Iterator[Token]:
     """The tokens of `generate` for one prompt, each as soon as it is made. Arguments as there."""
@@ -151,6 +159,7 @@ def stream(
         stop_tokens,
         cache,
         kv_bits,
+        hold,
         logprobs,
     )
     return _tokens(run, tuple(stop))
@@ -210,9 +219,9 @@ class _Run:
     """One batch of requests on its way: checked, rounded up, prefilled, then advanced."""
 
     def __init__(
-        self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, kv_bits, logprobs
+        self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, kv_bits, hold, logprobs
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.hold = model, tokenizer, hold
         if isinstance(prompts, str):
             raise ValueError(f"generate: prompts must be a list of prompts, got the text {prompts!r}")
         self.prompts = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
@@ -232,6 +241,8 @@ class _Run:
             raise ValueError(f"generate: max_new_tokens must be at least 1, got {min(wanted)}")
         if cache is not None and kv_bits is not None:
             raise ValueError(f"generate: kv_bits must be None where a cache is given, got {kv_bits=}")
+        if hold is not None:
+            _check_hold(model, cache)
         before = _held(cache, n)
         fed = self.prompts
         memory = None
@@ -247,29 +258,58 @@ class _Run:
         tokens, lengths = _pad(fed, B)
         there = max(before) - (int(cache.tail.base.min()) if isinstance(cache, kv.PagedCache) else 0)
         rows = bucket(there) * (there > 0) + tokens.shape[1] + bucket(self.longest)
-        context, own = kv.split(_given(model, cache, n, B, rows, kv_bits))
+        own = _given(model, cache, n, B, rows, kv_bits, hold)
         self.request = _Request(
             budgets=jnp.asarray(budgets + [0] * (B - n), jnp.int32),
             keys=_keys(seed, B),
             stop_tokens=jnp.asarray(self.stop_tokens, jnp.int32),
             plan=sampler.plan(),
             memory=memory,
-            context=context,
+            context=kv.split(own)[0],
+            gates=None if hold is None else hold.gates,
         )
-        self.state = _start(
-            model,
-            self.request,
-            tokens,
-            lengths,
-            own,
-            N=bucket(self.longest),
-            logprobs=logprobs,
+        self._start(tokens, lengths, kv.split(own)[1], N=bucket(self.longest), logprobs=logprobs)
+
+    def _start(self, tokens, lengths, tail: DenseCache, *, N: int, logprobs: bool) -> None:
+        """Reads the prompts, in pieces if a layer with a window, or a budget, could not take them at once."""
+        last, begin = None, 0
+        while begin < tokens.shape[1]:
+            room = kv.room(tail) if self.hold is None else min(self.hold.buffer, kv.room(tail))
+            piece = tokens[:, begin : begin + room]
+            real = jnp.clip(lengths - begin, 0, piece.shape[1])
+            request = self.request
+            logits, tail, scores = read(
+                self.model, request.gates, request.memory, request.context, piece, tail, real
+            )
+            last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
+            if self.hold is not None:
+                tail = self._settled(tail, scores)
+            begin += room
+        buffer = None if self.hold is None else self.hold.buffer
+        self.state = _first(
+            self.model, self.request, tokens, lengths, last, tail, N=N, logprobs=logprobs, buffer=buffer
         )
+
+    def _settled(self, tail: DenseCache, scores) -> DenseCache:
+        """An empty tail behind a context that holds the budget."""
+        assert self.hold is not None
+        self.room = self.hold.buffer
+        context, tail = kv.split(self.hold.settled(kv.join(self.request.context, tail), scores))
+        self.request = dataclasses.replace(self.request, context=context)
+        return tail
 
     def advance(self, steps: int) -> None:
         """Makes up to `steps` more tokens for every request that has not ended."""
-        until = self.state.step + steps
-        self.state = _decode(self.model, self.request, self.state, until)
+        if self.hold is None:
+            self.state = _decode(self.model, self.request, self.state, self.state.step + steps)
+            return
+        while steps > 0 and not self.ended():
+            some = min(steps, self.room)
+            state = _decode(self.model, self.request, self.state, self.state.step + some)
+            steps, self.room = steps - some, self.room - some
+            if self.room == 0:
+                state = dataclasses.replace(state, cache=self._settled(state.cache, state.scores))
+            self.state = state
 
     def ended(self) -> bool:
         """Whether no request can go on."""
@@ -402,12 +442,25 @@ def _held(cache: Cache | None, n: int) -> list[int]:
     return lengths * n if len(lengths) == 1 else lengths
 
 
-def _given(model, cache: Cache | None, n: int, B: int, rows: int, kv_bits: int | None) -> Cache:
+def _check_hold(model, cache: Cache | None) -> None:
+    if hasattr(model, "encode"):
+        raise ValueError("generate: hold needs a decoder alone, got a model that reads a source")
+    if cache is not None and (not isinstance(cache, kv.PagedCache) or kv.paged.tail_size(cache)):
+        got = f"{kv.paged.tail_size(cache)} rows without scores in a {type(cache).__name__}"
+        raise ValueError(f"generate: with hold, a cache must be an evicted one and nothing more, got {got}")
+
+
+def _given(
+    model, cache: Cache | None, n: int, B: int, rows: int, kv_bits: int | None, hold: Hold | None
+) -> Cache:
     """An own cache with room for `rows` tokens a request: empty, or a copy of the one given."""
-    if cache is None:
-        return model.make_cache(B, rows, bits=kv_bits)
-    order = [0] * B if cache.lengths.shape[0] == 1 else [min(i, n - 1) for i in range(B)]
-    return kv.grow(kv.select(cache, jnp.asarray(order)), rows)
+    if cache is not None:
+        order = [0] * B if cache.lengths.shape[0] == 1 else [min(i, n - 1) for i in range(B)]
+        cache = kv.select(cache, jnp.asarray(order))
+    if hold is not None:
+        cache = model.make_cache(B, 1, slack=hold.buffer, bits=kv_bits) if cache is None else cache
+        return hold.settled(cache, None)
+    return model.make_cache(B, rows, bits=kv_bits) if cache is None else kv.grow(cache, rows)
 
 
 @jax.jit
@@ -415,32 +468,10 @@ def _encode_source(model, tokens, lengths):
     return model.encode(tokens, lengths)
 
 
-def _start(model, request, tokens, lengths, cache, *, N: int, logprobs: bool) -> _State:
-    """Reads the prompts, in pieces if a layer with a window could not take them at once."""
-    room = kv.room(cache)
-    last = None
-    for begin in range(0, tokens.shape[1], room):
-        piece = tokens[:, begin : begin + room]
-        real = jnp.clip(lengths - begin, 0, piece.shape[1])
-        logits, cache = _prefill(model, request.memory, request.context, piece, real, cache)
-        last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
-    return _first(model, request, tokens, lengths, last, cache, N=N, logprobs=logprobs)
-
-
-@partial(jax.jit, donate_argnames="cache")
-def _prefill(model, memory, context, tokens, lengths, cache):
-    return _forward(model, memory, context, tokens, cache, lengths)
-
-
-def _forward(model, memory, context, tokens, cache, lengths):
-    more = {} if memory is None else {"memory": memory}
-    cache = kv.join(context, cache)
-    logits, cache = model(tokens, cache, lengths=lengths, logits="last", **more)
-    return logits, kv.split(cache)[1]
-
-
-@partial(jax.jit, static_argnames=("N", "logprobs"), donate_argnames="cache")
-def _first(model, request, tokens, lengths, logits, cache, *, N: int, logprobs: bool) -> _State:
+@partial(jax.jit, static_argnames=("N", "logprobs", "buffer"), donate_argnames="cache")
+def _first(
+    model, request, tokens, lengths, logits, cache, *, N: int, logprobs: bool, buffer: int | None = None
+) -> _State:
     B, V = logits.shape
     seen = None
     if request.plan.penalty is not None:
@@ -456,8 +487,14 @@ def _first(model, request, tokens, lengths, logits, cache, *, N: int, logprobs: 
         counts=jnp.zeros((B,), jnp.int32),
         stopped=jnp.zeros((B,), bool),
         seen=seen,
+        scores=None if buffer is None else _no_scores(request.gates, B, buffer),
     )
     return _choose(request, state, logits)
+
+
+def _no_scores(gates: Gate, B: int, buffer: int) -> jax.Array:
+    layers, _, kv_heads = gates.sizes()
+    return jnp.zeros((layers, B, kv_heads, buffer), jnp.float32)
 
 
 def _alive(request: _Request, state: _State) -> jax.Array:
@@ -496,8 +533,17 @@ def _decode(model, request: _Request, state: _State, until) -> _State:
     def body(state):
         alive = _alive(request, state)
         token, lengths = state.token[:, None], alive.astype(jnp.int32)
-        logits, cache = _forward(model, request.memory, request.context, token, state.cache, lengths)
-        return _choose(request, dataclasses.replace(state, cache=cache), logits)
+        logits, cache, new = forward(
+            model, request.gates, request.memory, request.context, token, state.cache, lengths
+        )
+        scores = state.scores
+        if scores is not None:
+            at = jnp.where(
+                alive, state.cache.lengths - state.cache.base, scores.shape[-1]
+            )  # outside: dropped
+            rows = jnp.arange(token.shape[0])
+            scores = scores.at[:, rows, :, at].set(new[..., 0].swapaxes(0, 1), mode="drop")
+        return _choose(request, dataclasses.replace(state, cache=cache, scores=scores), logits)
 
     def goes_on(state):
         return (state.step < until) & _alive(request, state).any()

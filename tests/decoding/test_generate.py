@@ -107,16 +107,16 @@ def test_a_long_prompt_behind_a_cache_is_read_in_pieces_that_fit_the_window(mode
 
 def test_nearby_shapes_share_a_compilation(model):
     jl.generate(model, None, [[1] * 9, [2] * 12, [3]], max_new_tokens=13)
-    sizes = module._decode._cache_size(), module._prefill._cache_size()
+    sizes = module._decode._cache_size(), module.read._cache_size()
     jl.generate(model, None, [[1] * 11, [2] * 10, [3] * 4], max_new_tokens=15)
-    assert (module._decode._cache_size(), module._prefill._cache_size()) == sizes
+    assert (module._decode._cache_size(), module.read._cache_size()) == sizes
 
 
 def test_another_sampler_compiles_the_prefill_not_again(model):
     jl.generate(model, None, PROMPTS, max_new_tokens=4)
-    size = module._prefill._cache_size()
+    size = module.read._cache_size()
     jl.generate(model, None, PROMPTS, max_new_tokens=4, sampler=jl.Sampler(temperature=1.0, top_k=5))
-    assert module._prefill._cache_size() == size
+    assert module.read._cache_size() == size
 
 
 def test_generation_ends_where_the_context_does(model):

@@ -1,24 +1,31 @@
 """How well a model works on a cache of which little is left, and how fast: KVzip and its rivals.
 
     python benchmarks/kv_eviction.py --text FILE --out results/            # pico
-    python benchmarks/kv_eviction.py --what speed --out results/           # a random 200 M Llama, 4k tokens
+    python benchmarks/kv_eviction.py --what speed cost --out results/      # a random 200 M Llama, 4k tokens
 
-    recall    a list of key=value lines; every key is asked on one compressed cache. Value right as a whole
-    repeat    200 uniform random tokens; the model repeats them. Tokens right, greedy, free running
+    recall    contexts of 256, 512, 640 tokens that end in a list of key=value lines; before it, where it is
+              shorter, stands text. Every key is asked on one compressed cache; value right as a whole
+    repeat    uniform random tokens; the model repeats 256 whole, of 512 and 640 four named parts of 64
     text      256 tokens of text, and the divergence (nats a token) from the full cache over the next 128
+    held      640 tokens of text written to a cache that never holds more than some tokens: divergence from
+              the full cache over the last 384, next-token predictions
     speed     decoding with the full cache and with part of it: attention of one layer alone, and whole steps
+    cost      what preparing a context costs, and asking it once it lies on the disk, against reading it again
 
-Contexts are drawn by seed; `snapkv, asked` scores with the first question in its window, as it is published:
-that question is then easy, and the others are counted. Ratios are of the context's pairs that stay; the begin
-token always does. Bytes are those of all arrays held. Times are medians of interleaved rounds.
+Contexts are drawn by seed; chunks of repetition have 256 tokens at most. `snapkv, asked` scores with the
+first question in its window, as it is published: that question is then easy, and the others are counted.
+`kvzip, heads` drops whole heads by scores of another context. Ratios are of the context's pairs that stay;
+the begin token always does. Bytes are those of all arrays held. Times are medians of interleaved rounds.
 """
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,23 +37,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decode import machine
+from flax import nnx
 from quantization_tables import table
 from tqdm import tqdm
 
 import jaxllm as jl
 from jaxllm import cache as kv
 from jaxllm.models.decoder import Config, Decoder
-from jaxllm.training.exercises import REPEAT_ALL, Words, lookup
+from jaxllm.training.exercises import REPEAT_ALL, REPEAT_PART, SEED_IDS, Words, lookup
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
-PAIRS, PASSAGE, CONTEXT, AFTER = 32, 200, 256, 128
+SIZES, PAIRS, PART = (256, 512, 640), 64, 64  # contexts; most lines of a list; tokens of a named part
+CONTEXT, AFTER = 256, 128  # of `text`
+HELD, START = (64, 128, 256), 256  # of `held`: budgets in tokens, and where counting begins
 LLAMA = Config(
     layers=12, width=1024, heads=16, kv_heads=4, head_dim=64, ffn=2816, vocab=32000, tied=True, context=8192
 )
 
 
-def scorers(model, tokenizer, asked: list[int]) -> dict[str, Callable[..., Any]]:
-    """Each gives scores of a cache that holds <bos> and the context `row`."""
+Scorer = Callable[[Any, list[int], int], jax.Array]
+
+
+def scorers(model, tokenizer, asked: list[int]) -> dict[str, tuple[Scorer, dict[str, Any]]]:
+    """Scores of a cache that holds <bos> and the context `row`, and how its budget is spent."""
     replay = kv.Replay.of(tokenizer)
     whole = lambda row: [[tokenizer.bos_token_id, *row]]  # noqa: E731
 
@@ -54,16 +67,36 @@ def scorers(model, tokenizer, asked: list[int]) -> dict[str, Callable[..., Any]]
         rows = [[tokenizer.bos_token_id, *row, *asked]]
         return kv.snapkv_scores(model, rows, prefix=1, window=8)[..., : len(row)]
 
+    def by_gate(form):
+        gates = kv.pico_gates(form)
+        return lambda cache, row, seed: kv.prefill_scored(model, whole(row), gates, prefix=1)[1]
+
+    @functools.cache
+    def heads():
+        """From one context that no part measures: a list behind random tokens."""
+        words, rng = Words.of(tokenizer), np.random.default_rng([0, 99])
+        row = [*rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
+        cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=len(row) + 1)
+        return kv.head_scores(zip_(cache, [row]))
+
     zip_ = partial(kv.kvzip_scores, model, replay=replay, prefix=1, chunk=256)
+    rival = lambda score, **more: lambda cache, row, seed: score(model, whole(row), prefix=1, **more)  # noqa: E731
     return {
-        "kvzip": lambda cache, row, seed: zip_(cache, [row]),
-        "kvzip+": lambda cache, row, seed: zip_(cache, [row], output_aware=True),
-        "h2o": lambda cache, row, seed: kv.h2o_scores(model, whole(row), prefix=1),
-        "snapkv": lambda cache, row, seed: kv.snapkv_scores(model, whole(row), prefix=1, window=16),
-        "snapkv, asked": with_question,
-        "tova": lambda cache, row, seed: kv.tova_scores(model, whole(row), prefix=1),
-        "streaming": lambda cache, row, seed: kv.streaming_scores(model, whole(row), prefix=1),
-        "random": lambda cache, row, seed: kv.random_scores(model, whole(row), prefix=1, seed=seed),
+        "kvzip": (lambda cache, row, seed: zip_(cache, [row]), {}),
+        "kvzip+": (lambda cache, row, seed: zip_(cache, [row], output_aware=True), {}),
+        "fast kvzip": (by_gate("fast"), {}),
+        "kvzap": (by_gate("zap"), {}),
+        "kvzip, heads": (
+            lambda cache, row, seed: kv.spread(heads(), cache, prefix=1),
+            {"budget": "head"},
+        ),
+        "h2o": (rival(kv.h2o_scores), {}),
+        "snapkv": (rival(kv.snapkv_scores, window=16), {}),
+        "snapkv, asked": (with_question, {}),
+        "tova": (rival(kv.tova_scores), {}),
+        "expected": (rival(kv.expected_scores), {}),
+        "streaming": (rival(kv.streaming_scores), {}),
+        "random": (lambda c, row, seed: kv.random_scores(model, whole(row), prefix=1, seed=seed), {}),
     }
 
 
@@ -73,54 +106,87 @@ def filled(model, tokens, *, rows: int):
     return model(tokens, model.make_cache(tokens.shape[0], rows), logits="last")[1]
 
 
-def compressed(cache, scores, ratio: float):
-    return cache if ratio == 1 else kv.evict(cache, scores, ratio=ratio, prefix=1)
+def compressed(cache, scores, ratio: float, options: dict[str, Any]):
+    return cache if ratio == 1 else kv.evict(cache, scores, ratio=ratio, prefix=1, **options)
+
+
+def listed(rng: np.random.Generator, words: Words, pairs: int) -> tuple[list[int], list[list[int]]]:
+    """A list of key=value lines, and the lines in another order."""
+    one = lookup(rng, words, pairs).tokens.tolist()
+    gap = next(i for i in range(len(one)) if one[i : i + 2] == [words.newline] * 2) + 2
+    lines: list[list[int]] = [[]]
+    for token in one[gap:-1]:
+        lines[-1].append(token)
+        if token == words.newline:
+            lines.append([])
+    return one[1:gap], lines[:-1]
 
 
 def part_recall(model, tokenizer, args) -> list[dict[str, Any]]:
     words, found = Words.of(tokenizer), []
-    for seed in tqdm(args.seeds, "recall", file=sys.stderr):
-        for case in range(args.cases):
-            one = lookup(np.random.default_rng([seed, case]), words, PAIRS).tokens.tolist()
-            gap = next(i for i in range(len(one)) if one[i : i + 2] == [words.newline] * 2) + 2
-            row, lines = one[1:gap], [[]]
-            for token in one[gap:-1]:
-                lines[-1].append(token)
-                if token == words.newline:
-                    lines.append([])
-            prompts, answers = ([line[i] for line in lines[:-1]] for i in (slice(0, 2), slice(2, None)))
-            cache = filled(model, jnp.asarray([one[:gap]]), rows=gap)
-            for name, score in scorers(model, tokenizer, prompts[0]).items():
-                scores = score(cache, row, seed)
-                for ratio in args.ratios:
-                    small = compressed(cache, scores, ratio)
-                    outs = jl.generate(
-                        model, None, prompts, max_new_tokens=3, cache=small, stop_tokens=[words.newline]
-                    )
-                    hits = [o.token_ids == a for o, a in zip(outs, answers, strict=True)]
-                    found.append(
-                        {"method": name, "ratio": ratio, "seed": seed, "first": hits[0]}
-                        | {"value": float(np.mean(hits[1:])), "bytes": kv.num_bytes(small)}
-                    )
+    ids = tokenizer.encode(args.text.read_text("utf-8"), add_special_tokens=False)
+    cases = [(size, seed, case) for size in args.sizes for seed in args.seeds for case in range(args.cases)]
+    for size, seed, case in tqdm(cases, "recall", file=sys.stderr):
+        rng = np.random.default_rng([seed, case, size])
+        few, lines = listed(rng, words, min(PAIRS, size // 5))
+        at = int(rng.integers(0, len(ids) - size))
+        row = [*ids[at : at + size - len(few)], *few] if len(few) < size else few
+        prompts, answers = ([line[i] for line in lines] for i in (slice(0, 2), slice(2, None)))
+        cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=len(row) + 1)
+        for name, (score, options) in scorers(model, tokenizer, prompts[0]).items():
+            scores = score(cache, row, seed)
+            for ratio in args.ratios:
+                small = compressed(cache, scores, ratio, options)
+                outs = jl.generate(
+                    model, None, prompts, max_new_tokens=3, cache=small, stop_tokens=[words.newline]
+                )
+                hits = [o.token_ids == a for o, a in zip(outs, answers, strict=True)]
+                found.append(
+                    {"method": name, "ratio": ratio, "seed": seed, "size": size, "first": hits[0]}
+                    | {"value": float(np.mean(hits[1:])), "bytes": kv.num_bytes(small)}
+                )
     return found
 
 
 def part_repeat(model, tokenizer, args) -> list[dict[str, Any]]:
     words, found = Words.of(tokenizer), []
-    prompt = [*words.fixed[REPEAT_ALL[0]].tolist(), words.newline]
-    for seed in tqdm(args.seeds, "repeat", file=sys.stderr):
-        for case in range(args.cases):
-            row = np.random.default_rng([seed, case, 1]).choice(words.ordinary, PASSAGE).tolist()
-            cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=PASSAGE + 1)
-            for name, score in scorers(model, tokenizer, prompt).items():
-                scores = score(cache, row, seed)
-                for ratio in args.ratios:
-                    small = compressed(cache, scores, ratio)
-                    out = jl.generate(
-                        model, None, [prompt], max_new_tokens=PASSAGE, cache=small, stop_tokens=[words.eos]
-                    )[0]
-                    hits = sum(a == b for a, b in zip(out.token_ids, row, strict=False))
-                    found.append({"method": name, "ratio": ratio, "seed": seed, "value": hits / PASSAGE})
+    cases = [(size, seed, case) for size in args.sizes for seed in args.seeds for case in range(args.cases)]
+    for size, seed, case in tqdm(cases, "repeat", file=sys.stderr):
+        rng = np.random.default_rng([seed, case, size, 1])
+        row = rng.choice(words.ordinary, size).tolist()
+        if size <= SIZES[0]:
+            prompts, answers = [[*words.fixed[REPEAT_ALL[0]].tolist(), words.newline]], [row]
+        else:
+            places = rng.integers(0, size - SEED_IDS - PART, 4)
+            ask = words.fixed[REPEAT_PART[0]].tolist()
+            prompts = [[*ask, *row[at : at + SEED_IDS], words.newline] for at in places]
+            answers = [row[at + SEED_IDS : at + SEED_IDS + PART] for at in places]
+        cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=size + 1)
+        for name, (score, options) in scorers(model, tokenizer, prompts[0]).items():
+            scores = score(cache, row, seed)
+            for ratio in args.ratios:
+                small = compressed(cache, scores, ratio, options)
+                outs = jl.generate(
+                    model,
+                    None,
+                    prompts,
+                    max_new_tokens=len(answers[0]),
+                    cache=small,
+                    stop_tokens=[words.eos],
+                )
+                hits = [
+                    np.mean([*map(int.__eq__, o.token_ids, a), *[0] * (len(a) - len(o.token_ids))])
+                    for o, a in zip(outs, answers, strict=True)
+                ]
+                found.append(
+                    {
+                        "method": name,
+                        "ratio": ratio,
+                        "seed": seed,
+                        "size": size,
+                        "value": float(np.mean(hits)),
+                    }
+                )
     return found
 
 
@@ -142,20 +208,115 @@ def part_text(model, tokenizer, args) -> list[dict[str, Any]]:
             cache = kv.grow(cache, CONTEXT + 1 + AFTER)
             tokens = jnp.asarray([after])
             given = log_probs(model, cache, tokens)
-            for name, score in scorers(model, tokenizer, after[:8]).items():
+            for name, (score, options) in scorers(model, tokenizer, after[:8]).items():
                 scores = score(cache, row, seed)
                 for ratio in args.ratios:
-                    small = compressed(cache, scores, ratio)
+                    small = compressed(cache, scores, ratio, options)
                     got = log_probs(model, kv.grow(small, AFTER) if ratio < 1 else small, tokens)
                     kl = float(jnp.sum(jnp.exp(given) * (given - got), axis=-1).mean())
-                    found.append({"method": name, "ratio": ratio, "seed": seed, "value": kl})
+                    found.append({"method": name, "ratio": ratio, "seed": seed, "size": CONTEXT, "value": kl})
+    return found
+
+
+@jax.jit
+def _piece(model, gates, context, tail, tokens):
+    """Log-probabilities of a piece of text, the tail with it, and its scores."""
+    tap, found = gates.watch(model, tail.windows)
+    logits, cache = model(tokens, kv.join(context, tail), tap=tap)
+    return jax.nn.log_softmax(logits[0]), kv.split(cache)[1], jnp.stack(found)
+
+
+def part_held(model, tokenizer, args) -> list[dict[str, Any]]:
+    ids = tokenizer.encode(args.text.read_text("utf-8"), add_special_tokens=False)
+    size, buffer, found = SIZES[-1], 32, []
+    by = {"fast kvzip": kv.pico_gates("fast"), "kvzap": kv.pico_gates("zap")}
+    by |= dict.fromkeys(("streaming", "random"), by["fast kvzip"])  # whose scores are not used
+    for seed in tqdm(args.seeds, "held", file=sys.stderr):
+        for case in range(args.cases):
+            rng = np.random.default_rng([seed, case, 3])
+            at = int(rng.integers(0, len(ids) - size))
+            row = [tokenizer.bos_token_id, *ids[at : at + size - 1]]
+            given = log_probs(model, model.make_cache(1, size), jnp.asarray([row]))
+            for tokens in HELD:
+                for name, gates in by.items():
+                    hold = kv.Hold(gates=gates, tokens=tokens, buffer=buffer, recent=16)
+                    cache, kl = hold.settled(model.make_cache(1, 1), None), []
+                    for begin in range(0, size, buffer):
+                        piece = jnp.asarray([row[begin : begin + buffer]])
+                        got, tail, scores = _piece(model, gates, *kv.split(cache), piece)
+                        if name == "streaming":
+                            scores = jnp.broadcast_to(jnp.arange(begin, begin + buffer) * 1.0, scores.shape)
+                        elif name == "random":
+                            key = jax.random.fold_in(jax.random.key(seed), begin)
+                            scores = jax.random.uniform(key, scores.shape)
+                        cache = hold.settled(kv.join(cache.context, tail), scores)
+                        want = given[begin : begin + buffer]
+                        kl.append(jnp.sum(jnp.exp(want) * (want - got), axis=-1))
+                    value = float(jnp.concatenate(kl)[START:].mean())
+                    result = {"method": name, "ratio": tokens, "seed": seed, "size": size, "value": value}
+                    found.append(result | {"bytes": kv.num_bytes(cache)})
+    return found
+
+
+def _operations(model, n: int, asked: int = 0, chunk: int = 0, prefix: int = 0) -> float:
+    """Multiplications and additions of a prefill of n tokens, or of KVzip's scores of them (chunk > 0)."""
+    c = model.config
+    weights = sum(x.size for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model.layers))) if x.ndim == 2)
+    each, read = 2 * weights, 4 * c.layers * c.heads * c.head_dim
+    if not chunk:
+        return each * n + read * n * (n + 1) / 2
+    total = 0.0
+    for at in range(0, n, chunk):
+        m = min(chunk, n - at)
+        q = asked + m
+        total += each * q + read * (q * (prefix + n) + q * (q + 1) / 2) + read / 2 * q * (prefix + m + q)
+    return total
+
+
+def part_cost(pico, tokenizer, args) -> list[dict[str, Any]]:
+    """Operations of scoring, and seconds of each step of preparing 4k tokens and of asking them."""
+    replay = kv.Replay.of(tokenizer)
+    asked = len(replay.before(np.zeros(replay.seed, np.int32)))
+    model, rows, found = Decoder(LLAMA, rngs=nnx.Rngs(0)), args.rows, []
+    for name, one, n, chunk in (
+        *(("pico", pico, n, 256) for n in SIZES),
+        ("201 M", model, rows, 2000),
+    ):
+        cost = _operations(one, n, asked, chunk, prefix=1) / _operations(one, n)
+        found.append({"what": f"operations of scoring, {name}, {n} tokens", "prefills": cost})
+    row = np.random.default_rng(0).integers(3, LLAMA.vocab, rows).tolist()
+    question = [np.random.default_rng(1).integers(3, LLAMA.vocab, 32).tolist()]
+    times: dict[str, list[float]] = {}
+
+    def timed(what: str, do: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        out = jax.block_until_ready(do())
+        times.setdefault(what, []).append(time.perf_counter() - start)
+        return out
+
+    ask = lambda cache: jl.generate(model, None, question, max_new_tokens=16, cache=cache)  # noqa: E731
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(1 + min(args.rounds, 3)):
+            full = timed("prefill", lambda: kv.prefill(model, [row], slack=2100))
+            scores = timed("scores", lambda full=full: kv.kvzip_scores(model, full, [row], replay=replay))
+            small = timed("evict", lambda full=full, s=scores: kv.evict(full, s, ratio=0.3))
+            path = f"{folder}/{turn}"
+            timed("save", lambda small=small, path=path: kv.save(small, path, model))
+            del full, small
+            again = timed("open", lambda path=path: kv.load(path, model))
+            timed("question, opened", lambda again=again: ask(again))
+            fresh = timed("prefill again", lambda: kv.prefill(model, [row]))
+            timed("question, full", lambda fresh=fresh: ask(fresh))
+    held = [len(h) for layer in kv.paged.kept_positions(again) for b in layer for h in b]
+    pages = sum(-(-n // again.context.keys.shape[1]) for n in held) * again.context.keys.shape[1]
+    found += [{"what": name, "seconds": statistics.median(t[1:])} for name, t in times.items()]
+    found.append({"what": "rows read a step", "full": rows * LLAMA.layers * LLAMA.kv_heads})
+    found[-1] |= {"kept": sum(held), "pages": pages, "bytes": kv.num_bytes(again), "all": kv.num_bytes(fresh)}
     return found
 
 
 def part_speed(_model, _tokenizer, args) -> list[dict[str, Any]]:
     """Milliseconds of one layer's attention and of whole steps, at several batches."""
-    from flax import nnx
-
     model, found, rows = Decoder(LLAMA, rngs=nnx.Rngs(0)), [], args.rows
     attend = jax.jit(
         lambda q, cache: kv.attend(
@@ -214,32 +375,40 @@ def _uneven(L: int, B: int, K: int, T: int) -> np.ndarray:
     return (rng.normal(0, 1, (L, B, K, 1)) + rng.normal(0, 1, (L, B, K, T))).astype(np.float32)
 
 
-PARTS = {"recall": part_recall, "repeat": part_repeat, "text": part_text, "speed": part_speed}
+PARTS = {
+    "recall": part_recall,
+    "repeat": part_repeat,
+    "text": part_text,
+    "held": part_held,
+    "speed": part_speed,
+    "cost": part_cost,
+}
 TITLES = {
     "recall": "Values right, %, all keys but the first",
     "repeat": "Tokens repeated, %",
     "text": "Divergence from the full cache, nats a token",
+    "held": "Divergence when no more than so many tokens are held, nats a token",
 }
 
 
 def markdown(run: dict[str, Any]) -> str:
     lines = ["# Eviction", "", f"{run['date']}, {run['machine']}, jax {run['jax']}; {run['settings']}.", ""]
     for what, title in TITLES.items():
-        if what not in run:
-            continue
-        results, rows = run[what], []
-        ratios = sorted({r["ratio"] for r in results}, reverse=True)
-        for name in dict.fromkeys(r["method"] for r in results):
-            cells = []
-            for ratio in ratios:
-                got = [r for r in results if (r["method"], r["ratio"]) == (name, ratio)]
-                seeds = [
-                    np.mean([r["value"] for r in got if r["seed"] == s]) for s in {r["seed"] for r in got}
-                ]
-                scale, digits = (1, 4) if what == "text" else (100, 1)
-                cells.append(f"{scale * np.mean(seeds):.{digits}f} +- {scale * np.std(seeds):.{digits}f}")
-            rows.append((name, *cells))
-        lines += [f"## {title}", "", *table(("method", *(f"{r:g}" for r in ratios)), rows)]
+        for size in sorted({r["size"] for r in run.get(what, [])}):
+            results = [r for r in run[what] if r["size"] == size]
+            ratios, rows = sorted({r["ratio"] for r in results}, reverse=True), []
+            for name in dict.fromkeys(r["method"] for r in results):
+                cells = []
+                for ratio in ratios:
+                    got = [r for r in results if (r["method"], r["ratio"]) == (name, ratio)]
+                    seeds = [
+                        np.mean([r["value"] for r in got if r["seed"] == s]) for s in {r["seed"] for r in got}
+                    ]
+                    scale, digits = (1, 4) if what in ("text", "held") else (100, 1)
+                    cells.append(f"{scale * np.mean(seeds):.{digits}f} +- {scale * np.std(seeds):.{digits}f}")
+                rows.append((name, *cells))
+            head = ("method", *(f"{r:g}" for r in ratios))
+            lines += [f"## {title}; contexts of {size} tokens", "", *table(head, rows)]
     if "speed" in run:
         body = [
             (f"{r['batch']}", r["what"], f"{r['full']:.2f}", f"{r['evicted']:.2f}", f"{r['faster']:.2f}")
@@ -248,26 +417,36 @@ def markdown(run: dict[str, Any]) -> str:
         ]
         head = ("batch", "what", "full, ms", "at 0.3, ms", "times faster", "full, MB", "at 0.3, MB")
         lines += ["## Decoding, 201 M random Llama, CPU, float32", "", *table(head, body)]
+    if "cost" in run:
+        tell = lambda r: ", ".join(f"{k} {v:,.3g}" for k, v in r.items() if k != "what")  # noqa: E731
+        body = [(r["what"], tell(r)) for r in run["cost"]]
+        lines += ["## Preparing a context and asking it", "", *table(("what", "measured"), body)]
     return "\n".join(lines)
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    shown = [what for what in TITLES if what in run]
+    shown = [(what, n) for what in TITLES for n in sorted({r["size"] for r in run.get(what, [])})]
     if not shown:
         return
-    figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
-    for axes, what in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        results = run[what]
+    across = min(3, len(shown))
+    figure = Figure(figsize=(5 * across, 4 * -(-len(shown) // across)), layout="constrained")
+    cells = figure.subplots(-(-len(shown) // across), across, squeeze=False).ravel()
+    for axes in cells[len(shown) :]:
+        axes.axis("off")
+    for axes, (what, size) in zip(cells, shown, strict=False):
+        results = [r for r in run[what] if r["size"] == size]
         ratios = sorted({r["ratio"] for r in results})
         for i, name in enumerate(dict.fromkeys(r["method"] for r in results)):
             at = [[r["value"] for r in results if (r["method"], r["ratio"]) == (name, x)] for x in ratios]
-            axes.plot(ratios, [np.mean(x) for x in at], marker="osv^Dx+*"[i % 8], markersize=4, label=name)
-        axes.set(xlabel="part of the context's pairs that stay", title=TITLES[what])
+            axes.plot(ratios, [np.mean(x) for x in at], marker="osv^Dx+*<>Ph"[i], markersize=4, label=name)
+        what_stays = "tokens held" if what == "held" else "part of the pairs that stay"
+        axes.set(xlabel=f"{what_stays}; {size} tokens", title=TITLES[what])
+        axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
-    figure.axes[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -275,17 +454,19 @@ def main() -> None:
     add = parser.add_argument
     add("--what", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     add("--model", help="as `jl.load` takes it (default: pico)")
-    add("--text", type=Path, help="for `text`: one that the model was not trained on")
+    add("--text", type=Path, help="for recall, text, held: one that the model was not trained on")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--cases", type=int, default=8, help="contexts a seed")
+    add("--cases", type=int, default=4, help="contexts a seed and size")
+    add("--sizes", type=int, nargs="+", default=SIZES, help="tokens of contexts to be recalled, repeated")
     add("--ratios", type=float, nargs="+", default=RATIOS)
     add("--batches", type=int, nargs="+", default=[1, 8, 16])
     add("--rows", type=int, default=4096, help="context of `speed`")
     add("--rounds", type=int, default=5)
     add("--out", type=Path, required=True)
     args = parser.parse_args()
-    if "text" in args.what and args.text is None:
-        parser.error("--text must be given for `text`")
+    needing = [what for what in args.what if what in ("recall", "text", "held")]
+    if needing and args.text is None:
+        parser.error(f"--text must be given for {', '.join(needing)}")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "kv_eviction.json"
     run: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}

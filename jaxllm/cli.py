@@ -32,7 +32,8 @@ DTYPE = click.option(
 )
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 OFFLINE = click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
-KV_METHODS = ("kvzip", "kvzip+", "snapkv", "h2o", "tova", "streaming", "random")
+GATES: dict[str, Literal["fast", "zap"]] = {"fast-kvzip": "fast", "kvzap": "zap"}
+KV_METHODS = ("kvzip", "kvzip+", *GATES, "snapkv", "h2o", "tova", "expected", "streaming", "random")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -87,6 +88,8 @@ def demo(out: Path | None, as_json: bool) -> None:
 @click.option("--context", type=click.Path(path_type=Path), help="UTF-8 file that all prompts follow.")
 @click.option("--kv-ratio", type=float, help="Keep this part of the context's keys and values only.")
 @click.option("--kv-method", type=click.Choice(KV_METHODS), default=KV_METHODS[0], help="What is kept.")
+@click.option("--kv-hold", type=int, help="Never keep more than so many tokens, however long the text grows.")
+@click.option("--kv-gates", type=click.Path(path_type=Path), help="Gates of the model. [default: pico's]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
 @click.option("--stream", is_flag=True, help="Print text as it comes (one prompt, no --chat).")
@@ -102,6 +105,8 @@ def generate(
     context: Path | None,
     kv_ratio: float | None,
     kv_method: str,
+    kv_hold: int | None,
+    kv_gates: Path | None,
     logprobs: bool,
     chat: bool,
     stream: bool,
@@ -117,6 +122,8 @@ def generate(
         raise click.UsageError("generate: --stream takes one prompt and no --json, --chat, --logprobs")
     if context is None and kv_ratio is not None:
         raise click.UsageError("generate: --kv-ratio is of a --context, which must be given")
+    if kv_hold is not None and kv_method not in ("kvzip", *GATES):
+        raise click.UsageError(f"generate: --kv-hold goes with kvzip and gates, got --kv-method {kv_method}")
     if context is not None and chat:
         raise click.UsageError("generate: --context takes plain prompts, no --chat")
     sampler = jl.Sampler(**sampling)
@@ -130,10 +137,16 @@ def generate(
         "kv_bits": kv_bits,
     }
     asked: list[Any] = list(prompts)
+    gates = hold = None
+    if kv_hold is not None or kv_method in GATES:
+        form = GATES.get(kv_method, "fast")
+        gates = jl.cache.pico_gates(form) if kv_gates is None else jl.cache.load_gates(kv_gates)
+        hold = None if kv_hold is None else jl.cache.Hold(gates=gates, tokens=kv_hold)
+        options["hold"] = hold
     if text is not None:
         options |= {
             "kv_bits": None,
-            "cache": context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits),
+            "cache": context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits, gates, hold),
         }
         asked = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     if stream:
@@ -162,17 +175,30 @@ def generate(
     note(f"{made} tokens in {seconds:.1f} s, compilation included")
 
 
-def context_cache(model, tokenizer, text: str, ratio: float | None, method: str, bits: int | None):
+def context_cache(
+    model,
+    tokenizer,
+    text: str,
+    ratio: float | None,
+    method: str,
+    bits: int | None,
+    gates: jl.cache.Gate | None,
+    hold: jl.cache.Hold | None,
+):
     """A text read into a cache, of which a part is kept."""
     if tokenizer is None:
         raise ValueError("generate: --context needs a tokenizer, this model has none")
     ids = tokenizer.encode(text)
     prefix = int(ids[:1] == [tokenizer.bos_token_id])
-    slack = min(2000, len(ids)) + 128  # for a repetition and its prompt
-    cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
     if ratio is None:
-        return cache
-    if method.startswith("kvzip"):
+        if hold is not None:
+            return jl.cache.prefill_held(model, [ids], hold, bits=bits)
+        return jl.cache.prefill(model, [ids], bits=bits)
+    if gates is not None and method in GATES:
+        cache, scores = jl.cache.prefill_scored(model, [ids], gates, prefix=prefix, bits=bits)
+    elif method.startswith("kvzip"):
+        slack = min(2000, len(ids)) + 128  # for a repetition and its prompt
+        cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
         scores = jl.cache.kvzip_scores(
             model,
             cache,
@@ -182,6 +208,7 @@ def context_cache(model, tokenizer, text: str, ratio: float | None, method: str,
             output_aware=method == "kvzip+",
         )
     else:
+        cache = jl.cache.prefill(model, [ids], bits=bits)
         scores = getattr(jl.cache, f"{method}_scores")(model, [ids], prefix=prefix)
     small = jl.cache.evict(cache, scores, ratio=ratio, prefix=prefix)
     before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)

@@ -21,12 +21,20 @@ import jax
 from jaxllm.cache import dense, paged, quantized
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.evict import evict, hold
-from jaxllm.cache.gates import FastGate, Gate, Hold, ZapGate, load_gates, save_gates
+from jaxllm.cache.gates import FastGate, Gate, Hold, ZapGate, load_gates, pico_gates, save_gates
+from jaxllm.cache.heads import head_scores, load_heads, save_heads, spread
 from jaxllm.cache.kvzip import Replay, kvzip_scores
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.prepare import load, prefill, prefill_held, prefill_scored, save
 from jaxllm.cache.quantized import CodedRows
-from jaxllm.cache.rivals import h2o_scores, random_scores, snapkv_scores, streaming_scores, tova_scores
+from jaxllm.cache.rivals import (
+    expected_scores,
+    h2o_scores,
+    random_scores,
+    snapkv_scores,
+    streaming_scores,
+    tova_scores,
+)
 
 Cache = DenseCache | PagedCache
 C = TypeVar("C", bound=Cache)
@@ -110,7 +118,9 @@ __all__ = [
     "attend",
     "dense",
     "evict",
+    "expected_scores",
     "grow",
+    "head_scores",
     "h2o_scores",
     "hold",
     "join",
@@ -118,8 +128,10 @@ __all__ = [
     "kvzip_scores",
     "load",
     "load_gates",
+    "load_heads",
     "num_bytes",
     "paged",
+    "pico_gates",
     "prefill",
     "prefill_held",
     "prefill_scored",
@@ -128,9 +140,11 @@ __all__ = [
     "room",
     "save",
     "save_gates",
+    "save_heads",
     "select",
     "snapkv_scores",
     "split",
+    "spread",
     "streaming_scores",
     "tova_scores",
     "truncate",

@@ -23,7 +23,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jaxllm.cache.paged import PagedCache
 from jaxllm.pytree import pytree
 
 META, ARRAYS = "gates.json", "gates.safetensors"
+SHIPPED = Path(__file__).parents[1] / "pico" / "gates"
 LEAST = 1e-8  # the least score that a logarithm is taken of
 
 
@@ -225,3 +226,10 @@ def load_gates(path: str | Path) -> Gate:
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"load_gates: {str(path)!r} cannot be opened: {reason}") from error
+
+
+def pico_gates(form: Literal["fast", "zap"] = "fast") -> Gate:
+    """The gates that ship with pico's target."""
+    if form not in FORMS:
+        raise ValueError(f"pico_gates: form must be fast or zap, got {form!r}")
+    return load_gates(SHIPPED / form)

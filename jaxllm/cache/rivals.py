@@ -6,10 +6,11 @@ cache holds, one row a request, and 0 stands behind the end of a shorter one.
     h2o_scores        the attention a key receives from all later queries (arXiv:2306.14048)
     snapkv_scores     from the last `window` queries, smoothed; these stay (arXiv:2404.14469)
     tova_scores       from the last query, all heads together (arXiv:2401.06104)
+    expected_scores   that later queries may be expected to give (Expected Attention, arXiv:2510.00636)
     streaming_scores  the first `sinks` tokens and the most recent ones (arXiv:2309.17453)
     random_scores     drawn by seed
 
-The first three take one pass over the tokens and know the queries of the text only, not those of a later
+The first four take one pass over the tokens and know the queries of the text only, not those of a later
 question. Letters: L layers without a window, B requests, K key heads, G queries a key head, T tokens.
 """
 
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxllm.attention import by_head
+from jaxllm.attention import FLOAT32, HIDDEN, by_head
 from jaxllm.cache.prepare import padded
 from jaxllm.cache.received import received
+from jaxllm.models.rope import rotate
 
 Rows = Sequence[Sequence[int]]
 
@@ -61,6 +63,24 @@ def tova_scores(model, tokens: Rows, *, prefix: int = 0) -> Float[Array, "L B K 
     got = _attention(model, rows, lengths, 1, reduce="sum")
     got = jnp.broadcast_to(got.mean((2, 3))[:, :, None], (*got.shape[:3], got.shape[-1]))
     return _behind(_raised(got, lengths, 1), lengths, prefix)
+
+
+def expected_scores(
+    model, tokens: Rows, *, prefix: int = 0, future: int = 512, sinks: int = 4, epsilon: float = 0.0
+) -> Float[Array, "L B K T"]:
+    """Attention expected from queries like those of the text at the next `future` positions, times |v|.
+
+    Queries before rotation are taken as normal, with the mean m and covariance C of all but the `sinks` first
+    tokens, and turned by the mean rotation of those positions; a key k then weighs e^(m.k/s + k'C k/(2 s^2)),
+    normalized over keys, s^2 the head size. epsilon: added before |v| is multiplied. The sinks stay.
+    """
+    rows, lengths = _rows("expected", model, tokens, prefix)
+    if future < 1 or not 0 <= sinks < lengths.min():
+        got = f"{future=}, {sinks=}, {lengths.tolist()}"
+        raise ValueError(f"expected: future must be positive and sinks fewer than a row's tokens, got {got}")
+    got = _expected(model, rows, lengths, future=future, sinks=sinks, epsilon=epsilon)
+    first = np.arange(rows.shape[1]) < sinks
+    return _behind(jnp.where(first[None, None, None], got.max() + 1.0, got), lengths, prefix)
 
 
 def streaming_scores(model, tokens: Rows, *, prefix: int = 0, sinks: int = 4) -> Float[Array, "L B K T"]:
@@ -115,6 +135,51 @@ def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max
             rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
             found.append(received(taken["queries"], by_head(x), seen, reduce=reduce, **rule))
         return x
+
+    model(tokens, lengths=lengths, logits="last", tap=tap)
+    return jnp.stack(found)
+
+
+@partial(jax.jit, static_argnames=("future", "sinks", "epsilon"))
+def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float):
+    B, T = tokens.shape
+    step = jnp.arange(T)
+    real = (step[None] < lengths[:, None]) & (step[None] >= sinks)  # [B, T]
+    mine = real.astype(jnp.float32)
+    later = lengths[:, None] + jnp.arange(future)[None]
+    taken: dict[str, jax.Array] = {}
+    found: list[jax.Array] = []
+    windows = jax.eval_shape(lambda: model.make_cache(1, 1)).windows
+
+    def tap(name, x):
+        layer, _, what = name.removeprefix("layers.").partition(".")
+        if not name.startswith("layers.") or windows[int(layer)] is not None:
+            return x
+        if what in ("attention.q.out", "attention.keys"):
+            taken[what.removeprefix("attention.")] = x
+        elif what == "attention.values":
+            found.append(of_layer(model.layers[int(layer)].attention, taken["q.out"], taken["keys"], x))
+        return x
+
+    def of_layer(attention, q, k, v):
+        (_, _, K, D), square = k.shape, attention.scale**2
+        q = q.reshape(B, T, -1, D)  # before rotation
+        q_norm, rope = getattr(attention, "q_norm", None), getattr(attention, "rope", None)
+        q = (q if q_norm is None else q_norm(q)).astype(jnp.float32)
+        share = (mine / mine.sum(1, keepdims=True))[:, :, None, None]
+        mean = (q * share).sum(1, keepdims=True)  # [B, 1, H, D]
+        cov = jnp.einsum("bthd,bthe->bhde", (q - mean) * share, q - mean, **FLOAT32)
+        if rope is not None:
+            cos, sin = (x.mean(1, keepdims=True) for x in rope.angles(D, later, lengths + 1))
+            turn = lambda x: rotate(x, cos, sin)  # noqa: E731 (linear, so of mean angles: the mean rotation)
+            both = lambda c: turn(c.reshape(B, 1, -1, D)).reshape(c.shape).swapaxes(-1, -2)  # noqa: E731
+            mean, cov = turn(mean), both(both(cov))
+        k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+        mean, cov = mean.reshape(B, K, -1, D), cov.reshape(B, K, -1, D, D)
+        logits = jnp.einsum("bkgd,btkd->bkgt", mean, k, **FLOAT32) * attention.scale
+        logits += jnp.einsum("btkd,bkgde,btke->bkgt", k, cov, k, **FLOAT32) * (square / 2)
+        weights = jax.nn.softmax(jnp.where(real[:, None, None], logits, HIDDEN), axis=-1).mean(2)
+        return (weights + epsilon) * jnp.linalg.norm(v, axis=-1).swapaxes(1, 2)
 
     model(tokens, lengths=lengths, logits="last", tap=tap)
     return jnp.stack(found)

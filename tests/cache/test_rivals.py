@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm.cache.rivals import h2o_scores, random_scores, snapkv_scores, streaming_scores, tova_scores
+from jaxllm.cache.rivals import (
+    expected_scores,
+    h2o_scores,
+    random_scores,
+    snapkv_scores,
+    streaming_scores,
+    tova_scores,
+)
 from jaxllm.models import t5
 from jaxllm.models.decoder import TINY, Decoder
 
@@ -81,6 +88,48 @@ def test_tova_asks_the_last_query_for_all_heads(model, weights):
         np.testing.assert_allclose(
             got[:, b, :, : n - 1], np.broadcast_to(want, (2, 2, n))[..., :-1], rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("features", [{}, {"qk_norm": True, "attention_scale": 0.5}])
+def test_expected_attention_weighs_keys_by_a_normal_query_turned_to_later_positions(features):
+    config = dataclasses.replace(CONFIG, **features)
+    model = Decoder(config, rngs=nnx.Rngs(3))
+    got = np.asarray(expected_scores(model, ROWS, future=7, sinks=2, epsilon=0.01, prefix=1))
+    scale = features.get("attention_scale", config.head_dim**-0.5)
+    for b, row in enumerate(ROWS):
+        n, seen = len(row), {}
+
+        def tap(name, x, seen=seen):
+            seen[name] = np.asarray(x[0], np.float64)
+            return x
+
+        with jax.disable_jit():
+            model(jnp.asarray([row]), tap=tap)
+        for i, layer in enumerate((0, 2)):
+            k, v = (seen[f"layers.{layer}.attention.{what}"] for what in ("keys", "values"))
+            q = seen[
+                f"layers.{layer}.attention.queries"
+            ]  # turned: back to position 0, then to the later ones
+            half, D = config.head_dim // 2, config.head_dim
+            theta = config.rope.theta ** (-np.arange(half) / half)
+
+            def turning(at, theta=theta, half=half):
+                c, s = np.diag(np.cos(at * theta)), np.diag(np.sin(at * theta))
+                return np.block([[c, -s], [s, c]])
+
+            q = np.stack([q[t] @ turning(-t).T for t in range(n)])[2:]  # [n - 2, H, D]
+            R = np.mean([turning(n + t) for t in range(7)], axis=0)
+            want = np.zeros((2, n))
+            for head in range(4):
+                mean = R @ q[:, head].mean(0)
+                cov = R @ np.cov(q[:, head].T, bias=True).reshape(D, D) @ R.T
+                keys = k[2:, head // 2]
+                logits = keys @ mean * scale + np.einsum("td,de,te->t", keys, cov, keys) * scale**2 / 2
+                e = np.exp(logits - logits.max())
+                want[head // 2, 2:] += e / e.sum() / 2
+            want = (want + 0.01) * np.linalg.norm(v, axis=-1).T
+            np.testing.assert_allclose(got[i, b, :, 1 : n - 1], want[:, 2:], rtol=2e-4)
+            assert (got[i, b, :, :1] > want.max()).all()
 
 
 def test_streaming_prefers_sinks_then_the_recent_and_random_depends_on_the_seed_alone(model):

@@ -161,6 +161,7 @@ def ours(model, tokenizer, windows: np.ndarray) -> tuple[dict[str, np.ndarray], 
         "random": kv.random_scores(model, rows),
     }
     arrays = {f"{name} scores": np.asarray(x).swapaxes(0, 1) for name, x in scores.items()}
+    arrays["expected scores"] = np.exp(arrays["expected scores"])  # kvpress's are no logarithms
     full = after(kv.grow(cache, CONTEXT + AFTER))
     for name, s in scores.items():
         spread = "pair" if name.startswith("kvzip") else "uniform"  # as kvpress's

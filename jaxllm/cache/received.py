@@ -5,13 +5,12 @@ Letters: B requests, T queries, H query heads, K key heads, G = H / K, J = B K, 
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxllm.attention import FLOAT32, HIDDEN
 
-BLOCK = 128  # queries at once: weights take J G BLOCK S numbers
+LEAST, BLOCKS = 64, 8  # queries at once at least, and how often at most: weights take J G S T / 8 numbers
 
 
 def received(
@@ -26,29 +25,30 @@ def received(
 ) -> Float[Array, "B K G S"]:
     """The greatest weight, or the sum of weights, that each key is given by any query, in float32.
 
-    seen: which keys a query may see; one that sees none gives nothing. share: weights of each query count so
-    much (1 if None). Queries are taken some at a time, so memory does not grow with T.
+    The last T keys are the queries' own, of which later ones are never seen. seen: which of the others, and
+    of these, a query sees; one that sees none gives nothing. share: weights of each query count so much (1 if
+    None). Queries are taken some at a time, each time against the keys that they may see.
     """
-    B, T, H, D = q.shape
-    K = k.shape[0] // B
-    G, size = H // K, min(BLOCK, T)
-    blocks = -(-T // size)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * size - T)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    cut = lambda x: pad(x).reshape(B, blocks, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
-    share = jnp.ones((B, T), jnp.float32) if share is None else share
-
-    def step(best, part):
-        q, seen, share = part
-        q = q.reshape(B, size, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B * K, G * size, D)
-        scores = jnp.einsum("jnd,jsd->jns", q, k, **FLOAT32).reshape(B, K, G, size, -1) * scale
+    (B, T, H, D), (J, S, _) = q.shape, k.shape
+    K, G = J // B, H * B // J
+    size = max(LEAST, -(-T // BLOCKS))
+    share = seen.any(-1).astype(jnp.float32) * (1.0 if share is None else share)
+    out = jnp.zeros((B, K, G, S), jnp.float32)
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        n = S - T + end
+        asked = q[:, start:end].reshape(B, end - start, K, G, D).transpose(0, 2, 3, 1, 4).reshape(J, -1, D)
+        scores = (
+            jnp.einsum("jnd,jsd->jns", asked, k[:, :n], **FLOAT32).reshape(B, K, G, end - start, n) * scale
+        )
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        shown = seen[:, None, None]
-        weights = jax.nn.softmax(jnp.where(shown, scores, HIDDEN), axis=-1)
-        weights = jnp.where(shown, weights, 0.0) * share[:, None, None, :, None]
+        scores = jnp.where(seen[:, None, None, start:end, :n], scores, HIDDEN)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        part = share[:, None, None, start:end] / weights.sum(-1)
+        weights = weights * part[..., None]
         if reduce == "sum":
-            return best + weights.sum(3), None
-        return jnp.maximum(best, weights.max(3)), None
-
-    start = jnp.zeros((B, K, G, k.shape[1]), jnp.float32)
-    return jax.lax.scan(step, start, (cut(q), cut(seen), cut(share)))[0]
+            out = out.at[..., :n].add(weights.sum(3))
+        else:
+            out = out.at[..., :n].max(weights.max(3))
+    return out

@@ -136,12 +136,13 @@ def test_another_model_family_is_scored_too():
 
 def test_many_queries_at_once_give_what_all_of_them_give(monkeypatch):
     rng = np.random.default_rng(0)
-    q, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 11, 4, 8), (4, 9, 8)))
-    seen = jnp.asarray(rng.random((2, 11, 9)) < 0.6).at[0, 3].set(False)
+    q, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 11, 4, 8), (4, 16, 8)))
+    seen = jnp.asarray(rng.random((2, 11, 16)) < 0.6).at[0, 3].set(False)
+    seen &= (jnp.arange(16)[None] <= 5 + jnp.arange(11)[:, None])[None]  # the last 11 are the queries' own
     share = jnp.asarray(rng.random((2, 11)), jnp.float32)
     for reduce in ("max", "sum"):
         whole = received(q, k, seen, scale=0.3, share=share, reduce=reduce)
-        monkeypatch.setattr("jaxllm.cache.received.BLOCK", 4)
+        monkeypatch.setattr("jaxllm.cache.received.LEAST", 4)
         some = received(q, k, seen, scale=0.3, share=share, reduce=reduce)
         monkeypatch.undo()
         np.testing.assert_allclose(some, whole, atol=1e-6)

@@ -236,7 +236,7 @@ def part_held(model, tokenizer, args) -> list[dict[str, Any]]:
             rng = np.random.default_rng([seed, case, 3])
             at = int(rng.integers(0, len(ids) - size))
             row = [tokenizer.bos_token_id, *ids[at : at + size - 1]]
-            given = log_probs(model, model.make_cache(1, size), jnp.asarray([row]))
+            given = log_probs(model, model.make_cache(1, size), jnp.asarray([row]))[0]
             for tokens in HELD:
                 for name, gates in by.items():
                     hold = kv.Hold(gates=gates, tokens=tokens, buffer=buffer, recent=16)

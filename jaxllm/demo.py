@@ -175,6 +175,38 @@ def compared(model) -> Iterator[tuple[str, str, Any]]:
     yield "NestedFP, fp8", "NestedFP, fp8 mode", jl.NestedFp(mode="fp8")
 
 
+def eviction(shown: Shown) -> Section:
+    """A list of keys read once, most of it forgotten, every key asked."""
+    model, tokenizer = shown.model, shown.tokenizer
+    words = exercises.Words.of(tokenizer, bos=tokenizer.bos_token, eos=tokenizer.eos_token)
+    one = exercises.lookup(np.random.default_rng(1), words, 32, value_tokens=1).tokens
+    gap = int(np.flatnonzero((one[1:] == words.newline) & (one[:-1] == words.newline))[0]) + 2
+    rows, lines = [one[:gap].tolist()], one[gap:-1].reshape(-1, 4)  # key = value newline
+    cache = jl.cache.prefill(model, rows)
+    context = [rows[0][1:]]
+    scores = {
+        "KVzip": jl.cache.kvzip_scores(model, cache, context, tokenizer=tokenizer, prefix=1),
+        "SnapKV": jl.cache.snapkv_scores(model, rows, prefix=1, window=16),
+        "random": jl.cache.random_scores(model, rows, prefix=1),
+    }
+    kept = {"everything": cache}
+    for name, ratio in (("KVzip", 0.3), ("KVzip", 0.1), ("SnapKV", 0.3), ("random", 0.3)):
+        small = jl.cache.evict(cache, scores[name], ratio=ratio, prefix=1, rows=8)
+        kept[f"{name}, {ratio:.0%} of the pairs"] = small
+    found = []
+    for name, small in kept.items():
+        outs = jl.generate(model, None, lines[:, :2].tolist(), max_new_tokens=1, cache=small)
+        right = np.mean([out.token_ids == [value] for out, value in zip(outs, lines[:, 2], strict=True)])
+        size = jl.cache.num_bytes(small)
+        found.append(Row(name, round(100 * float(right), 1), f"% of the keys right, {size:,} bytes held"))
+    text = (
+        f"A list of {len(lines)} keys and values, {gap} tokens, read once; then all keys are asked on what "
+        "each method has left of it. No method has seen the questions. Bytes are of all arrays, with room "
+        "for questions and answers."
+    )
+    return Section("eviction", "A cache that forgets", text, tuple(found))
+
+
 SECTIONS: tuple[Callable[[Shown], Section], ...] = (
     generation,
     perplexity,
@@ -182,6 +214,7 @@ SECTIONS: tuple[Callable[[Shown], Section], ...] = (
     size,
     speed,
     quantization,
+    eviction,
 )
 
 

@@ -19,6 +19,7 @@ from tiny_llama import TINY, tiny_weights, write_checkpoint
 import jaxllm as jl
 from jaxllm import cli, demo
 from jaxllm.models import t5
+from jaxllm.training.gates import new_gates
 
 COMMANDS = ("demo", "generate", "eval", "convert", "quantize")
 
@@ -430,7 +431,7 @@ def test_demo_writes_report_and_figure_and_no_second_time(jaxllm, monkeypatch, t
     report = json.loads(Path("report/report.json").read_text("utf-8"))
     assert done.json == report
     names = [section["name"] for section in report["sections"]]
-    assert names == ["generation", "perplexity", "repetition", "size", "speed", "quantization"]
+    assert names == ["generation", "perplexity", "repetition", "size", "speed", "quantization", "eviction"]
     for figure in ("repetition", "quantization"):
         assert Path(f"report/{figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "![A passage read twice](repetition.png)" in Path("report/report.md").read_text("utf-8")
@@ -471,7 +472,7 @@ def test_keys_and_values_in_eight_bits_change_little(jaxllm, generate, tiny_chec
     assert generate("--prompt", "the man", "--kv-bits", 8).status == 0
 
 
-def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tmp_path):
+def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tiny_checkpoint, tmp_path):
     file = tmp_path.with_name("context.txt")
     file.write_text("Once upon a time there was a dog.")
     asked = ["--context", str(file), "--prompt", " It", "--prompt", " The", "--json"]
@@ -485,6 +486,16 @@ def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tmp_path):
     assert ids[0] == ids[1] and len(ids[2][0]) == 6
     assert "bytes of keys and values" in little.err
     assert_refused(generate("--kv-ratio", "0.3", "--prompt", "x"), "--kv-ratio is of a --context")
+    held = generate(*asked, "--kv-hold", "40")
+    assert_refused(held, "gates: layers without a window, width and key heads must be")  # they are pico's
+    jl.cache.save_gates(new_gates(jl.load(tiny_checkpoint)[0], "fast"), "gates")
+    own = ("--kv-gates", "gates")
+    for more in (("--kv-hold", "40"), ("--kv-ratio", "0.3", "--kv-method", "fast-kvzip")):
+        done = generate(*asked, *more, *own)
+        assert done.status == 0 and [len(c["token_ids"]) for c in done.json["prompts"]] == [6, 6], done.err
+    assert_refused(
+        generate(*asked, *own, "--kv-hold", "40", "--kv-method", "h2o"), "goes with kvzip and gates"
+    )
     assert_refused(generate(*asked, "--kv-ratio", "2"), "ratio must lie above 0 and be at most 1, got 2.0")
 
 

@@ -221,7 +221,7 @@ def part_text(model, tokenizer, args) -> list[dict[str, Any]]:
 @jax.jit
 def _piece(model, gates, context, tail, tokens):
     """Log-probabilities of a piece of text, the tail with it, and its scores."""
-    tap, found = gates.watch(model, tail.windows)
+    tap, found = gates.watch(model)
     logits, cache = model(tokens, kv.join(context, tail), tap=tap)
     return jax.nn.log_softmax(logits[0]), kv.split(cache)[1], jnp.stack(found)
 

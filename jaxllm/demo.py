@@ -189,10 +189,10 @@ def eviction(shown: Shown) -> Section:
         "SnapKV": jl.cache.snapkv_scores(model, rows, prefix=1, window=16),
         "random": jl.cache.random_scores(model, rows, prefix=1),
     }
-    kept = {"everything": cache}
+    kept: dict[str, jl.cache.Cache] = {"everything": cache}
     for name, ratio in (("KVzip", 0.3), ("KVzip", 0.1), ("SnapKV", 0.3), ("random", 0.3)):
-        small = jl.cache.evict(cache, scores[name], ratio=ratio, prefix=1, rows=8)
-        kept[f"{name}, {ratio:.0%} of the pairs"] = small
+        left = jl.cache.evict(cache, scores[name], ratio=ratio, prefix=1, rows=8)
+        kept[f"{name}, {ratio:.0%} of the pairs"] = left
     found = []
     for name, small in kept.items():
         outs = jl.generate(model, None, lines[:, :2].tolist(), max_new_tokens=1, cache=small)

@@ -21,7 +21,7 @@ numbers of a gate's key, S sinks, F width of the MLP.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,20 +59,23 @@ class Gate:
         """How far the scores are from those to be learnt."""
         raise NotImplementedError
 
-    def watch(
-        self, model, windows: Sequence[int | None], see: Callable | None = None
-    ) -> tuple[Callable, list[jax.Array]]:
-        """A tap, and the list that it fills with scores [B, K, T], a layer each, while the model reads.
-
-        see: what is listed for a layer and its input, in place of scores.
-        Raises ValueError for gates of a model of other sizes.
-        """
+    def layers(self, model) -> dict[int, int]:
+        """Which gate each layer without a window has. Raises ValueError for a model of other sizes."""
+        windows = jax.eval_shape(lambda: model.make_cache(1, 1)).windows
         order = {i: n for n, i in enumerate(i for i, window in enumerate(windows) if window is None)}
         want = (len(order), model.config.width, model.config.kv_heads)
         if self.sizes() != want:
             raise ValueError(
                 f"gates: layers without a window, width and key heads must be {want}, got {self.sizes()}"
             )
+        return order
+
+    def watch(self, model, see: Callable | None = None) -> tuple[Callable, list[jax.Array]]:
+        """A tap, and the list that it fills with scores [B, K, T], a layer each, while the model reads.
+
+        see: what is listed for a layer and its input, in place of scores.
+        """
+        order = self.layers(model)
         found: list[jax.Array] = []
 
         def tap(name, x):

@@ -69,6 +69,7 @@ def prefill_held(
 ) -> PagedCache:
     """The cache of some texts within a budget: never more than `hold.tokens` and its buffer is in memory."""
     rows, lengths = _filled_up("prefill_held", model, tokens)
+    hold.gates.layers(model)  # or it raises
     cache = hold.settled(model.make_cache(len(rows), 1, slack=hold.buffer, bits=bits), None)
     at = 0
     while at < lengths.max():
@@ -120,7 +121,7 @@ def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray
 
 def forward(model, gates: Gate | None, memory, context: Context | None, tokens, tail: DenseCache, lengths):
     """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any."""
-    tap, found = (None, []) if gates is None else gates.watch(model, tail.windows)
+    tap, found = (None, []) if gates is None else gates.watch(model)
     more = {} if memory is None else {"memory": memory}
     logits, cache = model(tokens, kv.join(context, tail), lengths=lengths, logits="last", tap=tap, **more)
     return logits, kv.split(cache)[1], jnp.stack(found) if found else None

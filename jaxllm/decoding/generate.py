@@ -242,7 +242,7 @@ class _Run:
         if cache is not None and kv_bits is not None:
             raise ValueError(f"generate: kv_bits must be None where a cache is given, got {kv_bits=}")
         if hold is not None:
-            _check_hold(model, cache)
+            _check_hold(model, hold, cache)
         before = _held(cache, n)
         fed = self.prompts
         memory = None
@@ -442,9 +442,10 @@ def _held(cache: Cache | None, n: int) -> list[int]:
     return lengths * n if len(lengths) == 1 else lengths
 
 
-def _check_hold(model, cache: Cache | None) -> None:
+def _check_hold(model, hold: Hold, cache: Cache | None) -> None:
     if hasattr(model, "encode"):
         raise ValueError("generate: hold needs a decoder alone, got a model that reads a source")
+    hold.gates.layers(model)  # or it raises
     if cache is not None and (not isinstance(cache, kv.PagedCache) or kv.paged.tail_size(cache)):
         got = f"{kv.paged.tail_size(cache)} rows without scores in a {type(cache).__name__}"
         raise ValueError(f"generate: with hold, a cache must be an evicted one and nothing more, got {got}")

@@ -106,11 +106,9 @@ def train_gates(
         some = np.random.default_rng([seed, step]).choice(len(rows), min(batch, len(rows)), replace=False)
         return {"tokens": rows[some], "lengths": lengths[some], "scores": known[some]}
 
-    windows = jax.eval_shape(lambda: model.make_cache(1, 1)).windows
-
     def loss(params, batch):
         model, gates, scores = params["model"], params["gates"], batch["scores"]
-        tap, found = gates.watch(model, windows, lambda i, x: gates.loss(i, x, scores[:, i]))
+        tap, found = gates.watch(model, lambda i, x: gates.loss(i, x, scores[:, i]))
         model(batch["tokens"], lengths=batch["lengths"], logits="last", tap=tap)
         at = jnp.arange(batch["tokens"].shape[1])
         real = (at[None] >= prefix) & (at[None] < batch["lengths"][:, None])

@@ -47,7 +47,7 @@ from jaxllm.models.decoder import Config, Decoder
 from jaxllm.training.exercises import REPEAT_ALL, REPEAT_PART, SEED_IDS, Words, lookup
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
-SIZES, LINE, PART = (256, 512, 640), 4.5, 64  # contexts; tokens of a line of a list, of a named part
+SIZES, LINE, PART = (256, 512, 640), 5, 64  # contexts; tokens of a line of a list, of a named part
 CONTEXT, AFTER = 256, 128  # of `text`
 HELD, START = (64, 128, 256), 256  # of `held`: budgets in tokens, and where counting begins
 LLAMA = Config(
@@ -112,7 +112,7 @@ def compressed(cache, scores, ratio: float, options: dict[str, Any]):
 
 def listed(rng: np.random.Generator, words: Words, pairs: int) -> tuple[list[int], list[list[int]]]:
     """A list of key=value lines, and the lines in another order."""
-    one = lookup(rng, words, pairs).tokens.tolist()
+    one = lookup(rng, words, pairs, value_tokens=2).tokens.tolist()  # one length, few compilations
     gap = next(i for i in range(len(one)) if one[i : i + 2] == [words.newline] * 2) + 2
     lines: list[list[int]] = [[]]
     for token in one[gap:-1]:
@@ -126,7 +126,7 @@ def part_recall(model, tokenizer, args) -> list[dict[str, Any]]:
     words, found = Words.of(tokenizer), []
     cases = [(size, seed, case) for size in args.sizes for seed in args.seeds for case in range(args.cases)]
     for size, seed, case in tqdm(cases, "recall", file=sys.stderr):
-        row, lines = listed(np.random.default_rng([seed, case, size]), words, int(size / LINE))
+        row, lines = listed(np.random.default_rng([seed, case, size]), words, size // LINE)
         prompts, answers = ([line[i] for line in lines] for i in (slice(0, 2), slice(2, None)))
         cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=len(row) + 1)
         for name, (score, options) in scorers(model, tokenizer, prompts[0]).items():

@@ -88,7 +88,7 @@ def demo(out: Path | None, as_json: bool) -> None:
 @click.option("--context", type=click.Path(path_type=Path), help="UTF-8 file that all prompts follow.")
 @click.option("--kv-ratio", type=float, help="Keep this part of the context's keys and values only.")
 @click.option("--kv-method", type=click.Choice(KV_METHODS), default=KV_METHODS[0], help="What is kept.")
-@click.option("--kv-hold", type=int, help="Never keep more than so many tokens, however long the text grows.")
+@click.option("--kv-hold", type=int, help="Keep about so many tokens, however long the text grows.")
 @click.option("--kv-gates", type=click.Path(path_type=Path), help="Gates of the model. [default: pico's]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
@@ -124,6 +124,11 @@ def generate(
         raise click.UsageError("generate: --kv-ratio is of a --context, which must be given")
     if kv_hold is not None and kv_method not in ("kvzip", *GATES):
         raise click.UsageError(f"generate: --kv-hold goes with kvzip and gates, got --kv-method {kv_method}")
+    if kv_method in GATES and kv_ratio is None and kv_hold is None:
+        raise click.UsageError(f"generate: --kv-method {kv_method} goes with --kv-ratio or --kv-hold")
+    if kv_gates is not None and kv_hold is None and kv_method not in GATES:
+        gated = " or ".join(GATES)
+        raise click.UsageError(f"generate: --kv-gates goes with --kv-hold or --kv-method {gated}")
     if context is not None and chat:
         raise click.UsageError("generate: --context takes plain prompts, no --chat")
     sampler = jl.Sampler(**sampling)
@@ -190,14 +195,14 @@ def context_cache(
         raise ValueError("generate: --context needs a tokenizer, this model has none")
     ids = tokenizer.encode(text)
     prefix = int(ids[:1] == [tokenizer.bos_token_id])
+    slack = min(2000, len(ids)) + 128  # for prompts; KVzip's repeats the text
     if ratio is None:
         if hold is not None:
             return jl.cache.prefill_held(model, [ids], hold, bits=bits)
-        return jl.cache.prefill(model, [ids], bits=bits)
+        return jl.cache.prefill(model, [ids], slack=slack, bits=bits)
     if gates is not None and method in GATES:
-        cache, scores = jl.cache.prefill_scored(model, [ids], gates, prefix=prefix, bits=bits)
+        cache, scores = jl.cache.prefill_scored(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
     elif method.startswith("kvzip"):
-        slack = min(2000, len(ids)) + 128  # for a repetition and its prompt
         cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
         scores = jl.cache.kvzip_scores(
             model,
@@ -208,7 +213,7 @@ def context_cache(
             output_aware=method == "kvzip+",
         )
     else:
-        cache = jl.cache.prefill(model, [ids], bits=bits)
+        cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
         scores = getattr(jl.cache, f"{method}_scores")(model, [ids], prefix=prefix)
     small = jl.cache.evict(cache, scores, ratio=ratio, prefix=prefix)
     before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)

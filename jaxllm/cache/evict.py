@@ -80,12 +80,15 @@ def evict(
         raise ValueError(f"evict: {rule}, got {budget=}, {safeguard=}, {official=}")
     if threshold is not None and (budget != "pair" or safeguard or official):
         raise ValueError(f"evict: a threshold is all of a budget, got {budget=}, {safeguard=}, {official=}")
-    again = isinstance(cache, PagedCache)
-    there = paged.held(cache, tail=not again)
+    if threshold is not None and not np.isfinite(threshold):
+        raise ValueError(f"evict: a threshold must be a finite number, got {threshold}")
+    _check_room("evict", rows, 16 if page is None else page)
     if isinstance(cache, PagedCache):
+        there = paged.held(cache, tail=False)
         s, sizes = _scores_again(cache, there, scores, prefix)
-        tail = paged.copied(cache.tail)
+        prefix, tail = int(cache.context.prefix), paged.copied(cache.tail)
     else:
+        there = paged.held(cache, tail=True)
         s, sizes = _scores_of_all(cache, there, scores, prefix)
         tail = paged.new_tail(cache, rows)
     if threshold is not None:
@@ -95,7 +98,7 @@ def evict(
         keep = choose(s, sizes, part, budget=budget, safeguard=safeguard, official=official)
     if page is None:
         page = int(np.clip(2 ** np.floor(np.log2(max(keep.sum(-1).mean() / 16, 1))), 16, 64))
-    return paged.pack(cache, there, s, keep, sizes=sizes, tail=tail, page=page)
+    return paged.pack(cache, there, s, keep, sizes=sizes, prefix=prefix, tail=tail, page=page)
 
 
 def hold(
@@ -115,32 +118,43 @@ def hold(
     recent: the last tokens, and sinks: the first ones, that stay whatever they score; they count as well.
     rows: room for tokens that come later. How many pages there are follows from `tokens` alone.
 
-    Raises ValueError where the scores are not of this cache, or tokens are not more than sinks and recent.
+    Raises ValueError where the scores are not of this cache, tokens are not more than sinks and recent, or
+    more rows than the budget has always stay (`evict`'s prefix).
     """
     if sinks < 0 or recent < 0 or tokens <= sinks + recent:
         got = f"{tokens=}, {sinks=}, {recent=}"
         raise ValueError(f"hold: tokens must be more than sinks and recent together, got {got}")
+    _check_room("hold", rows, page)
     there = paged.held(cache, tail=True)
     L, B, K, M = there.positions.shape
+    if not L:
+        raise ValueError("hold: a layer must see all of the text, got windows only")
     new = paged.tail_size(cache)
-    if scores.shape[:3] != (L, B, K) or scores.shape[3] < new:
+    if scores.ndim != 4 or scores.shape[:3] != (L, B, K) or scores.shape[3] < new:
         raise ValueError(f"hold: scores must be [L, B, K, R] of {(L, B, K, new)} rows, got {scores.shape}")
     s = there.scores.copy()
     real = there.positions >= 0
     s[..., M - new :] = np.where(real[..., M - new :], np.asarray(scores)[..., :new], -np.inf)
-    if np.isnan(s).any():
-        raise ValueError("hold: scores must be numbers, got NaN")
+    if not np.isfinite(s[..., M - new :][real[..., M - new :]]).all():
+        raise ValueError("hold: scores must be finite, got NaN or infinity")
     s = np.where(real & (there.positions < sinks), np.inf, s)
     lengths = np.asarray(cache.lengths)
     stays = (s == np.inf) | (real & (there.positions >= lengths[None, :, None, None] - recent))
     open_ = np.where(stays, -np.inf, s).swapaxes(0, 1).reshape(B, -1)
-    count = np.maximum(tokens * L * K - stays.sum((0, 2, 3)), 0)
+    count = tokens * L * K - stays.sum((0, 2, 3))
+    if (count < 0).any():
+        most = int(-(-stays.sum((0, 2, 3)).max() // (L * K)))
+        raise ValueError(f"hold: tokens must be at least the {most} a head that always stay, got {tokens=}")
     keep = stays | _greatest(open_, count).reshape(B, L, K, M).swapaxes(0, 1)
     tail = paged.new_tail(cache, rows)
     most = tokens * L * K * B
-    return paged.pack(
-        cache, there, s, keep, sizes=np.maximum(lengths - sinks, 0), tail=tail, page=page, most=most
-    )
+    sizes = np.maximum(lengths - sinks, 0)
+    return paged.pack(cache, there, s, keep, sizes=sizes, prefix=sinks, tail=tail, page=page, most=most)
+
+
+def _check_room(who: str, rows: int, page: int) -> None:
+    if min(rows, page) < 1:
+        raise ValueError(f"{who}: rows and page must be at least 1, got {rows=}, {page=}")
 
 
 def _scores_of_all(
@@ -177,14 +191,13 @@ def _scores_again(
     if scores is None:
         return s, sizes
     L, B, K, _ = s.shape
-    T = scores.shape[-1]
-    at = there.positions - prefix
-    theirs = np.isfinite(s)
-    if scores.shape != (L, B, K, T) or sizes.max() != T or (theirs & ((at < 0) | (at >= T))).any():
+    T, before = int(sizes.max()), int(context.prefix)
+    if scores.shape != (L, B, K, T) or prefix != before:
         raise ValueError(
-            f"evict: scores must be [L, B, K, T] = {(L, B, K, int(sizes.max()))} of the context behind "
-            f"{prefix=} that was evicted before, got {scores.shape}"
+            f"evict: scores must be [L, B, K, T] = {(L, B, K, T)} of the context behind prefix={before} that "
+            f"was evicted before, got {scores.shape} and {prefix=}"
         )
+    at, theirs = there.positions - prefix, np.isfinite(s)
     inside = np.arange(T) < sizes[:, None, None]
     given = np.take_along_axis(_numbers(scores, inside), np.clip(at, 0, T - 1), axis=-1)
     return np.where(theirs, given, s), sizes
@@ -223,6 +236,7 @@ def choose(
         s = np.where(there, best[..., None], -np.inf)
         pairs = np.maximum(count(ratios * (L * K)), 1) * sizes
     if official:
+        _check_left(there.sum((0, 2, 3)), pairs)
         at = np.maximum(count(ratios * (L * K) * sizes) - 1, 0)
         order = -np.sort(-flat(s), axis=1)
         limit = np.take_along_axis(order, at[:, None], axis=1)
@@ -238,14 +252,17 @@ def choose(
         least = np.broadcast_to(count(safeguard * ratios * sizes)[None, :, None], (L, B, K)).ravel()
         safe = _greatest(s.reshape(-1, M), least).reshape(s.shape)
         kept = back(_greatest(flat(np.where(safe, np.inf, s)), pairs))
-    left = kept.sum((0, 2, 3))
-    if (left < pairs).any():
-        b = int(np.argmax(left < pairs))
+    _check_left(kept.sum((0, 2, 3)), pairs)
+    return kept | always
+
+
+def _check_left(left: Int[np.ndarray, " B"], wanted: Int[np.ndarray, " B"]) -> None:
+    if (left < wanted).any():
+        b = int(np.argmax(left < wanted))
         raise ValueError(
             f"evict: a second budget must not want what the first has evicted, got {left[b]} rows left for "
-            f"{pairs[b]} in request {b}"
+            f"{wanted[b]} in request {b}"
         )
-    return kept | always
 
 
 def _greatest(x: Float[np.ndarray, "N n"], counts: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N n"]:

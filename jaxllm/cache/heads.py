@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.atomic import new_directory
 from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.paged import PagedCache
 
 META = "heads.json"
 
@@ -30,12 +31,18 @@ def head_scores(scores: Float[Array, "L B K T"]) -> Float[Array, "L K"]:
     return scores.max((1, 3))
 
 
-def spread(heads: Float[Array, "L K"], cache: DenseCache, *, prefix: int = 0) -> Float[Array, "L B K T"]:
-    """Scores for `evict` of all that a cache holds behind `prefix`."""
-    L, K = sum(window is None for window in cache.windows), cache.keys[0].shape[0] // len(cache.lengths)
+def spread(
+    heads: Float[Array, "L K"], cache: DenseCache | PagedCache, *, prefix: int = 0
+) -> Float[Array, "L B K T"]:
+    """Scores for `evict` of all that a cache holds behind `prefix`, or of the context that it held."""
+    keys = (cache.tail if isinstance(cache, PagedCache) else cache).keys
+    L, K = sum(window is None for window in cache.windows), keys[0].shape[0] // len(cache.lengths)
     if heads.shape != (L, K):
         raise ValueError(f"spread: heads must be [L, K] = {(L, K)} of this cache, got {heads.shape}")
-    T = int(cache.lengths.max()) - prefix
+    if isinstance(cache, PagedCache):
+        T = int(cache.context.sizes[cache.context.slot].max())
+    else:
+        T = int(cache.lengths.max()) - prefix
     if not 0 <= prefix or T < 1:
         raise ValueError(
             f"spread: the cache must hold more than the prefix, got {prefix=}, {T + prefix} tokens"
@@ -54,7 +61,8 @@ def save_heads(heads: Float[Array, "L K"], path: str | Path, model) -> None:
 def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
     """The scores of one directory, or the greatest of several.
 
-    Raises FileNotFoundError where there are none, ValueError for those of another model or damaged ones.
+    Raises FileNotFoundError where there are none, ValueError for those of a model of other sizes or damaged
+    ones.
     """
     if not paths:
         raise ValueError("load_heads: at least one directory must be given, got none")

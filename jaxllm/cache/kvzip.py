@@ -9,9 +9,9 @@ maximum over all queries; more chunks: never less than with all keys in the soft
     scores = kvzip_scores(model, cache, context, tokenizer=tokenizer)                 # [L, B, K, T]
     small = evict(cache, scores, ratio=0.3)
 
-The cache is read only. Costs about one more prefill; memory for weights is O(chunk). KVzip+ (`output_aware`)
-weighs each weight by how far the value moves the output: |W_O v| / |h|, h what the layer reads (NVIDIA's
-kvpress).
+The cache is read only. Costs about two more prefills; weights take O(chunk^2) / 8 of memory. KVzip+
+(`output_aware`) weighs each weight by how far the value moves the output: |W_O v| / |h|, h what the layer
+reads (NVIDIA's kvpress).
 
 Letters: L layers without a window, B requests, K key heads, T tokens of the longest context.
 """
@@ -31,7 +31,7 @@ from jaxllm.attention import FLOAT32, by_head
 from jaxllm.cache import quantized
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import PagedCache, numbers
-from jaxllm.cache.prepare import STEP, padded
+from jaxllm.cache.prepare import STEP, padded, sees_all
 from jaxllm.cache.quantized import CodedRows
 from jaxllm.cache.received import received
 
@@ -92,6 +92,7 @@ def kvzip_scores(
     Raises ValueError where the cache does not hold this context, or the repetition does not fit.
     """
     tokens, sizes = padded("kvzip", model, context)
+    sees_all("kvzip", model)
     _check(model, cache, tokens, sizes, prefix)
     replay = replay or (Replay() if tokenizer is None else Replay.of(tokenizer))
     B, T = tokens.shape

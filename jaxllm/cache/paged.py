@@ -51,6 +51,7 @@ class Context:
     filled: jax.Array  # int32 [P]: how many of its rows are real
     first: jax.Array  # int32 [L, J + 1]
     sizes: jax.Array  # int32 [S]: tokens of each context that scores were given for, evicted ones too
+    prefix: jax.Array  # int32 []: where those begin
     slot: jax.Array  # int32 [B]
     readers: int = static()  # requests that read one context, at most
 
@@ -139,7 +140,7 @@ def attend(
     sums = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), sums)
     since = _weighed(q.reshape(J, G * T, D), numbers(keys), numbers(values), seen, **rule)
     _, total, out = _both(sums, since)
-    out = (out / total[..., None]).astype(numbers(values).dtype)
+    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(numbers(values).dtype)
     return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -171,20 +172,21 @@ def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
         at = jnp.minimum(i, P - W)
         pages = at + jnp.arange(W)
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, W)  # noqa: E731
-        new = (pages >= i) & (pages < end)
         least = context.head[i]  # pages at hand belong to this head and those behind it
         local = cut(context.head) - least
-        owner = (local[None] == jnp.arange(W)[:, None]) & new[None]  # [head, page]
+        # subtle: where heads without pages lie between, W pages reach farther than W heads
+        new = (pages >= i) & (pages < end) & (local < W)
+        local = jnp.where(new, local, W)
         heads = lambda x: jax.lax.dynamic_slice_in_dim(x, least, W)  # noqa: E731
         k, v = (numbers(jax.tree.map(cut, rows)) for rows in (context.keys, context.values))
         seen = jnp.arange(C)[None] < jnp.where(new, cut(context.filled), 0)[:, None]
-        part = _weighed(heads(asked)[jnp.clip(local, 0, W - 1)], k, v, seen[:, None], **rule)
+        part = _weighed(heads(asked)[jnp.minimum(local, W - 1)], k, v, seen[:, None], **rule)
         sums = jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, least, 0),
             sums,
-            _by_head(jax.tree.map(heads, sums), part, owner),
+            _by_head(jax.tree.map(heads, sums), part, local),
         )
-        return i + W, sums
+        return i + new.sum(), sums
 
     none = (
         jnp.full((J + W, M * n), HIDDEN),
@@ -221,13 +223,14 @@ def _both(one, other):
     return greatest, a * one[1] + b * other[1], a[..., None] * one[2] + b[..., None] * other[2]
 
 
-def _by_head(sums, part, owner: Bool[Array, "W W"]):
-    """The sums of some heads with those of pages taken in; owner[head, page]."""
+def _by_head(sums, part, head: Int[Array, " W"]):
+    """The sums of W heads with those of W pages taken in; head[page] is W for a page of none of them."""
+    W = len(head)
+    owner = head[None] == jnp.arange(W)[:, None]  # [head, page]
     greatest = jnp.maximum(sums[0], jnp.where(owner[:, :, None], part[0][None], HIDDEN).max(1))
     mine = owner.astype(jnp.float32)
     shrink = jnp.exp(sums[0] - greatest)
-    factor = jnp.exp(part[0] - jnp.einsum("hp,hn->pn", mine, greatest, **FLOAT32))  # of a page [W, n]
-    factor = jnp.where(owner.any(0)[:, None], factor, 0.0)
+    factor = jnp.where(head[:, None] < W, jnp.exp(part[0] - greatest[jnp.minimum(head, W - 1)]), 0.0)
     add = lambda x: jnp.einsum("hp,pm->hm", mine, x.reshape(x.shape[0], -1), **FLOAT32)  # noqa: E731
     total = sums[1] * shrink + add(part[1] * factor)
     out = sums[2] * shrink[..., None] + add(part[2] * factor[..., None]).reshape(sums[2].shape)
@@ -295,6 +298,7 @@ def pack(
     keep: Bool[np.ndarray, "L B K M"],
     *,
     sizes: Int[np.ndarray, " B"],
+    prefix: int,
     tail: DenseCache,
     page: int,
     most: int | None = None,
@@ -344,6 +348,7 @@ def pack(
         filled=jnp.asarray(filled),
         first=jnp.asarray(first),
         sizes=jnp.asarray(sizes, jnp.int32),
+        prefix=jnp.int32(prefix),
         slot=jnp.arange(B, dtype=jnp.int32),
         readers=1,
     )

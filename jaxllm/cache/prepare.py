@@ -50,6 +50,7 @@ def prefill_scored(
     gates: Gate,
     *,
     prefix: int = 0,
+    slack: int = 0,
     bits: int | None = None,
     chunk: int = 2048,
 ) -> tuple[DenseCache, Float[Array, "L B K T"]]:
@@ -57,7 +58,7 @@ def prefill_scored(
     rows, lengths = _filled_up("prefill_scored", model, tokens)
     if not 0 <= prefix < lengths.min():
         raise ValueError(f"prefill_scored: rows must have more than {prefix=} tokens, got {lengths.tolist()}")
-    cache = model.make_cache(len(rows), rows.shape[1], bits=bits)
+    cache = model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits)
     cache, scores = _read(model, cache, rows, lengths, chunk, gates)
     real = np.arange(rows.shape[1]) < lengths[:, None]
     scores = jnp.where(real[None, :, None], jnp.concatenate(scores, axis=-1), 0.0)
@@ -67,18 +68,21 @@ def prefill_scored(
 def prefill_held(
     model, tokens: Sequence[Sequence[int]], hold: Hold, *, bits: int | None = None
 ) -> PagedCache:
-    """The cache of some texts within a budget: never more than `hold.tokens` and its buffer is in memory."""
+    """The cache of some texts within a budget, `hold.buffer` tokens being read at a time.
+
+    What lies in memory does not grow with the texts; while the budget is restored it is two pools and a tail.
+    """
     rows, lengths = _filled_up("prefill_held", model, tokens)
     hold.gates.layers(model)  # or it raises
     cache = hold.settled(model.make_cache(len(rows), 1, slack=hold.buffer, bits=bits), None)
     at = 0
     while at < lengths.max():
-        part = np.pad(rows, ((0, 0), (0, hold.buffer)))[:, at : at + hold.buffer]
-        cache, scores = _read(
-            model, cache, part, np.clip(lengths - at, 0, hold.buffer), hold.buffer, hold.gates
-        )
-        cache = hold.settled(cache, jnp.concatenate(scores, axis=-1))
-        at += hold.buffer
+        context, tail = kv.split(cache)
+        part = rows[:, at : at + min(hold.buffer, kv.room(tail))]
+        sizes = np.clip(lengths - at, 0, part.shape[1])
+        _, tail, scores = read(model, hold.gates, None, context, part, tail, sizes)
+        cache = hold.settled(kv.join(context, tail), scores)
+        at += part.shape[1]
     return cache
 
 
@@ -117,6 +121,12 @@ def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray
     for b, row in enumerate(rows):
         filled[b, : len(row)] = row
     return filled, lengths
+
+
+def sees_all(who: str, model) -> None:
+    """Raises ValueError unless a layer sees all of the text: from the others nothing is evicted."""
+    if None not in jax.eval_shape(lambda: model.make_cache(1, 1)).windows:
+        raise ValueError(f"{who}: a layer must see all of the text, got a model of windows only")
 
 
 def forward(model, gates: Gate | None, memory, context: Context | None, tokens, tail: DenseCache, lengths):
@@ -216,7 +226,7 @@ def _rebuilt(meta: dict[str, Any], arrays: dict[str, jax.Array]) -> DenseCache |
     )
     if not meta["paged"]:
         return tail
-    plain = ("positions", "scores", "head", "filled", "first", "sizes", "slot")
+    plain = ("positions", "scores", "head", "filled", "first", "sizes", "prefix", "slot")
     context = Context(
         keys=rows("context/keys", meta["keys"]),
         values=rows("context/values", meta["values"]),

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.attention import FLOAT32, HIDDEN, by_head
-from jaxllm.cache.prepare import padded
+from jaxllm.cache.prepare import padded, sees_all
 from jaxllm.cache.received import received
 from jaxllm.models.rope import rotate
 
@@ -102,6 +102,7 @@ def random_scores(model, tokens: Rows, *, prefix: int = 0, seed: int = 0) -> Flo
 
 def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
     rows, lengths = padded(who, model, tokens)
+    sees_all(who, model)
     if not 0 <= prefix < lengths.min():
         raise ValueError(f"{who}: each row must have more than the {prefix=} tokens, got {lengths.tolist()}")
     return rows, lengths
@@ -183,7 +184,7 @@ def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float
         weights = jax.nn.logsumexp(weights, axis=2) - np.log(weights.shape[2])
         if epsilon:
             weights = jnp.logaddexp(weights, np.float32(np.log(epsilon)))
-        return weights + jnp.log(jnp.linalg.norm(v, axis=-1).swapaxes(1, 2))
+        return weights + jnp.log(jnp.maximum(jnp.linalg.norm(v, axis=-1), 1e-30)).swapaxes(1, 2)
 
     model(tokens, lengths=lengths, logits="last", tap=tap)
     return jnp.stack(found)

@@ -105,8 +105,8 @@ def generate(
     stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
     cache: what every prompt continues: one request (shared) or one a prompt. It is read, never changed.
     kv_bits: 2, 4 or 8 keeps keys and values in codes of so many bits (lossy); a given cache has its own.
-    hold: keeps the cache within a budget however long the text becomes (lossy; `cache/gates.py`). A cache
-      given with it must be an evicted one to which nothing was added.
+    hold: keeps the cache within a budget while the text grows, up to the model's context (lossy;
+      `cache/gates.py`). A cache given with it must be an evicted one to which nothing was added.
     logprobs: also give each token's log-probability.
 
     Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
@@ -304,12 +304,12 @@ class _Run:
             self.state = _decode(self.model, self.request, self.state, self.state.step + steps)
             return
         while steps > 0 and not self.ended():
-            some = min(steps, self.room)
-            state = _decode(self.model, self.request, self.state, self.state.step + some)
-            steps, self.room = steps - some, self.room - some
             if self.room == 0:
-                state = dataclasses.replace(state, cache=self._settled(state.cache, state.scores))
-            self.state = state
+                tail = self._settled(self.state.cache, self.state.scores)
+                self.state = dataclasses.replace(self.state, cache=tail)
+            some = min(steps, self.room)
+            self.state = _decode(self.model, self.request, self.state, self.state.step + some)
+            steps, self.room = steps - some, self.room - some
 
     def ended(self) -> bool:
         """Whether no request can go on."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import jaxllm as jl
 from jaxllm import cache as kv
 from jaxllm.cache.gates import FastGate, Gate, ZapGate, save_gates
-from jaxllm.cache.kvzip import Replay
+from jaxllm.cache.kvzip import LEAST, Replay
 from jaxllm.cache.prepare import padded
 from jaxllm.training import corpus
 from jaxllm.training.exercises import Words, lookup
@@ -96,7 +96,7 @@ def train_gates(
             [text[prefix:] for text in some],
             replay=replay,
             prefix=prefix,
-            chunk=max(map(len, some)),
+            chunk=max(LEAST, *map(len, some)),
             output_aware=form != "fast",
         )
         scores.append(np.pad(got, [(0, 0)] * 3 + [(prefix, rows.shape[1] - prefix - got.shape[-1])]))

@@ -38,6 +38,8 @@ def test_heads_learnt_from_one_text_keep_all_or_nothing_of_another(model, tmp_pa
             for h in range(2):
                 whole = 2 * i + h in best
                 np.testing.assert_array_equal(layer[b][h], np.arange(n if whole else 2))
+    fewer = kv.evict(small, kv.spread(heads, small), ratio=0.25, budget="head", prefix=2)
+    assert [len(h) for layer in kv.paged.kept_positions(fewer) for h in layer[0]].count(40) == 1
 
 
 def test_other_models_damage_and_wrong_shapes_are_one_line(model, tmp_path):

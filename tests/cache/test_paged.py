@@ -119,9 +119,9 @@ def test_each_head_keeps_its_rows_at_their_positions_and_nothing_else_is_held(fi
     context = small.context
     pages = context.head.shape[0]
     page = 2 * 4 * CONFIG.head_dim * 4  # keys and values of 4 rows, float32
-    tail = sum(x.size * 4 for rows in (small.tail.keys, small.tail.values) for x in rows)
-    small_things = sum(x.size * 4 for x in jax.tree.leaves((context, small.tail))) - pages * page - tail
-    assert kv.num_bytes(small) == pages * page + tail + small_things
+    tail = 2 * (2 * 6 * 8 + 6 * 24) * CONFIG.head_dim * 4 + 2 * 3 * 4  # 8 rows, a window with slack; lengths
+    table = pages * (2 * 4 + 2) * 4 + 2 * 7 * 4 + (3 + 1 + 3) * 4  # positions, scores, head, filled; the rest
+    assert kv.num_bytes(small) == pages * page + tail + table
     used = sum(-(-len(rows) // 4) for layer in found for b in layer for rows in b)
     assert used == int(context.first[-1, -1]) <= pages <= keep.sum() * 17 / 16 / 4 + 2 * 3 * 2
 
@@ -137,10 +137,11 @@ def same(one, two):
     """Whether two caches keep the same rows, bit for bit."""
     for a, b in zip(paged.kept_positions(one), paged.kept_positions(two), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
-    pools = [(c.context.first, c.context.keys, c.context.values, c.context.scores) for c in (one, two)]
+    pools = [(c.context.keys, c.context.values, c.context.scores) for c in (one, two)]
     real = [np.arange(4) < np.asarray(c.context.filled)[:, None] for c in (one, two)]
+    np.testing.assert_array_equal(one.context.first, two.context.first)
     used = int(one.context.first[-1, -1])
-    for x, y in zip(jax.tree.leaves(pools[0][1:]), jax.tree.leaves(pools[1][1:]), strict=True):
+    for x, y in zip(*map(jax.tree.leaves, pools), strict=True):
         np.testing.assert_array_equal(
             np.asarray(x)[:used][real[0][:used]], np.asarray(y)[:used][real[1][:used]]
         )
@@ -157,25 +158,67 @@ def test_evicted_twice_is_evicted_once_by_the_smaller_ratio(filled, budget, bits
     same(evict(half, scores, ratio=0.25, **options), once)
     with pytest.raises(ValueError, match="a second budget must not want what the first has evicted, got"):
         evict(once, ratio=0.5, budget=budget)
-    with pytest.raises(ValueError, match="of the context behind prefix=0 that was evicted before"):
-        evict(half, scores, ratio=0.25)
+    with pytest.raises(
+        ValueError, match="of the context behind prefix=2 that was evicted before, got .* prefix=1"
+    ):
+        evict(once, scores, ratio=0.1, prefix=1)
+    if budget != "uniform":
+        with pytest.raises(ValueError, match="a second budget must not want what the first has evicted"):
+            evict(once, ratio=0.5, budget=budget, official=True)
 
 
 def test_a_second_eviction_leaves_what_was_asked_since(model, filled):
-    small = evict(filled(), drawn(), ratio=0.5, page=4)
+    cache = filled()
+    small = evict(cache, drawn(), ratio=0.5, page=4)
     forward = jax.jit(lambda cache, tokens: model(tokens, cache))
     turn, then = jnp.asarray([[5, 6], [7, 8], [9, 10]]), jnp.asarray([[11], [12], [13]])
     _, asked = forward(small, turn)
-    got, _ = forward(evict(asked, ratio=0.2, page=4), then)
-    want = evict(filled(), drawn(), ratio=0.2, page=4)
+    again = evict(asked, ratio=0.2, page=4)
     keep = chosen(drawn(), 0.2)
-    for layer, rows in enumerate(paged.kept_positions(want)):
-        assert all(
-            (rows[b][h] == np.flatnonzero(keep[layer, b, h])).all() for b in range(3) for h in range(2)
-        )
-    # the turn was read with more of the context in sight, so its rows are those of the larger cache
-    np.testing.assert_array_equal(evict(asked, ratio=0.2).tail.keys[0], asked.tail.keys[0])
-    assert got.shape == (3, 1, CONFIG.vocab)
+    np.testing.assert_array_equal(chosen_rows(again)[..., :T], keep)
+    # the turn was read with more of the context in sight, and its rows stay so
+    ones = jnp.ones(3, jnp.int32)
+    _, whole = masked(model, cache, chosen(drawn(), 0.5), turn, 2 * ones)
+    want, _ = masked(model, whole, keep, then, ones)
+    np.testing.assert_allclose(forward(again, then)[0], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("B, K, T", [(6, 16, 1), (1, 12, 100)])
+def test_many_heads_of_which_most_have_nothing_are_read_as_they_are(B, K, T):
+    rng, rows, D = np.random.default_rng(0), 40, 8
+    cache = kv.dense.make(B, windows=(None,), kv_heads=K, head_dim=D, rows=rows, slack=0, dtype=jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(B, rows, K, D)), jnp.float32) for _ in range(2))
+    n = jnp.full(B, rows, jnp.int32)
+    cache = kv.advance(kv.append(cache, 0, k, v, n), n)
+    keep = rng.random((1, B, K, rows)) < 0.3
+    keep.reshape(B * K, rows)[3 : B * K - 9] = False  # nearly all heads
+    keep.reshape(B * K, rows)[B * K // 2] = True
+    small = evict(cache, jnp.asarray(keep, jnp.float32), threshold=0.5, rows=T, page=2)
+    assert small.context.first.shape[1] - 1 > max(8, min(64, 1024 // T))  # heads than pages at a time
+    q, new, more = (jnp.asarray(rng.normal(size=(B, T, K, D)), jnp.float32) for _ in range(3))
+    one = jnp.full(B, T, jnp.int32)
+    small = kv.append(small, 0, new, more, one)
+    positions = jnp.broadcast_to(rows + jnp.arange(T, dtype=jnp.int32), (B, T))
+    got = np.asarray(kv.attend(q, small, 0, positions, one, scale=0.5))
+    for b in range(B):
+        for h in range(K):
+            kept = np.flatnonzero(keep[0, b, h])
+            keys = np.concatenate([np.asarray(k)[b, kept, h], np.asarray(new)[b, :, h]])
+            values = np.concatenate([np.asarray(v)[b, kept, h], np.asarray(more)[b, :, h]])
+            scores = np.asarray(q)[b, :, h] @ keys.T * 0.5
+            scores[:, len(kept) :][~np.tri(T, dtype=bool)] = -np.inf
+            e = np.exp(scores - scores.max(-1, keepdims=True))
+            np.testing.assert_allclose(got[b, :, h], e @ values / e.sum(-1, keepdims=True), atol=1e-5)
+
+
+def test_a_request_that_reads_nothing_spoils_no_other(model, filled):
+    scores = drawn().at[0, 1, 1].set(-1.0)  # a head of request 1 keeps nothing
+    small = evict(filled(), scores, ratio=0.3, page=4)
+    token = jnp.asarray([[5], [6], [7]])
+    forward = jax.jit(lambda lengths: model(token, small, lengths=lengths)[0])
+    some, every = (np.asarray(forward(jnp.asarray(n, jnp.int32))) for n in ([1, 0, 1], [1, 1, 1]))
+    np.testing.assert_array_equal(some[[0, 2]], every[[0, 2]])
+    assert np.isfinite(some).all()
 
 
 def test_a_threshold_keeps_what_reaches_it(filled):
@@ -227,6 +270,13 @@ def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(mod
         kv.hold(cache, scores, tokens=3, recent=2, sinks=1)
     with pytest.raises(ValueError, match=r"hold: scores must be \[L, B, K, R\] of"):
         kv.hold(cache, scores[..., :20], tokens=12)
+    with pytest.raises(ValueError, match="hold: scores must be finite"):
+        kv.hold(cache, scores.at[0, 0, 0, 3].set(jnp.inf), tokens=12)
+    protected = evict(cache, scores[..., 20:], ratio=0.5, prefix=20)
+    with pytest.raises(
+        ValueError, match="tokens must be at least the 2[0-9] a head that always stay, got tokens=12"
+    ):
+        kv.hold(protected, jnp.zeros((2, 3, 2, 0)), tokens=12)
 
 
 def chosen_rows(small):
@@ -353,6 +403,8 @@ def test_prefix_and_what_follows_the_context_always_stay(filled):
         ({"ratio": 1.5}, "at most 1, got 1.5"),
         ({}, "exactly one of ratio, tokens and threshold"),
         ({"threshold": 0.5, "budget": "head"}, "a threshold is all of a budget"),
+        ({"threshold": float("-inf")}, "a threshold must be a finite number, got -inf"),
+        ({"ratio": 0.5, "page": 0}, "rows and page must be at least 1, got rows=64, page=0"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"ratio": 0.5, "prefix": 30}, r"within the \[40, 29, 33\] tokens held, got prefix=30, T=40"),
         ({"ratio": 0.5, "safeguard": 2.0}, "safeguard must be 0 to 1"),

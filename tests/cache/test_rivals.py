@@ -150,5 +150,9 @@ def test_wrong_rows_and_models_are_one_line(model):
         tova_scores(model, [[1] * 70])
     with pytest.raises(ValueError, match="kernel odd, got window=32, kernel=4"):
         snapkv_scores(model, ROWS, kernel=4)
+    windows = Decoder(dataclasses.replace(CONFIG, windows=(8, 8, 8)), rngs=nnx.Rngs(0))
+    for score in (h2o_scores, expected_scores, random_scores):
+        with pytest.raises(ValueError, match="a layer must see all of the text, got a model of windows only"):
+            score(windows, ROWS)
     with pytest.raises(ValueError, match="random: the model must be a decoder alone"):
         random_scores(t5.T5(t5.TINY, rngs=nnx.Rngs(0)), ROWS)

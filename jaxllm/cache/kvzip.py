@@ -120,7 +120,7 @@ def kvzip_scores(
     for at in range(0, T, chunk):
         m = min(chunk, fit(T - at))
         size = np.clip(sizes - at, 0, m)
-        fed = np.zeros((B, room), np.int32)
+        fed = np.zeros((B, min(room, asked + m)), np.int32)
         lengths = np.zeros(B, np.int32)
         for b, row in enumerate(tokens):
             if not size[b]:

@@ -21,7 +21,6 @@ the begin token always does. Bytes are those of all arrays held. Times are media
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
 import statistics
 import sys
@@ -55,39 +54,36 @@ LLAMA = Config(
 )
 
 
-Scorer = Callable[[Any, list[int], int], jax.Array]
+Scorer = Callable[[Any, list[int], list[int], int], jax.Array]  # cache, context, a first question, seed
 
 
-def scorers(model, tokenizer, asked: list[int]) -> dict[str, tuple[Scorer, dict[str, Any]]]:
+def scorers(model, tokenizer) -> dict[str, tuple[Scorer, dict[str, Any]]]:
     """Scores of a cache that holds <bos> and the context `row`, and how its budget is spent."""
     replay = kv.Replay.of(tokenizer)
     whole = lambda row: [[tokenizer.bos_token_id, *row]]  # noqa: E731
 
-    def with_question(cache, row, seed):
+    def with_question(cache, row, asked, seed):
         rows = [[tokenizer.bos_token_id, *row, *asked]]
         return kv.snapkv_scores(model, rows, prefix=1, window=8)[..., : len(row)]
 
     def by_gate(form):
         gates = kv.pico_gates(form)
-        return lambda cache, row, seed: kv.prefill_scored(model, whole(row), gates, prefix=1)[1]
-
-    @functools.cache
-    def heads():
-        """From one context that no part measures: a list behind random tokens."""
-        words, rng = Words.of(tokenizer), np.random.default_rng([0, 99])
-        row = [*rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
-        cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=len(row) + 1)
-        return kv.head_scores(zip_(cache, [row]))
+        return lambda cache, row, asked, seed: kv.prefill_scored(model, whole(row), gates, prefix=1)[1]
 
     zip_ = partial(kv.kvzip_scores, model, replay=replay, prefix=1, chunk=256)
-    rival = lambda score, **more: lambda cache, row, seed: score(model, whole(row), prefix=1, **more)  # noqa: E731
+    # heads are learnt from one context that no part measures: a list behind random tokens
+    words, rng = Words.of(tokenizer), np.random.default_rng([0, 99])
+    sample = [*rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
+    cache = filled(model, jnp.asarray([[words.bos, *sample]]), rows=len(sample) + 1)
+    heads = kv.head_scores(zip_(cache, [sample]))
+    rival = lambda score, **more: lambda cache, row, asked, seed: score(model, whole(row), prefix=1, **more)  # noqa: E731
     return {
-        "kvzip": (lambda cache, row, seed: zip_(cache, [row]), {}),
-        "kvzip+": (lambda cache, row, seed: zip_(cache, [row], output_aware=True), {}),
+        "kvzip": (lambda cache, row, asked, seed: zip_(cache, [row]), {}),
+        "kvzip+": (lambda cache, row, asked, seed: zip_(cache, [row], output_aware=True), {}),
         "fast kvzip": (by_gate("fast"), {}),
         "kvzap": (by_gate("zap"), {}),
         "kvzip, heads": (
-            lambda cache, row, seed: kv.spread(heads(), cache, prefix=1),
+            lambda cache, row, asked, seed: kv.spread(heads, cache, prefix=1),
             {"budget": "head"},
         ),
         "h2o": (rival(kv.h2o_scores), {}),
@@ -96,7 +92,10 @@ def scorers(model, tokenizer, asked: list[int]) -> dict[str, tuple[Scorer, dict[
         "tova": (rival(kv.tova_scores), {}),
         "expected": (rival(kv.expected_scores), {}),
         "streaming": (rival(kv.streaming_scores), {}),
-        "random": (lambda c, row, seed: kv.random_scores(model, whole(row), prefix=1, seed=seed), {}),
+        "random": (
+            lambda cache, row, asked, seed: kv.random_scores(model, whole(row), prefix=1, seed=seed),
+            {},
+        ),
     }
 
 
@@ -123,14 +122,14 @@ def listed(rng: np.random.Generator, words: Words, pairs: int) -> tuple[list[int
 
 
 def part_recall(model, tokenizer, args) -> list[dict[str, Any]]:
-    words, found = Words.of(tokenizer), []
+    words, methods, found = Words.of(tokenizer), scorers(model, tokenizer), []
     cases = [(size, seed, case) for size in args.sizes for seed in args.seeds for case in range(args.cases)]
     for size, seed, case in tqdm(cases, "recall", file=sys.stderr):
         row, lines = listed(np.random.default_rng([seed, case, size]), words, size // LINE)
         prompts, answers = ([line[i] for line in lines] for i in (slice(0, 2), slice(2, None)))
         cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=len(row) + 1)
-        for name, (score, options) in scorers(model, tokenizer, prompts[0]).items():
-            scores = score(cache, row, seed)
+        for name, (score, options) in methods.items():
+            scores = score(cache, row, prompts[0], seed)
             for ratio in args.ratios:
                 small = compressed(cache, scores, ratio, options)
                 outs = jl.generate(
@@ -145,7 +144,7 @@ def part_recall(model, tokenizer, args) -> list[dict[str, Any]]:
 
 
 def part_repeat(model, tokenizer, args) -> list[dict[str, Any]]:
-    words, found = Words.of(tokenizer), []
+    words, methods, found = Words.of(tokenizer), scorers(model, tokenizer), []
     cases = [(size, seed, case) for size in args.sizes for seed in args.seeds for case in range(args.cases)]
     for size, seed, case in tqdm(cases, "repeat", file=sys.stderr):
         rng = np.random.default_rng([seed, case, size, 1])
@@ -158,8 +157,8 @@ def part_repeat(model, tokenizer, args) -> list[dict[str, Any]]:
             prompts = [[*ask, *row[at : at + SEED_IDS], words.newline] for at in places]
             answers = [row[at + SEED_IDS : at + SEED_IDS + PART] for at in places]
         cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=size + 1)
-        for name, (score, options) in scorers(model, tokenizer, prompts[0]).items():
-            scores = score(cache, row, seed)
+        for name, (score, options) in methods.items():
+            scores = score(cache, row, prompts[0], seed)
             for ratio in args.ratios:
                 small = compressed(cache, scores, ratio, options)
                 outs = jl.generate(
@@ -195,7 +194,7 @@ def part_text(model, tokenizer, args) -> list[dict[str, Any]]:
     ids = tokenizer.encode(args.text.read_text("utf-8"), add_special_tokens=False)
     if len(ids) < CONTEXT + AFTER:
         raise SystemExit(f"kv_eviction.py: --text must have {CONTEXT + AFTER} tokens, got {len(ids)}")
-    found = []
+    methods, found = scorers(model, tokenizer), []
     for seed in tqdm(args.seeds, "text", file=sys.stderr):
         for case in range(args.cases):
             at = int(np.random.default_rng([seed, case, 2]).integers(0, len(ids) - CONTEXT - AFTER + 1))
@@ -204,8 +203,8 @@ def part_text(model, tokenizer, args) -> list[dict[str, Any]]:
             cache = kv.grow(cache, CONTEXT + 1 + AFTER)
             tokens = jnp.asarray([after])
             given = log_probs(model, cache, tokens)
-            for name, (score, options) in scorers(model, tokenizer, after[:8]).items():
-                scores = score(cache, row, seed)
+            for name, (score, options) in methods.items():
+                scores = score(cache, row, after[:8], seed)
                 for ratio in args.ratios:
                     small = compressed(cache, scores, ratio, options)
                     got = log_probs(model, kv.grow(small, AFTER) if ratio < 1 else small, tokens)
@@ -420,6 +419,9 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+MARKS, COLORS = "osv^Dx+*<>Ph", [*(f"C{i}" for i in range(10)), "black", "gold"]
+
+
 def draw(run: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -436,7 +438,8 @@ def draw(run: dict[str, Any], path: Path) -> None:
         ratios = sorted({r["ratio"] for r in results})
         for i, name in enumerate(dict.fromkeys(r["method"] for r in results)):
             at = [[r["value"] for r in results if (r["method"], r["ratio"]) == (name, x)] for x in ratios]
-            axes.plot(ratios, [np.mean(x) for x in at], marker="osv^Dx+*<>Ph"[i], markersize=4, label=name)
+            means = [(1 if what in ("text", "held") else 100) * np.mean(x) for x in at]
+            axes.plot(ratios, means, color=COLORS[i], marker=MARKS[i], markersize=4, label=name)
         what_stays = "tokens held" if what == "held" else "part of the pairs that stay"
         axes.set(xlabel=f"{what_stays}; {size} tokens", title=TITLES[what])
         axes.title.set_fontsize(9)

@@ -39,9 +39,8 @@ def prefill(
     codes, 2, 4 or 8. chunk: tokens that are read at once.
     """
     rows, lengths = _filled_up("prefill", model, tokens)
-    return _read(
-        model, model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits), rows, lengths, chunk
-    )[0]
+    cache = model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits)
+    return _read(model, cache, rows, lengths, chunk)[0]
 
 
 def prefill_scored(
@@ -91,15 +90,17 @@ def _filled_up(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.nda
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % STEP))), lengths
 
 
-def _read(model, cache, rows: np.ndarray, lengths: np.ndarray, chunk: int, gates: Gate | None = None):
+def _read(
+    model, cache: DenseCache, rows: np.ndarray, lengths: np.ndarray, chunk: int, gates: Gate | None = None
+):
     """The cache with the rows read, some tokens at a time, and the scores [L, B, K, _] of each time."""
+    if chunk < 1:
+        raise ValueError(f"prefill: chunk must be at least 1 token, got {chunk=}")
     at, found = 0, []
     while at < rows.shape[1]:
-        context, tail = kv.split(cache)
         part = rows[:, at : at + min(chunk, kv.room(cache))]
         sizes = np.clip(lengths - at, 0, part.shape[1])
-        _, tail, scores = read(model, gates, None, context, part, tail, sizes)
-        cache = kv.join(context, tail)
+        _, cache, scores = read(model, gates, None, None, part, cache, sizes)
         found.append(scores)
         at += part.shape[1]
     return cache, found

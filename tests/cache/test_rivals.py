@@ -28,25 +28,32 @@ def model():
     return Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
+def shown(model, row):
+    """What taps see of a row, filled up to 32 tokens: later ones change nothing before."""
+    return {
+        name: np.asarray(x, np.float64) for name, x in one_pass(model, row + [0] * (32 - len(row))).items()
+    }
+
+
+@jax.jit
+def one_pass(model, row):
+    seen = {}
+
+    def tap(name, x):
+        seen[name] = x[0]
+        return x
+
+    model(jnp.asarray([row]), tap=tap)
+    return seen
+
+
 @pytest.fixture(scope="module")
 def weights(model):
     """Attention [2 layers, K, G, T, T] of each row, from one pass."""
 
-    @jax.jit
-    def one_pass(tokens):
-        seen = {}
-
-        def tap(name, x):
-            seen[name] = x[0]
-            return x
-
-        model(tokens, tap=tap)
-        return seen
-
     found = []
     for row in ROWS:
-        filled = jnp.asarray([row + [0] * (32 - len(row))])  # later tokens change nothing before
-        seen = {name: np.asarray(x[: len(row)], np.float64) for name, x in one_pass(filled).items()}
+        seen = {name: x[: len(row)] for name, x in shown(model, row).items()}
         layers = []
         for layer in (0, 2):
             q, k = (seen[f"layers.{layer}.attention.{what}"] for what in ("queries", "keys"))
@@ -97,14 +104,8 @@ def test_expected_attention_weighs_keys_by_a_normal_query_turned_to_later_positi
     got = np.asarray(expected_scores(model, ROWS, future=7, sinks=2, epsilon=epsilon, prefix=1))
     scale = features.get("attention_scale", config.head_dim**-0.5)
     for b, row in enumerate(ROWS):
-        n, seen = len(row), {}
-
-        def tap(name, x, seen=seen):
-            seen[name] = np.asarray(x[0], np.float64)
-            return x
-
-        with jax.disable_jit():
-            model(jnp.asarray([row]), tap=tap)
+        n = len(row)
+        seen = {name: x[:n] for name, x in shown(model, row).items()}
         for i, layer in enumerate((0, 2)):
             k, v = (seen[f"layers.{layer}.attention.{what}"] for what in ("keys", "values"))
             q = seen[

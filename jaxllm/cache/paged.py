@@ -358,21 +358,26 @@ def pack(
 @functools.partial(jax.jit, donate_argnames="pool")
 def _fill(pool: Rows, old: Rows | None, written: Rows, source, head, start, end) -> Rows:
     """The pool with pages `start` to `end` taken from one layer: of another pool, or of rows [J, R, D]."""
+    P = source.shape[0]
+    W = min(P, 64)  # pages at a time
 
     def body(carry):
         i, pool = carry
-        at = source[i]
+        first = jnp.minimum(i, P - W)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, W)  # noqa: E731
+        pages, at = first + jnp.arange(W), cut(source)  # [W], [W, C]
+        mine = ((pages >= i) & (pages < end))[:, None, None]
 
         def one(x, was, y):
-            new = y[head[i], jnp.maximum(-1 - at, 0)]
+            new = y[cut(head)[:, None], jnp.maximum(-1 - at, 0)]
             if was is not None:
                 kept = was.reshape(-1, was.shape[-1])[jnp.maximum(at, 0)]
-                new = jnp.where((at >= 0)[:, None], kept, new)
-            return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+                new = jnp.where((at >= 0)[..., None], kept, new)
+            return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(mine, new, cut(x)), first, 0)
 
         if old is None:
-            return i + 1, jax.tree.map(lambda x, y: one(x, None, y), pool, written)
-        return i + 1, jax.tree.map(one, pool, old, written)
+            return i + W, jax.tree.map(lambda x, y: one(x, None, y), pool, written)
+        return i + W, jax.tree.map(one, pool, old, written)
 
     return jax.lax.while_loop(lambda carry: carry[0] < end, body, (start, pool))[1]
 

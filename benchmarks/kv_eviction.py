@@ -6,7 +6,7 @@
     recall    lists of key=value lines of some 256, 512, 640 tokens; every key is asked on one compressed
               cache; value right as a whole. (pico was trained on lists of at most 64 lines.)
     repeat    uniform random tokens; the model repeats 256 whole, of 512 and 640 four named parts of 64
-    text      256 tokens of text, and the divergence (nats a token) from the full cache over the next 128
+    text      256 tokens of text; over the next 128, perplexity and divergence (nats) from the full cache
     held      640 tokens of text written to a cache that never holds more than some tokens: divergence from
               the full cache over the last 384, next-token predictions
     speed     decoding with the full cache and with part of it: attention of one layer alone, and whole steps
@@ -209,7 +209,9 @@ def part_text(model, tokenizer, args) -> list[dict[str, Any]]:
                     small = compressed(cache, scores, ratio, options)
                     got = log_probs(model, kv.grow(small, AFTER) if ratio < 1 else small, tokens)
                     kl = float(jnp.sum(jnp.exp(given) * (given - got), axis=-1).mean())
-                    found.append({"method": name, "ratio": ratio, "seed": seed, "size": CONTEXT, "value": kl})
+                    nll = -float(jnp.take_along_axis(got[0, :-1], tokens[0, 1:, None], axis=1).mean())
+                    result = {"method": name, "ratio": ratio, "seed": seed, "size": CONTEXT}
+                    found.append(result | {"value": kl, "nll": nll})
     return found
 
 
@@ -404,6 +406,12 @@ def markdown(run: dict[str, Any]) -> str:
                 rows.append((name, *cells))
             head = ("method", *(f"{r:g}" for r in ratios))
             lines += [f"## {title}; contexts of {size} tokens", "", *table(head, rows)]
+            if what == "text":
+                mean = lambda name, r: np.mean(
+                    [x["nll"] for x in results if (x["method"], x["ratio"]) == (name, r)]
+                )  # noqa: E731,B023,E501
+                rows = [(row[0], *(f"{np.exp(mean(row[0], r)):.3f}" for r in ratios)) for row in rows]
+                lines += ["", "## Perplexity of the same continuations", "", *table(head, rows)]
     if "speed" in run:
         body = [
             (f"{r['batch']}", r["what"], f"{r['full']:.2f}", f"{r['evicted']:.2f}", f"{r['faster']:.2f}")

@@ -407,10 +407,10 @@ def markdown(run: dict[str, Any]) -> str:
             head = ("method", *(f"{r:g}" for r in ratios))
             lines += [f"## {title}; contexts of {size} tokens", "", *table(head, rows)]
             if what == "text":
-                mean = lambda name, r: np.mean(
-                    [x["nll"] for x in results if (x["method"], x["ratio"]) == (name, r)]
-                )  # noqa: E731,B023,E501
-                rows = [(row[0], *(f"{np.exp(mean(row[0], r)):.3f}" for r in ratios)) for row in rows]
+                nll: dict[Any, list[float]] = {}
+                for r in results:
+                    nll.setdefault((r["method"], r["ratio"]), []).append(r["nll"])
+                rows = [(row[0], *(f"{np.exp(np.mean(nll[row[0], r])):.3f}" for r in ratios)) for row in rows]
                 lines += ["", "## Perplexity of the same continuations", "", *table(head, rows)]
     if "speed" in run:
         body = [

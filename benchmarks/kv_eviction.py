@@ -43,7 +43,7 @@ from tqdm import tqdm
 import jaxllm as jl
 from jaxllm import cache as kv
 from jaxllm.models.decoder import Config, Decoder
-from jaxllm.training.exercises import REPEAT_ALL, REPEAT_PART, SEED_IDS, Words, lookup
+from jaxllm.training.exercises import REPEAT_ALL, REPEAT_PART, SEED_IDS, Words, list_end, lookup
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 SIZES, LINE, PART = (256, 512, 640), 5, 64  # contexts; tokens of a line of a list, of a named part
@@ -112,7 +112,7 @@ def compressed(cache, scores, ratio: float, options: dict[str, Any]):
 def listed(rng: np.random.Generator, words: Words, pairs: int) -> tuple[list[int], list[list[int]]]:
     """A list of key=value lines, and the lines in another order."""
     one = lookup(rng, words, pairs, value_tokens=2).tokens.tolist()  # one length, few compilations
-    gap = next(i for i in range(len(one)) if one[i : i + 2] == [words.newline] * 2) + 2
+    gap = list_end(one, words)
     lines: list[list[int]] = [[]]
     for token in one[gap:-1]:
         lines[-1].append(token)
@@ -304,6 +304,13 @@ def part_cost(pico, tokenizer, args) -> list[dict[str, Any]]:
             timed("question, opened", lambda again=again: ask(again))
             fresh = timed("prefill again", lambda: kv.prefill(model, [row]))
             timed("question, full", lambda fresh=fresh: ask(fresh))
+    prompts, hold = [[tokenizer.bos_token_id]] * 4, kv.Hold(gates=kv.pico_gates(), tokens=256)
+    write = lambda **more: jl.generate(  # noqa: E731
+        pico, None, prompts, max_new_tokens=900, stop_tokens=[], **more
+    )
+    for _ in range(1 + args.rounds):
+        timed("900 tokens by pico", write)
+        timed("900 tokens by pico, 256 held", lambda: write(hold=hold))
     held = [len(h) for layer in kv.paged.kept_positions(again) for b in layer for h in b]
     pages = sum(-(-n // again.context.keys.shape[1]) for n in held) * again.context.keys.shape[1]
     found += [{"what": name, "seconds": statistics.median(t[1:])} for name, t in times.items()]

@@ -116,7 +116,7 @@ def conversations(model, words: Words, count: int, pairs: int, bar: tqdm, batch:
     for case in range(count):
         one = exercises.lookup(generator(6, case), words, pairs, questions=QUESTIONS)
         tokens = one.tokens.tolist()
-        gap = next(i for i in range(len(tokens)) if tokens[i : i + 2] == [words.newline] * 2) + 2
+        gap = exercises.list_end(one.tokens, words)
         lines: list[list[int]] = [[]]
         for token in tokens[gap:-1]:
             lines[-1].append(token)

@@ -180,7 +180,7 @@ def eviction(shown: Shown) -> Section:
     model, tokenizer = shown.model, shown.tokenizer
     words = exercises.Words.of(tokenizer, bos=tokenizer.bos_token, eos=tokenizer.eos_token)
     one = exercises.lookup(np.random.default_rng(1), words, 32, value_tokens=1).tokens
-    gap = int(np.flatnonzero((one[1:] == words.newline) & (one[:-1] == words.newline))[0]) + 2
+    gap = exercises.list_end(one, words)
     rows, lines = [one[:gap].tolist()], one[gap:-1].reshape(-1, 4)  # key = value newline
     cache = jl.cache.prefill(model, rows)
     context = [rows[0][1:]]

@@ -207,6 +207,12 @@ def lookup(
     return Exercise(tokens, weights, len(tokens) - 1 - len(answer), answer)
 
 
+def list_end(tokens: np.ndarray, words: Words) -> int:
+    """Where the list of a lookup ends, its empty line included, and the questions begin."""
+    newline = np.asarray(tokens) == words.newline
+    return int(np.flatnonzero(newline[1:] & newline[:-1])[0]) + 2
+
+
 def sums(rng: np.random.Generator, words: Words, count: int, *, below: int = 100) -> Exercise:
     """`count` lines such as "12+7=19", both numbers below `below` (at most 100)."""
     if count < 1 or not 1 <= below <= 100:

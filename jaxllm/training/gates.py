@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 import jaxllm as jl
 from jaxllm import cache as kv
+from jaxllm.cache.dense import windows_of
 from jaxllm.cache.gates import FastGate, Gate, ZapGate, save_gates
 from jaxllm.cache.kvzip import LEAST, Replay
 from jaxllm.cache.prepare import padded
 from jaxllm.training import corpus
-from jaxllm.training.exercises import Words, lookup
+from jaxllm.training.exercises import Words, list_end, lookup
 from jaxllm.training.trainer import Trained, train
 
 Form = Literal["fast", "zap", "zap-linear"]
@@ -36,7 +37,7 @@ AT_ONCE = 8  # texts that are scored together
 def new_gates(model, form: Form, *, hidden: int = 512, seed: int = 0) -> Gate:
     """Gates that have learnt nothing. hidden: width of KVzap's MLP."""
     c = model.config
-    windows = jax.eval_shape(lambda: model.make_cache(1, 1)).windows
+    windows = windows_of(model)
     L, D, K, G = sum(w is None for w in windows), c.width, c.kv_heads, c.heads // c.kv_heads
     keys = iter(jax.random.split(jax.random.key(seed), 4))
     draw = lambda *shape, fan=D: jax.random.normal(next(keys), shape) * fan**-0.5  # noqa: E731
@@ -143,7 +144,7 @@ def pico_texts(
             row = stream[at : at + length]
         elif i % 4 == 2:
             row = lookup(rng, words, min(length // 5, 64)).tokens[1:]  # the list, without the questions
-            row = row[: int(np.flatnonzero((row[1:] == words.newline) & (row[:-1] == words.newline))[0]) + 2]
+            row = row[: list_end(row, words)]
         else:
             row = rng.choice(words.ordinary, length)
         rows.append([words.bos, *(int(token) for token in row)])

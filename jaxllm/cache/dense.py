@@ -132,11 +132,6 @@ def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
     return dataclasses.replace(cache, lengths=cache.lengths + lengths, empty=False)
 
 
-def windows_of(model) -> tuple[int | None, ...]:
-    """How far back each layer of a model sees; None: all of the text."""
-    return jax.eval_shape(lambda: model.make_cache(1, 1)).windows
-
-
 def first_position(cache: DenseCache, layer: int) -> jax.Array | int:
     """Where the rows of a layer begin [B]."""
     return 0 if cache.base is None or cache.windows[layer] is not None else cache.base

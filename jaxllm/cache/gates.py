@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.atomic import new_directory
 from jaxllm.attention import FLOAT32
-from jaxllm.cache.dense import DenseCache, windows_of
+from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.evict import hold
 from jaxllm.cache.paged import PagedCache
 from jaxllm.pytree import pytree
@@ -61,7 +61,7 @@ class Gate:
 
     def layers(self, model) -> dict[int, int]:
         """Which gate each layer without a window has. Raises ValueError for a model of other sizes."""
-        windows = windows_of(model)
+        windows = model.windows
         order = {i: n for n, i in enumerate(i for i, window in enumerate(windows) if window is None)}
         want = (len(order), model.config.width, model.config.kv_heads)
         if self.sizes() != want:

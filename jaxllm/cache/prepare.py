@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxllm import cache as kv
 from jaxllm.atomic import new_directory
-from jaxllm.cache.dense import DenseCache, Rows, windows_of
+from jaxllm.cache.dense import DenseCache, Rows
 from jaxllm.cache.gates import Gate, Hold
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.quantized import CodedRows
@@ -126,7 +126,7 @@ def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray
 
 def sees_all(who: str, model) -> None:
     """Raises ValueError unless a layer sees all of the text: from the others nothing is evicted."""
-    if None not in windows_of(model):
+    if None not in model.windows:
         raise ValueError(f"{who}: a layer must see all of the text, got a model of windows only")
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.attention import FLOAT32, HIDDEN, by_head
-from jaxllm.cache.dense import windows_of
 from jaxllm.cache.prepare import padded, sees_all
 from jaxllm.cache.received import received
 from jaxllm.models.rope import rotate
@@ -111,7 +110,7 @@ def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.nd
 
 def _everywhere(model, score: np.ndarray, B: int) -> jax.Array:
     """The same scores for each layer without a window, request and key head."""
-    windows = windows_of(model)
+    windows = model.windows
     shape = (sum(window is None for window in windows), B, model.config.kv_heads, len(score))
     return jnp.broadcast_to(jnp.asarray(score)[None, None, None], shape)
 
@@ -123,7 +122,7 @@ def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max
     step = jnp.arange(T)
     asks = (step[None] < lengths[:, None]) & (step[None] >= lengths[:, None] - last)
     seen = (step[None, :, None] >= step[None, None]) & asks[:, :, None]
-    windows = windows_of(model)
+    windows = model.windows
     taken: dict[str, jax.Array] = {}
     found: list[jax.Array] = []
 
@@ -152,7 +151,7 @@ def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float
     later = lengths[:, None] + jnp.arange(future)[None]
     taken: dict[str, jax.Array] = {}
     found: list[jax.Array] = []
-    windows = windows_of(model)
+    windows = model.windows
 
     def tap(name, x):
         layer, _, what = name.removeprefix("layers.").partition(".")

@@ -218,6 +218,11 @@ class Decoder(nnx.Module):
         """The type of activations: that of the embedding."""
         return self.embedding.table.get_value().dtype
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far back each layer sees; None: all of the text."""
+        return tuple(self.config.window(i) for i in range(self.config.layers))
+
     def make_cache(
         self, batch: int, rows: int, *, slack: int = 0, dtype=None, bits: int | None = None
     ) -> DenseCache:
@@ -228,7 +233,7 @@ class Decoder(nnx.Module):
         """
         return kv.dense.make(
             batch,
-            windows=tuple(self.config.window(i) for i in range(self.config.layers)),
+            windows=self.windows,
             kv_heads=self.config.kv_heads,
             head_dim=self.config.head_dim,
             rows=rows,

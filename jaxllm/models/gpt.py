@@ -249,6 +249,11 @@ class Gpt(nnx.Module):
         """The type of activations: that of the embedding."""
         return self.embedding.table.get_value().dtype
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far back each layer sees; None: all of the text."""
+        return (None,) * self.config.layers
+
     def make_cache(
         self, batch: int, rows: int, *, slack: int = 0, dtype=None, bits: int | None = None
     ) -> DenseCache:
@@ -259,7 +264,7 @@ class Gpt(nnx.Module):
         """
         return kv.dense.make(
             batch,
-            windows=(None,) * self.config.layers,
+            windows=self.windows,
             kv_heads=self.config.heads,
             head_dim=self.config.head_dim,
             rows=rows,

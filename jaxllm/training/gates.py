@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import jaxllm as jl
 from jaxllm import cache as kv
-from jaxllm.cache.dense import windows_of
 from jaxllm.cache.gates import FastGate, Gate, ZapGate, save_gates
 from jaxllm.cache.kvzip import LEAST, Replay
 from jaxllm.cache.prepare import padded
@@ -37,7 +36,7 @@ AT_ONCE = 8  # texts that are scored together
 def new_gates(model, form: Form, *, hidden: int = 512, seed: int = 0) -> Gate:
     """Gates that have learnt nothing. hidden: width of KVzap's MLP."""
     c = model.config
-    windows = windows_of(model)
+    windows = model.windows
     L, D, K, G = sum(w is None for w in windows), c.width, c.kv_heads, c.heads // c.kv_heads
     keys = iter(jax.random.split(jax.random.key(seed), 4))
     draw = lambda *shape, fan=D: jax.random.normal(next(keys), shape) * fan**-0.5  # noqa: E731

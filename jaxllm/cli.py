@@ -215,7 +215,7 @@ def context_cache(
     else:
         cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
         scores = getattr(jl.cache, f"{method}_scores")(model, [ids], prefix=prefix)
-    small = jl.cache.evict(cache, scores, ratio=ratio, prefix=prefix)
+    small = jl.cache.evict(cache, scores, ratio=ratio, prefix=prefix, rows=1)  # `generate` makes the room
     before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
     note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")
     return small

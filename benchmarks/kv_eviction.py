@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +57,7 @@ LLAMA = Config(
 Scorer = Callable[[Any, list[int], list[int], int], jax.Array]  # cache, context, a first question, seed
 
 
-def scorers(model, tokenizer) -> dict[str, tuple[Scorer, dict[str, Any]]]:
+def scorers(model, tokenizer, only: Sequence[str] | None) -> dict[str, tuple[Scorer, dict[str, Any]]]:
     """Scores of a cache that holds <bos> and the context `row`, and how its budget is spent."""
     replay = kv.Replay.of(tokenizer)
     whole = lambda row: [[tokenizer.bos_token_id, *row]]  # noqa: E731
@@ -77,7 +77,7 @@ def scorers(model, tokenizer) -> dict[str, tuple[Scorer, dict[str, Any]]]:
     cache = filled(model, jnp.asarray([[words.bos, *sample]]), rows=len(sample) + 1)
     heads = kv.head_scores(zip_(cache, [sample]))
     rival = lambda score, **more: lambda cache, row, asked, seed: score(model, whole(row), prefix=1, **more)  # noqa: E731
-    return {
+    every: dict[str, tuple[Scorer, dict[str, Any]]] = {
         "kvzip": (lambda cache, row, asked, seed: zip_(cache, [row]), {}),
         "kvzip+": (lambda cache, row, asked, seed: zip_(cache, [row], output_aware=True), {}),
         "fast kvzip": (by_gate("fast"), {}),
@@ -97,6 +97,7 @@ def scorers(model, tokenizer) -> dict[str, tuple[Scorer, dict[str, Any]]]:
             {},
         ),
     }
+    return {name: x for name, x in every.items() if only is None or name in only}
 
 
 @partial(jax.jit, static_argnames="rows")
@@ -122,7 +123,7 @@ def listed(rng: np.random.Generator, words: Words, pairs: int) -> tuple[list[int
 
 
 def part_recall(model, tokenizer, args) -> list[dict[str, Any]]:
-    words, methods, found = Words.of(tokenizer), scorers(model, tokenizer), []
+    words, methods, found = Words.of(tokenizer), scorers(model, tokenizer, args.only), []
     cases = [(size, seed, case) for size in args.sizes for seed in args.seeds for case in range(args.cases)]
     for size, seed, case in tqdm(cases, "recall", file=sys.stderr):
         row, lines = listed(np.random.default_rng([seed, case, size]), words, size // LINE)
@@ -144,7 +145,7 @@ def part_recall(model, tokenizer, args) -> list[dict[str, Any]]:
 
 
 def part_repeat(model, tokenizer, args) -> list[dict[str, Any]]:
-    words, methods, found = Words.of(tokenizer), scorers(model, tokenizer), []
+    words, methods, found = Words.of(tokenizer), scorers(model, tokenizer, args.only), []
     cases = [(size, seed, case) for size in args.sizes for seed in args.seeds for case in range(args.cases)]
     for size, seed, case in tqdm(cases, "repeat", file=sys.stderr):
         rng = np.random.default_rng([seed, case, size, 1])
@@ -194,7 +195,7 @@ def part_text(model, tokenizer, args) -> list[dict[str, Any]]:
     ids = tokenizer.encode(args.text.read_text("utf-8"), add_special_tokens=False)
     if len(ids) < CONTEXT + AFTER:
         raise SystemExit(f"kv_eviction.py: --text must have {CONTEXT + AFTER} tokens, got {len(ids)}")
-    methods, found = scorers(model, tokenizer), []
+    methods, found = scorers(model, tokenizer, args.only), []
     for seed in tqdm(args.seeds, "text", file=sys.stderr):
         for case in range(args.cases):
             at = int(np.random.default_rng([seed, case, 2]).integers(0, len(ids) - CONTEXT - AFTER + 1))
@@ -228,6 +229,7 @@ def part_held(model, tokenizer, args) -> list[dict[str, Any]]:
     size, buffer, found = SIZES[-1], 32, []
     by = {"fast kvzip": kv.pico_gates("fast"), "kvzap": kv.pico_gates("zap")}
     by |= dict.fromkeys(("streaming", "random"), by["fast kvzip"])  # whose scores are not used
+    by = {name: gates for name, gates in by.items() if args.only is None or name in args.only}
     for seed in tqdm(args.seeds, "held", file=sys.stderr):
         for case in range(args.cases):
             rng = np.random.default_rng([seed, case, 3])
@@ -469,6 +471,7 @@ def main() -> None:
     add("--what", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     add("--model", help="as `jl.load` takes it (default: pico)")
     add("--text", type=Path, help="for text and held: one that the model was not trained on")
+    add("--only", nargs="+", metavar="METHOD", help="measure these again; results of others stay as they are")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--cases", type=int, default=4, help="contexts a seed and size")
     add("--sizes", type=int, nargs="+", default=SIZES, help="tokens of contexts to be recalled, repeated")
@@ -488,7 +491,10 @@ def main() -> None:
     run["settings"] = f"{args.cases} contexts a seed, {len(args.seeds)} seeds; means +- deviation of seeds"
     model, tokenizer = jl.load(args.model, dtype="float32")
     for what in args.what:
-        run[what] = PARTS[what](model, tokenizer, args)
+        others = [
+            x for x in run.get(what, []) if args.only and x.get("method", args.only[0]) not in args.only
+        ]
+        run[what] = others + PARTS[what](model, tokenizer, args)
         file.write_text(json.dumps(run, indent=1) + "\n")
     (args.out / "kv_eviction.md").write_text(markdown(run))
     draw(run, args.out / "kv_eviction.png")

@@ -99,7 +99,8 @@ def kvzip_scores(
     asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
     held = prefix + T
     if chunk is None:
-        chunk = max(LEAST, min(CHUNK, model.config.context - held - asked))
+        free = model.config.context - held - asked
+        chunk = max(LEAST, min(CHUNK, free // STEP * STEP or free))
     if chunk < LEAST:
         raise ValueError(f"kvzip: chunk must be at least {LEAST} tokens, got {chunk=}")
     needed = asked + min(chunk, T)

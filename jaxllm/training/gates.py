@@ -2,9 +2,9 @@
 
     python -m jaxllm.training.gates --data texts/ --form fast --out gates/
 
-Each text is read once, repeated once to be scored, and then seen again by the gates: a step reads some texts
-with the frozen model, through the same function that scores a text later, and compares with the scores kept.
-The default texts are those of pico: plain text, lists of keys and values, random passages.
+A gate looks at one token at a time. So each text is read and, to be scored, repeated just once; what the
+layers read of its tokens is kept beside the scores, and a step takes some tokens of whichever texts. The
+default texts are those of pico: plain text, lists of keys and values, random passages.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 import jaxllm as jl
@@ -66,8 +67,9 @@ def train_gates(
     tokenizer: Any = None,
     replay: Replay | None = None,
     prefix: int = 0,
-    steps: int = 1000,
-    batch: int = 8,
+    tokens: int = 2**18,
+    steps: int = 4000,
+    batch: int = 2048,
     hidden: int = 512,
     optimizer: optax.GradientTransformation | None = None,
     seed: int = 0,
@@ -77,54 +79,72 @@ def train_gates(
 
     texts: rows of token ids; each must fit the model's context twice. The first `prefix` tokens of each are
       read but not learnt from. tokenizer, replay: as for `kvzip_scores`.
-    steps, batch: texts are drawn by seed, `batch` a step. optimizer: None is AdamW, 5e-3 down to 0.
+    tokens: how many are learnt from at most, drawn by seed from all texts; what the layers read of them is
+      kept on the host, L D numbers a token.
+    steps, batch: tokens are drawn by seed, `batch` a step. optimizer: None is AdamW, 5e-3 down to 0.
 
     Losses are means over tokens, summed over layers and heads.
     """
     rows, lengths = padded("train_gates", model, texts)
-    if not lengths.min() > prefix >= 0 or steps < 1:
-        given = f"{prefix=}, {steps=}, shortest={lengths.min()}"
-        raise ValueError(f"train_gates: texts must be longer than the prefix, steps positive, got {given}")
+    if not lengths.min() > prefix >= 0 or min(tokens, steps, batch) < 1:
+        raise ValueError(
+            "train_gates: texts must be longer than the prefix, tokens, steps and batch positive, got "
+            f"{prefix=}, shortest={lengths.min()}, {tokens=}, {steps=}, {batch=}"
+        )
     replay = replay or (Replay() if tokenizer is None else Replay.of(tokenizer))
+    gates = new_gates(model, form, hidden=hidden, seed=seed)
     slack = prefix + rows.shape[1] + 64
-    scores = []
-    for at in tqdm(range(0, len(rows), AT_ONCE), "scores", file=sys.stderr, disable=not progress):
-        some = [list(text) for text in texts[at : at + AT_ONCE]]
+    at = np.arange(rows.shape[1])
+    learnt = (at >= prefix) & (at < lengths[:, None])  # [N, T]
+    if learnt.sum() > tokens:
+        every = np.flatnonzero(learnt)
+        learnt = np.zeros_like(learnt)
+        learnt.flat[np.random.default_rng(seed).choice(every, tokens, replace=False)] = True
+    inputs, scores = [], []
+    for start in tqdm(range(0, len(rows), AT_ONCE), "scores", file=sys.stderr, disable=not progress):
+        some = slice(start, start + AT_ONCE)
         got = kv.kvzip_scores(
             model,
-            kv.prefill(model, some, slack=slack),
-            [text[prefix:] for text in some],
+            kv.prefill(model, texts[some], slack=slack),
+            [text[prefix:] for text in texts[some]],
             replay=replay,
             prefix=prefix,
-            chunk=max(LEAST, *map(len, some)),
+            chunk=max(LEAST, rows.shape[1]),  # one, of a size that texts of about one length share
             output_aware=form != "fast",
         )
-        scores.append(np.pad(got, [(0, 0)] * 3 + [(prefix, rows.shape[1] - prefix - got.shape[-1])]))
-    known = np.concatenate(scores, axis=1).swapaxes(0, 1)  # [N, L, K, T]
+        row, t = np.nonzero(learnt[some])
+        inputs.append(np.asarray(_inputs(model, gates, rows[some], lengths[some]))[:, row, t].swapaxes(0, 1))
+        scores.append(np.asarray(got)[:, row, :, t - prefix])
+    known = {"inputs": np.concatenate(inputs), "scores": np.concatenate(scores)}  # [n, L, D], [n, L, K]
 
     def batches(step: int) -> dict[str, np.ndarray]:
-        some = np.random.default_rng([seed, step]).choice(len(rows), min(batch, len(rows)), replace=False)
-        return {"tokens": rows[some], "lengths": lengths[some], "scores": known[some]}
+        size = len(known["inputs"])
+        some = np.random.default_rng([seed, step]).choice(size, min(batch, size), replace=False)
+        return {name: x[some] for name, x in known.items()}
 
-    def loss(params, batch):
-        model, gates, scores = params["model"], params["gates"], batch["scores"]
-        tap, found = gates.watch(model, lambda i, x: gates.loss(i, x, scores[:, i]))
-        model(batch["tokens"], lengths=batch["lengths"], logits="last", tap=tap)
-        at = jnp.arange(batch["tokens"].shape[1])
-        real = (at[None] >= prefix) & (at[None] < batch["lengths"][:, None])
-        return sum(jnp.where(real[:, None], x, 0.0).sum() for x in found) / real.sum().astype(jnp.float32)
+    def loss(gates, batch):
+        layers = range(batch["inputs"].shape[1])
+        of_layer = lambda i: gates.loss(i, batch["inputs"][None, :, i], batch["scores"][:, i].T[None])  # noqa: E731
+        return sum(of_layer(i).mean(-1).sum() for i in layers)
 
     schedule = optax.cosine_decay_schedule(5e-3, steps)
     done = train(
         loss,
-        {"model": model, "gates": new_gates(model, form, hidden=hidden, seed=seed)},
+        gates,
         batches,
         optimizer=optimizer or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)),
         steps=steps,
-        trainable=lambda path, leaf: path.startswith("['gates']"),
         progress=progress,
     )
-    return done.params["gates"], done
+    return done.params, done
+
+
+@jax.jit
+def _inputs(model, gates: Gate, tokens, lengths) -> Float[Array, "L B T D"]:
+    """What the layers with gates read."""
+    tap, found = gates.watch(model, lambda layer, x: x)
+    model(tokens, lengths=lengths, logits="last", tap=tap)
+    return jnp.stack(found)
 
 
 def pico_texts(
@@ -158,10 +178,11 @@ def main() -> None:
     add("--stories", type=Path, help="file of sampled stories")
     add("--form", choices=("fast", "zap", "zap-linear"), default="fast")
     add("--hidden", type=int, default=512, help="width of the MLP of zap")
-    add("--texts", type=int, default=256)
+    add("--texts", type=int, default=1024)
     add("--longest", type=int, default=448, help="tokens of a text; it must fit the context twice")
-    add("--steps", type=int, default=1000)
-    add("--batch", type=int, default=8)
+    add("--tokens", type=int, default=2**18, help="of the texts, to learn from at most")
+    add("--steps", type=int, default=4000)
+    add("--batch", type=int, default=2048, help="tokens a step")
     add("--seed", type=int, default=0)
     add("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -174,12 +195,15 @@ def main() -> None:
         form=args.form,
         tokenizer=tokenizer,
         prefix=1,
+        tokens=args.tokens,
         steps=args.steps,
         batch=args.batch,
         hidden=args.hidden,
         seed=args.seed,
     )
-    notes = {name: getattr(args, name) for name in ("form", "texts", "longest", "steps", "batch", "seed")}
+    notes = {
+        name: getattr(args, name) for name in ("form", "texts", "longest", "tokens", "steps", "batch", "seed")
+    }
     first, last = (float(np.mean(x)) for x in (done.losses[:50], done.losses[-50:]))
     half = jax.tree.map(lambda x: x.astype(jnp.float16), gates)
     save_gates(half, args.out, **notes, loss_first_50=round(first, 4), loss_last_50=round(last, 4))

@@ -12,6 +12,7 @@ from flax import nnx
 import jaxllm as jl
 from jaxllm import cache as kv
 from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.training import gates as training
 from jaxllm.training.gates import new_gates, train_gates
 
 CONFIG = dataclasses.replace(TINY, layers=3, windows=(None, 8, None), context=192)
@@ -82,15 +83,17 @@ def test_a_text_is_read_once_and_its_cache_is_that_of_prefill(model, gates):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_training_lowers_the_loss_and_learns_the_ranks(model, form):
+def test_training_lowers_the_loss_and_learns_the_ranks(model, form, monkeypatch):
+    monkeypatch.setattr(training, "AT_ONCE", 3)  # the last ones are fewer
     texts = [np.random.default_rng(i).integers(3, 120, 24).tolist() for i in range(4)]
     gates, done = train_gates(
         model,
         texts,
         form=form,
         prefix=1,
+        tokens=80,
         steps=60,
-        batch=4,
+        batch=64,
         hidden=12,
         optimizer=optax.adamw(2e-2),
         progress=False,
@@ -231,5 +234,7 @@ def test_wrong_use_is_one_line(model, fast):
         jl.generate(model, None, [[5]], cache=kv.prefill(model, ROWS[:1]), hold=hold)
     with pytest.raises(ValueError, match="rows must have more than prefix=32 tokens, got"):
         kv.prefill_scored(model, ROWS, fast, prefix=32)
-    with pytest.raises(ValueError, match="texts must be longer than the prefix, steps positive"):
+    with pytest.raises(
+        ValueError, match="texts must be longer than the prefix, tokens, steps and batch positive"
+    ):
         train_gates(model, ROWS, prefix=50)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxllm import cache as kv
+from jaxllm.cache import kvzip
 from jaxllm.cache.kvzip import Replay, kvzip_scores
 from jaxllm.cache.received import received
 from jaxllm.models import gpt
@@ -82,6 +83,14 @@ def test_one_chunk_is_the_greatest_weight_of_the_whole_softmax(model):
             want = weights.max((1, 2))[:, 3 : 3 + len(row)]
             np.testing.assert_allclose(got[layer, b, :, : len(row)], want, rtol=1e-4, atol=1e-6)
             assert (got[layer, b, :, len(row) :] == 0).all()
+
+
+def test_contexts_of_about_one_length_share_a_compilation(model):
+    size = kvzip._of_chunk._cache_size()
+    for n in (126, 128):  # in chunks: twice their length does not fit
+        row = [5 + i % 80 for i in range(n)]
+        kvzip_scores(model, kv.prefill(model, [row], slack=128), [row])
+    assert kvzip._of_chunk._cache_size() == size + 1
 
 
 def test_chunks_look_at_their_own_keys_and_never_score_less_than_the_whole_softmax(model):

@@ -97,6 +97,10 @@ def scorers(model, tokenizer, only: Sequence[str] | None) -> dict[str, tuple[Sco
             {},
         ),
     }
+    if only and set(only) - set(every):
+        raise SystemExit(
+            f"kv_eviction.py: --only must name some of {', '.join(every)}, got {', '.join(only)}"
+        )
     return {name: x for name, x in every.items() if only is None or name in only}
 
 
@@ -219,9 +223,9 @@ def part_text(model, tokenizer, args) -> list[dict[str, Any]]:
 @jax.jit
 def _piece(model, gates, context, tail, tokens):
     """Log-probabilities of a piece of text, the tail with it, and its scores."""
-    tap, found = gates.watch(model)
+    tap, inputs = gates.watch(model)
     logits, cache = model(tokens, kv.join(context, tail), tap=tap)
-    return jax.nn.log_softmax(logits[0]), kv.split(cache)[1], jnp.stack(found)
+    return jax.nn.log_softmax(logits[0]), kv.split(cache)[1], gates.scores(inputs)
 
 
 def part_held(model, tokenizer, args) -> list[dict[str, Any]]:
@@ -488,7 +492,10 @@ def main() -> None:
     file = args.out / "kv_eviction.json"
     run: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     run |= {"date": datetime.date.today().isoformat(), "machine": machine(), "jax": version("jax")}
-    run["settings"] = f"{args.cases} contexts a seed, {len(args.seeds)} seeds; means +- deviation of seeds"
+    settings = f"{args.cases} contexts a seed, {len(args.seeds)} seeds; means +- deviation of seeds"
+    if args.only and run.get("settings", settings) != settings:
+        parser.error(f"--only goes with the settings of the others, {run['settings']!r}, got {settings!r}")
+    run["settings"] = settings
     model, tokenizer = jl.load(args.model, dtype="float32")
     for what in args.what:
         others = [

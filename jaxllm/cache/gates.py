@@ -21,7 +21,7 @@ numbers of a gate's key, S sinks, F width of the MLP.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,35 +53,35 @@ class Gate:
         """Scores of the rows that a layer makes of what it reads."""
         raise NotImplementedError
 
+    def scores(self, inputs: Sequence[Float[Array, "B T D"]]) -> Float[Array, "L B K T"]:
+        """Scores of all layers' rows, from what `watch` has seen."""
+        return jnp.stack([self(layer, x) for layer, x in enumerate(inputs)])
+
     def loss(
         self, layer: int, x: Float[Array, "B T D"], scores: Float[Array, "B K T"]
     ) -> Float[Array, "B K T"]:
         """How far the scores are from those to be learnt."""
         raise NotImplementedError
 
-    def layers(self, model) -> dict[int, int]:
-        """Which gate each layer without a window has. Raises ValueError for a model of other sizes."""
-        windows = model.windows
-        order = {i: n for n, i in enumerate(i for i, window in enumerate(windows) if window is None)}
-        want = (len(order), model.config.width, model.config.kv_heads)
+    def layers(self, model) -> list[int]:
+        """The layers with a gate: those without a window. Raises ValueError for a model of other sizes."""
+        layers = [i for i, window in enumerate(model.windows) if window is None]
+        want = (len(layers), model.config.width, model.config.kv_heads)
         if self.sizes() != want:
             raise ValueError(
                 f"gates: layers without a window, width and key heads must be {want}, got {self.sizes()}"
             )
-        return order
+        return layers
 
-    def watch(self, model, see: Callable | None = None) -> tuple[Callable, list[jax.Array]]:
-        """A tap, and the list that it fills with scores [B, K, T], a layer each, while the model reads.
-
-        see: what is listed for a layer and its input, in place of scores.
-        """
-        order = self.layers(model)
+    def watch(self, model) -> tuple[Callable, list[jax.Array]]:
+        """A tap, and the list that it fills with what each layer with a gate reads [B, T, D]."""
+        layers = self.layers(model)
         found: list[jax.Array] = []
 
         def tap(name, x):
             layer, _, what = name.removeprefix("layers.").partition(".")
-            if what == "attention.q.in" and int(layer) in order:
-                found.append((see or self)(order[int(layer)], x))
+            if what == "attention.q.in" and int(layer) in layers:
+                found.append(x)
             return x
 
         return tap, found

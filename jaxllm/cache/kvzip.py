@@ -100,7 +100,8 @@ def kvzip_scores(
     held = prefix + T
     if chunk is None:
         free = model.config.context - held - asked
-        chunk = max(LEAST, min(CHUNK, free // STEP * STEP or free))
+        several = free // STEP * STEP or free
+        chunk = max(LEAST, min(CHUNK, free if T <= free else several))
     if chunk < LEAST:
         raise ValueError(f"kvzip: chunk must be at least {LEAST} tokens, got {chunk=}")
     needed = asked + min(chunk, T)

@@ -132,10 +132,10 @@ def sees_all(who: str, model) -> None:
 
 def forward(model, gates: Gate | None, memory, context: Context | None, tokens, tail: DenseCache, lengths):
     """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any."""
-    tap, found = (None, []) if gates is None else gates.watch(model)
+    tap, inputs = (None, []) if gates is None else gates.watch(model)
     more = {} if memory is None else {"memory": memory}
     logits, cache = model(tokens, kv.join(context, tail), lengths=lengths, logits="last", tap=tap, **more)
-    return logits, kv.split(cache)[1], jnp.stack(found) if found else None
+    return logits, kv.split(cache)[1], None if gates is None else gates.scores(inputs)
 
 
 read = partial(jax.jit, donate_argnames="tail")(forward)

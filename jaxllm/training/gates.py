@@ -123,9 +123,8 @@ def train_gates(
         return {name: x[some] for name, x in known.items()}
 
     def loss(gates, batch):
-        layers = range(batch["inputs"].shape[1])
-        of_layer = lambda i: gates.loss(i, batch["inputs"][None, :, i], batch["scores"][:, i].T[None])  # noqa: E731
-        return sum(of_layer(i).mean(-1).sum() for i in layers)
+        x, s = batch["inputs"], batch["scores"]
+        return sum(gates.loss(i, x[None, :, i], s[:, i].T[None]).mean(-1).sum() for i in range(x.shape[1]))
 
     schedule = optax.cosine_decay_schedule(5e-3, steps)
     done = train(
@@ -142,9 +141,9 @@ def train_gates(
 @jax.jit
 def _inputs(model, gates: Gate, tokens, lengths) -> Float[Array, "L B T D"]:
     """What the layers with gates read."""
-    tap, found = gates.watch(model, lambda layer, x: x)
+    tap, inputs = gates.watch(model)
     model(tokens, lengths=lengths, logits="last", tap=tap)
-    return jnp.stack(found)
+    return jnp.stack(inputs)
 
 
 def pico_texts(

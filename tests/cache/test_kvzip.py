@@ -93,6 +93,14 @@ def test_contexts_of_about_one_length_share_a_compilation(model):
     assert kvzip._of_chunk._cache_size() == size + 1
 
 
+def test_a_context_that_can_be_repeated_whole_is_repeated_whole(model):
+    row = [5 + i % 80 for i in range(124)]  # 124 + 124 + 8 of a seed: just the model's context
+    cache = kv.prefill(model, [row], slack=128)
+    whole = kvzip_scores(model, cache, [row], chunk=124)
+    np.testing.assert_array_equal(kvzip_scores(model, cache, [row]), whole)
+    assert (np.asarray(kvzip_scores(model, cache, [row], chunk=64)) != whole).any()
+
+
 def test_chunks_look_at_their_own_keys_and_never_score_less_than_the_whole_softmax(model):
     cache = filled(model)
     got = np.asarray(kvzip_scores(model, cache, ROWS, replay=REPLAY, prefix=3, chunk=16))

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tabulate import tabulate
 
 import jaxllm as jl
 from jaxllm.atomic import new_directory
@@ -278,11 +279,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     for section in report["sections"]:
-        lines += [f"## {section['title']}", "", section["text"], "", "| | |", "|---|---|"]
-        for row in section["rows"]:
-            value = f"{row['value']} {row['unit']}".rstrip()
-            lines.append(f"| {cell(row['name'])} | {cell(value)} |")
-        lines.append("")
+        rows = [(cell(row["name"]), cell(f"{row['value']} {row['unit']}")) for row in section["rows"]]
+        table = tabulate(rows, ("", ""), tablefmt="github", disable_numparse=True)
+        lines += [f"## {section['title']}", "", section["text"], "", table, ""]
         if section["figure"]:
             lines += [f"![{section['title']}]({section['figure']})", ""]
     return "\n".join(lines)

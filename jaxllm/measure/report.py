@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from tabulate import tabulate
 
 from jaxllm.quant.matmul import FORMATS
 
@@ -66,19 +67,20 @@ class Report:
         """A table, one line a layer."""
         dtypes = tuple(sorted({dtype for part in self.layers for dtype in part.dtypes}))
         total = Part("all", self.weights, self.weight_bytes, dtypes)
-        lines = [("part", "weights", "bytes", "bits/weight", "arrays")]
-        for part in (*self.layers, total):
-            bits = f"{part.bits_per_weight:.3f}"
-            sizes = (f"{part.weights:,}", f"{part.weight_bytes:,}")
-            lines.append((part.name, *sizes, bits, " ".join(part.dtypes)))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if 1 <= i <= 3 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        rows = [
+            (
+                part.name,
+                f"{part.weights:,}",
+                f"{part.weight_bytes:,}",
+                f"{part.bits_per_weight:.3f}",
+                " ".join(part.dtypes),
+            )
+            for part in (*self.layers, total)
+        ]
+        head = ("part", "weights", "bytes", "bits/weight", "arrays")
+        sides = ("left", "right", "right", "right", "left")
+        # the heading as a row: as a heading tabulate pads it
+        return tabulate([head, *rows], tablefmt="plain", colalign=sides, disable_numparse=True)
 
 
 def report_bytes(model: Any) -> Report:

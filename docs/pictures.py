@@ -1,0 +1,144 @@
+"""The pictures of the documentation, each drawn for a light and for a dark page.
+
+    python docs/pictures.py            # all; or: tower quality_at_bits kvzip_heads
+
+The tower is drawn from the imports there are, the curves from a table of the results, the heads from `pico`
+itself, which takes half a minute. The same input gives the same bytes.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+PACKAGES = ("jaxllm", "checkpoints_convert", "pallas_kernels")
+INK = {"light": "#2b2f33", "dark": "#d6d9dc"}
+FAINT = {"light": "#d0d4d8", "dark": "#4a4f55"}
+FILL = {"light": "#eef1f4", "dark": "#22272d"}
+
+
+def save(name: str, draw: Callable[[str], plt.Figure]) -> None:
+    """Draws a picture twice: docs/pictures/NAME_light.svg and NAME_dark.svg."""
+    (DOCS / "pictures").mkdir(exist_ok=True)
+    for mode, ink in INK.items():
+        colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+        style = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+        style |= {"axes.edgecolor": FAINT[mode], "axes.spines.top": False, "axes.spines.right": False}
+        with plt.rc_context(colours | style):
+            figure = draw(mode)
+            path = DOCS / "pictures" / f"{name}_{mode}.svg"
+            figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+            plt.close(figure)
+            print(path.relative_to(ROOT), f"{path.stat().st_size:,} bytes")
+
+
+# -- the tower
+
+
+def room_of(module: str) -> str:
+    """The room of a module: its folder in jaxllm, its file there, or its package."""
+    names = module.split(".")
+    return names[0] if names[0] != "jaxllm" else names[1] if len(names) > 1 else "jaxllm"
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the house that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = ROOT / node.module.replace(".", "/") / alias.name
+                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
+                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+def floors() -> list[list[str]]:
+    """The rooms by how many others they stand on, one above another; the lowest first."""
+    below: dict[str, set[str]] = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            room = room_of(module)
+            below.setdefault(room, set()).update(room_of(name) for name in imports(path))
+    below.pop("__main__", None)
+    floor: dict[str, int] = {}
+    while len(floor) < len(below):
+        ready = [r for r in below if r not in floor and below[r] - {r} <= floor.keys()]
+        if not ready:
+            raise ValueError(f"pictures: rooms must not import each other, got {sorted(below.keys() - floor)}")
+        floor |= {room: 1 + max((floor[b] for b in below[room] - {room}), default=-1) for room in ready}
+    return [sorted(r for r in floor if floor[r] == f) for f in range(max(floor.values()) + 1)]
+
+
+def tower(mode: str) -> plt.Figure:
+    """Boxes in rows: a room imports only rooms in rows below its own."""
+    rows = floors()
+    figure, axes = plt.subplots(figsize=(7, 0.42 * len(rows)), layout="constrained")
+    for y, rooms in enumerate(rows):
+        width = min(3.0, 9.0 / len(rooms))
+        for i, room in enumerate(rooms):
+            x = (i - (len(rooms) - 1) / 2) * width
+            box = {"boxstyle": "round,pad=0.1", "facecolor": FILL[mode], "edgecolor": FAINT[mode]}
+            place = (x - width / 2 + 0.2, y - 0.25)
+            axes.add_patch(matplotlib.patches.FancyBboxPatch(place, width - 0.4, 0.5, **box))
+            name = "the public names" if room == "jaxllm" else room
+            axes.text(x, y, name, ha="center", va="center", fontsize=9)
+    axes.set(xlim=(-4.6, 4.6), ylim=(-0.6, len(rows) - 0.4))
+    axes.axis("off")
+    return figure
+
+
+# -- quality at bits
+
+
+def table(page: Path, heading: str, first: str) -> list[list[str]]:
+    """The cells of the table below `heading` whose first column is headed `first`."""
+    text = page.read_text("utf-8").split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = text[text.index(f"| {first} ") :].splitlines()
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[:1] + rows[2:]
+
+
+def quality_at_bits(mode: str) -> plt.Figure:
+    """Perplexity at stored bits, a line a method."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    shown = ("round to nearest", "AWQ", "GPTQ", "DASH-Q", "SqueezeLLM", "LNQ, guided", "2/4/16-bit")
+    colours = plt.get_cmap("tab10").colors
+    for (name, *cells), colour in zip(
+        (row for row in table(DOCS / "measured_before.md", "Quantization", "method") if row[0] in shown),
+        colours,
+        strict=False,
+    ):
+        points = [map(float, re.findall(r"[\d.]+", cell)) for cell in cells if cell]
+        perplexity, bits = zip(*points, strict=True)
+        axes.plot(bits, perplexity, marker="o", markersize=4, linewidth=1.4, color=colour, label=name)
+    axes.axhline(15.99, color=FAINT[mode], linewidth=1, linestyle=(0, (4, 3)))
+    axes.text(2.2, 15.9, "as it is, in 16 bits", va="top", fontsize=8)
+    axes.set(xlabel="stored bits a weight", ylabel="perplexity", yscale="log", ylim=(15.1, 36))
+    axes.set_yticks([16, 18, 20, 25, 30, 35], labels=["16", "18", "20", "25", "30", "35"])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+PICTURES = {draw.__name__: draw for draw in (tower, quality_at_bits)}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or PICTURES:
+        save(name, PICTURES[name])

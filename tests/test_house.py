@@ -106,3 +106,10 @@ def test_version_of_package_and_changelog_agree(root):
 def test_runtime_dependencies_pin_nothing(root, word):
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
     assert not [line for line in project["dependencies"] if word in line]
+
+
+def test_what_tests_compare_with_is_pinned(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    test = project["optional-dependencies"]["test"]
+    pinned = {line.partition("==")[0] for line in test if "==" in line}
+    assert {"transformers", "torch", "qwix"} <= pinned

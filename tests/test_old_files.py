@@ -1,0 +1,172 @@
+"""Files that version 0.1.0 wrote still open, and hold what they held; `files_of_0_1_0/README.md` wrote them.
+
+`known.npz` holds what that version computed from them: rows and statistics must be these numbers exactly,
+logits up to what another compiler rounds otherwise.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxllm as jl
+from jaxllm import cache as kv
+from jaxllm.quant.affine import Affine
+from jaxllm.quant.any_precision import BitPlanes
+from jaxllm.quant.awq import Scaled
+from jaxllm.quant.calibrate import Calibration, calibrate
+from jaxllm.quant.codebook import Codebook
+from jaxllm.quant.dec_dec import HostResidual
+from jaxllm.quant.dense import Dense
+from jaxllm.quant.methods import Budget, read_recipe
+from jaxllm.quant.mixed_two_bit import MixedColumns
+from jaxllm.quant.nested_fp import NestedFloat
+from jaxllm.quant.permuted import Permuted
+from jaxllm.quant.rotate import Rotated
+from jaxllm.quant.source import linear_weights
+from jaxllm.training.trainer import train
+
+OLD = Path(__file__).parent / "files_of_0_1_0"
+ROWS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2, 8, 1]] * 4  # what they were made of
+TOKENS = jnp.asarray([ROWS[0]])
+FORMATS = {
+    "layers.0.attention.q": Codebook,
+    "layers.0.attention.k": BitPlanes,
+    "layers.0.attention.v": MixedColumns,
+    "layers.0.attention.o": NestedFloat,
+    "layers.0.mlp.gate": HostResidual,
+    "layers.0.mlp.up": Scaled,
+    "layers.0.mlp.down": Rotated,
+    "layers.1.mlp.gate": Permuted,
+    "layers.1.mlp.up": Affine,
+    "head": Affine,
+}
+
+
+@pytest.fixture(scope="module")
+def known():
+    with np.load(OLD / "known.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return jl.load(OLD / "decoder")[0]
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return jl.load(OLD / "gpt")[0]
+
+
+@jax.jit
+def forward(model, tokens, cache=None, memory=None):
+    return model(tokens, cache, **({} if memory is None else {"memory": memory}))[0]
+
+
+def close(a, b):
+    np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_weights_of_every_format_are_the_rows_that_they_were(decoder, known):
+    weights = linear_weights(decoder)
+    assert {name: type(w) for name, w in weights.items() if not isinstance(w, Dense)} == FORMATS
+    for name in FORMATS:
+        np.testing.assert_array_equal(weights[name].as_rows(jnp.float32), known[f"decoder/{name}"])
+    close(forward(decoder, TOKENS), known["decoder/logits"])
+
+
+def test_the_other_families_give_the_logits_that_they_gave(gpt, known):
+    assert gpt.dtype == jnp.bfloat16
+    np.testing.assert_allclose(forward(gpt, TOKENS), known["gpt/logits"], atol=2e-2)
+    t5 = jl.load(OLD / "t5")[0]
+    close(forward(t5, TOKENS, memory=t5.encode(TOKENS)), known["t5/logits"])
+
+
+@pytest.mark.parametrize("name", ["dense", "dense_4_bits", "paged", "paged_4_bits"])
+def test_a_cache_holds_its_rows_bit_for_bit_and_goes_on(name, decoder, known):
+    cache = kv.load(OLD / "caches" / name, decoder)
+    assert isinstance(cache, kv.PagedCache if "paged" in name else kv.DenseCache)
+    assert cache.lengths.tolist() == [12, 7]
+    described = json.loads((OLD / "caches" / name / "cache.json").read_text())["arrays"]
+    with np.load(OLD / "caches" / name / "arrays.npz") as raw:
+        arrays = [(dtype, shape, raw[key].tobytes()) for key, (shape, dtype) in described.items()]
+    leaves = map(np.asarray, jax.tree.leaves(cache))
+    assert sorted((x.dtype.name, list(x.shape), x.tobytes()) for x in leaves) == sorted(arrays)
+    close(forward(decoder, jnp.asarray([[7, 7], [9, 1]]), cache), known[f"caches/{name}/logits"])
+
+
+def test_a_cache_still_knows_whose_keys_it_holds(gpt):
+    with pytest.raises(ValueError, match="another model's keys"):
+        kv.load(OLD / "caches" / "dense", gpt)
+
+
+def test_gates_and_heads_score_as_they_did(decoder, gpt, known):
+    gates = kv.load_gates(OLD / "gates")
+    assert isinstance(gates, kv.FastGate)
+    np.testing.assert_allclose(kv.prefill_scored(gpt, ROWS[:2], gates)[1], known["gates/scores"], atol=1e-2)
+    assert isinstance(kv.load_gates(OLD / "gates_zap"), kv.ZapGate)
+    np.testing.assert_array_equal(kv.load_heads(OLD / "heads", model=decoder), known["heads"])
+
+
+def test_a_calibration_is_of_its_model_and_is_not_measured_again(gpt, known, tmp_path):
+    want = ("hessian_diag", "hessian", "guided_hessian", "sample")
+    folder = shutil.copytree(OLD / "calibration", tmp_path / "calibration")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    stats = calibrate(gpt, ROWS, want=want, path=folder, groups=2, batch=4, sample=4, progress=False)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    for name in ("layers.0.attention.v", "layers.1.mlp.down"):
+        for field in want:
+            np.testing.assert_array_equal(getattr(stats[name], field), known[f"calibration/{name}/{field}"])
+        assert stats[name].tokens == 76
+    method = jl.Gptq(bits=4, group=16, guided=True, groups=2)
+    small = jl.quantize(gpt, method, Calibration(OLD / "calibration"), progress=False)
+    assert isinstance(linear_weights(small)["layers.1.mlp.down"], Affine)
+    with pytest.raises(ValueError, match="must be of this model"):
+        jl.quantize(jl.load(OLD / "decoder")[0], [("1.mlp.down", method), (".", None)], stats, progress=False)
+
+
+def test_a_stopped_quantization_goes_on_behind_its_finished_block(gpt, known, tmp_path):
+    folder = shutil.copytree(OLD / "stopped", tmp_path / "stopped")
+    first = (folder / "layers.0.npz").read_bytes()
+    method = jl.Gptq(bits=4, group=16)
+    small = jl.quantize(gpt, method, ROWS, batch=4, checkpoint=folder, progress=False)
+    assert (folder / "layers.0.npz").read_bytes() == first and (folder / "layers.1.npz").is_file()
+    for name in ("layers.0.attention.q", "layers.0.mlp.down"):
+        np.testing.assert_array_equal(
+            linear_weights(small)[name].as_rows(jnp.float32), known[f"stopped/{name}"]
+        )
+    with pytest.raises(ValueError, match="must hold the same model, method and text"):
+        jl.quantize(gpt, jl.Gptq(bits=3, group=16), ROWS, batch=4, checkpoint=folder, progress=False)
+
+
+def test_recipes_say_what_they_said():
+    base = jl.Rtn(bits=3, group=16)
+    want = [
+        ("mlp", jl.DecDec(base=base, k_chunk=64)),
+        ("attention", jl.MixedTwoBit(group4=32)),
+        ("head", None),
+    ]
+    assert read_recipe(OLD / "recipe.json") == want
+    assert read_recipe(OLD / "budget.json") == Budget(3.5, (jl.Rtn(bits=3, group=16, zero_code=False),))
+
+
+def test_a_training_run_goes_on(known, tmp_path):
+    folder = shutil.copytree(OLD / "training", tmp_path / "training")
+
+    def batches(step):
+        return {"x": np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)}
+
+    def loss(w, batch):
+        return jnp.mean((batch["x"] @ w["w"] - 1) ** 2)
+
+    start = {"w": jnp.zeros((3, 2))}
+    done = train(loss, start, batches, optimizer=optax.adam(0.1), steps=6, checkpoint=folder, progress=False)
+    np.testing.assert_array_equal(done.losses[:3], known["training/losses"][:3])  # read, not run again
+    close(done.losses, known["training/losses"])
+    close(done.params["w"], known["training/w"])

@@ -7,6 +7,7 @@ itself, which takes half a minute. The same input gives the same bytes.
 """
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -77,7 +78,9 @@ def floors() -> list[list[str]]:
     while len(floor) < len(below):
         ready = [r for r in below if r not in floor and below[r] - {r} <= floor.keys()]
         if not ready:
-            raise ValueError(f"pictures: rooms must not import each other, got {sorted(below.keys() - floor)}")
+            raise ValueError(
+                f"pictures: rooms must not import each other, got {sorted(below.keys() - floor)}"
+            )
         floor |= {room: 1 + max((floor[b] for b in below[room] - {room}), default=-1) for room in ready}
     return [sorted(r for r in floor if floor[r] == f) for f in range(max(floor.values()) + 1)]
 
@@ -137,7 +140,44 @@ def quality_at_bits(mode: str) -> plt.Figure:
     return figure
 
 
-PICTURES = {draw.__name__: draw for draw in (tower, quality_at_bits)}
+# -- what KVzip keeps
+
+
+@functools.cache
+def kept_by_head() -> np.ndarray:
+    """The part of a list's pairs that each layer and head of pico keeps, of 30 % in all [L, K]."""
+    import jaxllm as jl
+    from jaxllm.cache.paged import kept_positions
+    from jaxllm.training.exercises import Words, list_end, lookup
+
+    model, tokenizer = jl.load()
+    words = Words.of(tokenizer)
+    tokens = lookup(np.random.default_rng(3), words, 48, value_tokens=1).tokens
+    ids = tokens[: list_end(tokens, words)].tolist()
+    cache = jl.cache.prefill(model, [ids])
+    scores = jl.cache.kvzip_scores(model, cache, [ids[1:]], tokenizer=tokenizer, prefix=1)
+    small = jl.cache.evict(cache, scores, ratio=0.3, prefix=1)
+    return np.array([[len(head) / len(ids) for head in layer[0]] for layer in kept_positions(small)])
+
+
+def kvzip_heads(mode: str) -> plt.Figure:
+    """A square a head, the fuller the more it keeps."""
+    part = kept_by_head().T
+    figure, axes = plt.subplots(figsize=(7, 1.9), layout="constrained")
+    axes.pcolormesh(part, vmin=0, vmax=1, cmap="Blues" if mode == "light" else "Blues_r")
+    for (head, layer), value in np.ndenumerate(part):
+        dark = (value > 0.5) == (mode == "light")
+        colour = "white" if dark else "#1c2024"
+        axes.text(layer + 0.5, head + 0.5, f"{100 * value:.0f}", ha="center", va="center", color=colour)
+    places = [np.arange(size) + 0.5 for size in part.shape[::-1]]
+    axes.set(xlabel="layer", ylabel="key-value head", xticks=places[0], yticks=places[1])
+    axes.set(xticklabels=range(part.shape[1]), yticklabels=range(part.shape[0]))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+PICTURES = {draw.__name__: draw for draw in (tower, quality_at_bits, kvzip_heads)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:

@@ -102,14 +102,23 @@ def test_version_of_package_and_changelog_agree(root):
     assert re.search(r"^## (\S+)", changelog, re.M).group(1) == jaxllm.__version__
 
 
+@pytest.fixture(scope="module")
+def project(root) -> dict:
+    """The table `project` of pyproject.toml."""
+    return tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+
+
 @pytest.mark.parametrize("word", ["jaxlib", "=="])
-def test_runtime_dependencies_pin_nothing(root, word):
-    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+def test_runtime_dependencies_pin_nothing(project, word):
     assert not [line for line in project["dependencies"] if word in line]
 
 
-def test_what_tests_compare_with_is_pinned(root):
-    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
-    test = project["optional-dependencies"]["test"]
-    pinned = {line.partition("==")[0] for line in test if "==" in line}
-    assert {"transformers", "torch", "qwix"} <= pinned
+def test_lowest_versions_of_ci_are_the_lower_bounds_of_the_package(root, project):
+    lines = (root / ".ci" / "lowest.txt").read_text("utf-8").splitlines()
+    lowest = [line for line in lines if not line.startswith("#")]
+    assert lowest == [line.replace(">=", "==") for line in project["dependencies"]]
+
+
+def test_what_tests_compare_with_is_pinned(project):
+    pins = [line for line in project["optional-dependencies"]["test"] if "==" in line]
+    assert {line.partition("==")[0] for line in pins} == {"transformers", "qwix", "torch"}

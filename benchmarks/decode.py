@@ -133,7 +133,8 @@ class JaxllmWorker:
     def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         import jax
 
-        from jaxllm.decoding.generate import Sampler, _Run
+        from jaxllm.decoding.generate import Sampler
+        from jaxllm.decoding.run import _Run
 
         # The two halves of jl.generate, to look at the clock between them.
         start = time.perf_counter()

@@ -24,10 +24,11 @@ from flax import nnx
 from jax.experimental import topologies
 
 import jaxllm as jl
-from jaxllm.decoding import generate as generating
+from jaxllm.decoding import loop
+from jaxllm.decoding.run import _keys
 from jaxllm.models.decoder import TINY, Decoder
-from jaxllm.quant import affine, codebook
-from jaxllm.quant.stats import Stats
+from jaxllm.quant.statistics import Stats
+from jaxllm.weights import affine, codebook
 
 WIDTH, FFN = 1024, 2816
 H100 = """
@@ -102,22 +103,22 @@ def temporary(make: Callable[[jax.Array], Any], layers: int, device) -> int:
 
     arguments = jax.tree.map(abstract, (model, request, state, step))
     with jax.default_device(device):
-        program = generating._decode.lower(*arguments).compile()
+        program = loop._decode.lower(*arguments).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 
 def started(model):
     """A run of one request about to enter the loop."""
-    request = generating._Request(
+    request = loop._Request(
         budgets=jnp.ones((1,), jnp.int32),
-        keys=generating._keys(0, 1),
+        keys=_keys(0, 1),
         stop_tokens=jnp.zeros((1,), jnp.int32),
         plan=jl.Sampler().plan(),
         memory=None,
     )
     tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
-    return request, generating._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
+    return request, loop._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
 
 
 def main() -> None:

@@ -42,8 +42,14 @@ from tqdm import tqdm
 
 import jaxllm as jl
 from jaxllm import cache as kv
+from jaxllm.cache import repack
+from jaxllm.decoding import prefill
+from jaxllm.eviction import baselines, kvzip, running_budget
+from jaxllm.eviction.budget import evict
+from jaxllm.eviction.gates import pico_gates
+from jaxllm.eviction.heads import head_scores, spread
 from jaxllm.models.decoder import Config, Decoder
-from jaxllm.training.exercises import REPEAT_ALL, REPEAT_PART, SEED_IDS, Words, list_end, lookup
+from jaxllm.training.pico.exercises import REPEAT_ALL, REPEAT_PART, SEED_IDS, Words, list_end, lookup
 
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 SIZES, LINE, PART = (256, 512, 640), 5, 64  # contexts; tokens of a line of a list, of a named part
@@ -59,23 +65,23 @@ Scorer = Callable[[Any, list[int], list[int], int], jax.Array]  # cache, context
 
 def scorers(model, tokenizer, only: Sequence[str] | None) -> dict[str, tuple[Scorer, dict[str, Any]]]:
     """Scores of a cache that holds <bos> and the context `row`, and how its budget is spent."""
-    replay = kv.Replay.of(tokenizer)
+    replay = kvzip.Replay.of(tokenizer)
     whole = lambda row: [[tokenizer.bos_token_id, *row]]  # noqa: E731
 
     def with_question(cache, row, asked, seed):
         rows = [[tokenizer.bos_token_id, *row, *asked]]
-        return kv.snapkv_scores(model, rows, prefix=1, window=8)[..., : len(row)]
+        return baselines.snapkv_scores(model, rows, prefix=1, window=8)[..., : len(row)]
 
     def by_gate(form):
-        gates = kv.pico_gates(form)
-        return lambda cache, row, asked, seed: kv.prefill_scored(model, whole(row), gates, prefix=1)[1]
+        gates = pico_gates(form)
+        return lambda cache, row, asked, seed: prefill.prefill_scored(model, whole(row), gates, prefix=1)[1]
 
-    zip_ = partial(kv.kvzip_scores, model, replay=replay, prefix=1, chunk=256)
+    zip_ = partial(kvzip.kvzip_scores, model, replay=replay, prefix=1, chunk=256)
     # heads are learnt from one context that no part measures: a list behind random tokens
     words, rng = Words.of(tokenizer), np.random.default_rng([0, 99])
     sample = [*rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
     cache = filled(model, jnp.asarray([[words.bos, *sample]]), rows=len(sample) + 1)
-    heads = kv.head_scores(zip_(cache, [sample]))
+    heads = head_scores(zip_(cache, [sample]))
     rival = lambda score, **more: lambda cache, row, asked, seed: score(model, whole(row), prefix=1, **more)  # noqa: E731
     every: dict[str, tuple[Scorer, dict[str, Any]]] = {
         "kvzip": (lambda cache, row, asked, seed: zip_(cache, [row]), {}),
@@ -83,17 +89,17 @@ def scorers(model, tokenizer, only: Sequence[str] | None) -> dict[str, tuple[Sco
         "fast kvzip": (by_gate("fast"), {}),
         "kvzap": (by_gate("zap"), {}),
         "kvzip, heads": (
-            lambda cache, row, asked, seed: kv.spread(heads, cache, prefix=1),
+            lambda cache, row, asked, seed: spread(heads, cache, prefix=1),
             {"budget": "head"},
         ),
-        "h2o": (rival(kv.h2o_scores), {}),
-        "snapkv": (rival(kv.snapkv_scores, window=16), {}),
+        "h2o": (rival(baselines.h2o_scores), {}),
+        "snapkv": (rival(baselines.snapkv_scores, window=16), {}),
         "snapkv, asked": (with_question, {}),
-        "tova": (rival(kv.tova_scores), {}),
-        "expected": (rival(kv.expected_scores), {}),
-        "streaming": (rival(kv.streaming_scores), {}),
+        "tova": (rival(baselines.tova_scores), {}),
+        "expected": (rival(baselines.expected_scores), {}),
+        "streaming": (rival(baselines.streaming_scores), {}),
         "random": (
-            lambda cache, row, asked, seed: kv.random_scores(model, whole(row), prefix=1, seed=seed),
+            lambda cache, row, asked, seed: baselines.random_scores(model, whole(row), prefix=1, seed=seed),
             {},
         ),
     }
@@ -111,7 +117,7 @@ def filled(model, tokens, *, rows: int):
 
 
 def compressed(cache, scores, ratio: float, options: dict[str, Any]):
-    return cache if ratio == 1 else kv.evict(cache, scores, ratio=ratio, prefix=1, **options)
+    return cache if ratio == 1 else evict(cache, scores, ratio=ratio, prefix=1, **options)
 
 
 def listed(rng: np.random.Generator, words: Words, pairs: int) -> tuple[list[int], list[list[int]]]:
@@ -231,7 +237,7 @@ def _piece(model, gates, context, tail, tokens):
 def part_held(model, tokenizer, args) -> list[dict[str, Any]]:
     ids = tokenizer.encode(args.text.read_text("utf-8"), add_special_tokens=False)
     size, buffer, found = SIZES[-1], 32, []
-    by = {"fast kvzip": kv.pico_gates("fast"), "kvzap": kv.pico_gates("zap")}
+    by = {"fast kvzip": pico_gates("fast"), "kvzap": pico_gates("zap")}
     by |= dict.fromkeys(("streaming", "random"), by["fast kvzip"])  # whose scores are not used
     by = {name: gates for name, gates in by.items() if args.only is None or name in args.only}
     for seed in tqdm(args.seeds, "held", file=sys.stderr):
@@ -242,7 +248,7 @@ def part_held(model, tokenizer, args) -> list[dict[str, Any]]:
             given = log_probs(model, model.make_cache(1, size), jnp.asarray([row]))[0]
             for tokens in HELD:
                 for name, gates in by.items():
-                    hold = kv.Hold(gates=gates, tokens=tokens, buffer=buffer, recent=16)
+                    hold = running_budget.Hold(gates=gates, tokens=tokens, buffer=buffer, recent=16)
                     cache, kl = hold.settled(model.make_cache(1, 1), None), []
                     for begin in range(0, size, buffer):
                         piece = jnp.asarray([row[begin : begin + buffer]])
@@ -278,7 +284,7 @@ def _operations(model, n: int, asked: int = 0, chunk: int = 0, prefix: int = 0) 
 
 def part_cost(pico, tokenizer, args) -> list[dict[str, Any]]:
     """Operations of scoring, and seconds of each step of preparing 4k tokens and of asking them."""
-    replay = kv.Replay.of(tokenizer)
+    replay = kvzip.Replay.of(tokenizer)
     asked = len(replay.before(np.zeros(replay.seed, np.int32)))
     model, rows, found = Decoder(LLAMA, rngs=nnx.Rngs(0)), args.rows, []
     for name, one, n, chunk in (
@@ -300,24 +306,24 @@ def part_cost(pico, tokenizer, args) -> list[dict[str, Any]]:
     ask = lambda cache: jl.generate(model, None, question, max_new_tokens=16, cache=cache)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(1 + min(args.rounds, 3)):
-            full = timed("prefill", lambda: kv.prefill(model, [row], slack=2100))
-            scores = timed("scores", lambda full=full: kv.kvzip_scores(model, full, [row], replay=replay))
-            small = timed("evict", lambda full=full, s=scores: kv.evict(full, s, ratio=0.3))
+            full = timed("prefill", lambda: prefill.prefill(model, [row], slack=2100))
+            scores = timed("scores", lambda full=full: kvzip.kvzip_scores(model, full, [row], replay=replay))
+            small = timed("evict", lambda full=full, s=scores: evict(full, s, ratio=0.3))
             path = f"{folder}/{turn}"
             timed("save", lambda small=small, path=path: kv.save(small, path, model))
             del full, small
             again = timed("open", lambda path=path: kv.load(path, model))
             timed("question, opened", lambda again=again: ask(again))
-            fresh = timed("prefill again", lambda: kv.prefill(model, [row]))
+            fresh = timed("prefill again", lambda: prefill.prefill(model, [row]))
             timed("question, full", lambda fresh=fresh: ask(fresh))
-    prompts, hold = [[tokenizer.bos_token_id]] * 4, kv.Hold(gates=kv.pico_gates(), tokens=256)
+    prompts, hold = [[tokenizer.bos_token_id]] * 4, running_budget.Hold(gates=pico_gates(), tokens=256)
     write = lambda **more: jl.generate(  # noqa: E731
         pico, None, prompts, max_new_tokens=900, stop_tokens=[], **more
     )
     for _ in range(1 + args.rounds):
         timed("900 tokens by pico", write)
         timed("900 tokens by pico, 256 held", lambda: write(hold=hold))
-    held = [len(h) for layer in kv.paged.kept_positions(again) for b in layer for h in b]
+    held = [len(h) for layer in repack.kept_positions(again) for b in layer for h in b]
     pages = sum(-(-n // again.context.keys.shape[1]) for n in held) * again.context.keys.shape[1]
     found += [{"what": name, "seconds": statistics.median(t[1:])} for name, t in times.items()]
     found.append({"what": "rows read a step", "full": rows * LLAMA.layers * LLAMA.kv_heads})
@@ -336,7 +342,7 @@ def part_speed(_model, _tokenizer, args) -> list[dict[str, Any]]:
     for batch in tqdm(args.batches, "speed", file=sys.stderr):
         cache = _random_cache(model, batch, rows)
         scores = jnp.asarray(_uneven(LLAMA.layers, batch, LLAMA.kv_heads, rows))
-        caches = {"full": kv.grow(cache, rows + 8), "evicted": kv.evict(cache, scores, ratio=0.3, rows=8)}
+        caches = {"full": kv.grow(cache, rows + 8), "evicted": evict(cache, scores, ratio=0.3, rows=8)}
         q = jax.random.normal(jax.random.key(1), (batch, 1, LLAMA.heads, LLAMA.head_dim))
         token = jnp.ones((batch, 1), jnp.int32)
         parts = {name: kv.split(c) for name, c in caches.items()}

@@ -25,6 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.cache import repack
+from jaxllm.decoding import prefill
+from jaxllm.eviction import baselines, kvzip
+
 CONTEXT, AFTER, SINKS, WINDOW, FUTURE = 224, 96, 4, 32, 128
 EVICTED = (0.3, 0.5, 0.7)
 METHODS = ("kvzip", "kvzip+", "snapkv", "expected", "tova", "streaming", "random")
@@ -141,6 +145,7 @@ def ours(model, tokenizer, windows: np.ndarray) -> tuple[dict[str, np.ndarray], 
 
     import jaxllm as jl
     from jaxllm import cache as kv
+    from jaxllm.eviction.budget import evict
 
     rows = windows[:, :CONTEXT].tolist()
     following = jnp.asarray(windows[:, CONTEXT:])
@@ -150,15 +155,15 @@ def ours(model, tokenizer, windows: np.ndarray) -> tuple[dict[str, np.ndarray], 
         return jax.nn.log_softmax(model(following, cache)[0])
 
     zip_ = {"tokenizer": tokenizer, "chunk": CONTEXT}
-    cache = kv.prefill(model, rows)
+    cache = prefill.prefill(model, rows)
     scores = {
-        "kvzip": kv.kvzip_scores(model, cache, rows, **zip_),
-        "kvzip+": kv.kvzip_scores(model, cache, rows, **zip_, output_aware=True),
-        "snapkv": kv.snapkv_scores(model, rows, window=WINDOW),
-        "expected": kv.expected_scores(model, rows, future=FUTURE, sinks=SINKS),
-        "tova": kv.tova_scores(model, rows),
-        "streaming": kv.streaming_scores(model, rows, sinks=SINKS),
-        "random": kv.random_scores(model, rows),
+        "kvzip": kvzip.kvzip_scores(model, cache, rows, **zip_),
+        "kvzip+": kvzip.kvzip_scores(model, cache, rows, **zip_, output_aware=True),
+        "snapkv": baselines.snapkv_scores(model, rows, window=WINDOW),
+        "expected": baselines.expected_scores(model, rows, future=FUTURE, sinks=SINKS),
+        "tova": baselines.tova_scores(model, rows),
+        "streaming": baselines.streaming_scores(model, rows, sinks=SINKS),
+        "random": baselines.random_scores(model, rows),
     }
     arrays = {f"{name} scores": np.asarray(x).swapaxes(0, 1) for name, x in scores.items()}
     arrays["expected scores"] = np.exp(arrays["expected scores"])  # kvpress's are no logarithms
@@ -168,11 +173,11 @@ def ours(model, tokenizer, windows: np.ndarray) -> tuple[dict[str, np.ndarray], 
         if name.startswith("kvzip"):
             s = s.at[..., :SINKS].set(s.max() + 1)
         for c in EVICTED:
-            small = kv.evict(cache, s, ratio=1 - c, budget=spread, rows=AFTER)
+            small = evict(cache, s, ratio=1 - c, budget=spread, rows=AFTER)
             kl = jnp.sum(jnp.exp(full) * (full - after(small)), axis=-1).mean(-1)
             arrays[f"{name} kl {c}"] = np.asarray(kl)
             arrays[f"{name} kept {c}"] = _mask(small)
-            arrays[f"{name} official {c}"] = _mask(kv.evict(cache, scores[name], ratio=1 - c, official=True))
+            arrays[f"{name} official {c}"] = _mask(evict(cache, scores[name], ratio=1 - c, official=True))
         arrays[f"{name} held"] = np.asarray(kv.num_bytes(small) - kv.num_bytes(kv.split(small)[1])) / len(
             rows
         )
@@ -180,10 +185,10 @@ def ours(model, tokenizer, windows: np.ndarray) -> tuple[dict[str, np.ndarray], 
     ready = jax.block_until_ready
     for row in [rows[0], *rows]:  # the first compiles
         spent = lambda name: times.setdefault(name, [])  # noqa: E731
-        cache = timed(spent("full prefill"), lambda row=row: ready(kv.prefill(model, [row])))
-        score = lambda row=row, cache=cache: ready(kv.kvzip_scores(model, cache, [row], **zip_))  # noqa: E731
+        cache = timed(spent("full prefill"), lambda row=row: ready(prefill.prefill(model, [row])))
+        score = lambda row=row, cache=cache: ready(kvzip.kvzip_scores(model, cache, [row], **zip_))  # noqa: E731
         s = timed(spent("kvzip scores"), score)
-        keep = lambda cache=cache, s=s: ready(kv.evict(cache, s, ratio=0.3, rows=AFTER))  # noqa: E731
+        keep = lambda cache=cache, s=s: ready(evict(cache, s, ratio=0.3, rows=AFTER))  # noqa: E731
         small = timed(spent("kvzip evict"), keep)
         for name, c in (("full", cache), ("kvzip", small)):
             ask = lambda c=c: jl.generate(model, None, [[5]], max_new_tokens=32, cache=c, stop_tokens=[])  # noqa: E731
@@ -194,9 +199,8 @@ def ours(model, tokenizer, windows: np.ndarray) -> tuple[dict[str, np.ndarray], 
 
 def _mask(cache) -> np.ndarray:
     """What is kept [B, L, K, T]."""
-    from jaxllm.cache import paged
 
-    kept = paged.kept_positions(cache)
+    kept = repack.kept_positions(cache)
     out = np.zeros((len(kept[0]), len(kept), len(kept[0][0]), CONTEXT), bool)
     for layer, requests in enumerate(kept):
         for b, heads in enumerate(requests):

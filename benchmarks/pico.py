@@ -10,7 +10,7 @@ lookup      the value of one key among 8, 32 and 64 pairs, keys and values rando
             model's own earlier answers before the later ones.
 sums        a + b, both below 100, after four worked ones. Training has drawn most of the 10,000 pairs: this
             measures what was learned by heart too.
-text        bits per byte of the last 5 % of each text (`jaxllm/training/corpus.py`), document by document.
+text        bits per byte of the last 5 % of each text (`training/pico/corpus.py`), document by document.
             Every token is predicted, the document's end too. A document longer than the context is read
             through windows of the whole context, half a context apart, each with the begin token in front.
 yardsticks  Witten-Bell byte n-grams (`witten_bell.py`) of the same training bytes, once of that text alone
@@ -43,8 +43,8 @@ from tqdm import tqdm
 from witten_bell import probabilities
 
 import jaxllm as jl
-from jaxllm.training import corpus, exercises
-from jaxllm.training.exercises import REPEAT_ALL, REPEAT_PART, Exercise, Words
+from jaxllm.training.pico import corpus, exercises
+from jaxllm.training.pico.exercises import REPEAT_ALL, REPEAT_PART, Exercise, Words
 
 MEMBERS = ("target", "draft", "companion")
 PASSAGE = 200  # tokens

@@ -49,16 +49,16 @@ from quantization_tables import draw, markdown
 from tqdm import tqdm
 
 import jaxllm as jl
-from jaxllm.quant.affine import Affine
-from jaxllm.quant.any_precision import BitPlanes
-from jaxllm.quant.awq import Scaled
-from jaxllm.quant.calibrate import fingerprint
-from jaxllm.quant.codebook import Codebook
-from jaxllm.quant.dense import Dense
-from jaxllm.quant.mixed_two_bit import MixedColumns
-from jaxllm.quant.nested_fp import NestedFloat
-from jaxllm.quant.quantize import linear_bits
-from jaxllm.quant.source import linear_weights, replace_weights
+from jaxllm.measure.report import linear_bits
+from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.storage.fingerprint import fingerprint
+from jaxllm.weights.affine import Affine
+from jaxllm.weights.bit_planes import BitPlanes
+from jaxllm.weights.codebook import Codebook
+from jaxllm.weights.dense import Dense
+from jaxllm.weights.mixed_columns import MixedColumns
+from jaxllm.weights.nested_float import NestedFloat
+from jaxllm.weights.scaled import Scaled
 
 END = "<|endoftext|>"
 CACHES = 1.5e9  # bytes of the process above which compiled programs are let go

@@ -25,8 +25,8 @@ from quantization_tables import table
 from tqdm import tqdm
 
 import jaxllm as jl
-from jaxllm.quant.matmul import bits_per_weight
-from jaxllm.quant.stats import Stats
+from jaxllm.quant.statistics import Stats
+from jaxllm.weights.matmul import bits_per_weight
 
 HIGHEST = jax.lax.Precision.HIGHEST
 NESTED = (3, 4, 5, 6)

@@ -37,10 +37,10 @@ from quantization_tables import table
 from tqdm import tqdm
 
 import jaxllm as jl
-from jaxllm.quant.calibrate import _of_input
-from jaxllm.quant.lnq import _nearest, descend
-from jaxllm.quant.packing import unpack
-from jaxllm.quant.stats import Stats
+from jaxllm.ops.packing import unpack
+from jaxllm.quant.methods.lnq import _nearest, descend
+from jaxllm.quant.statistics import Stats
+from jaxllm.quant.sums import _of_input
 
 BLOCK = {(1024, 1024): 2, (1024, 256): 2, (1024, 2816): 2, (2816, 1024): 1}  # (K, N): how many a block has
 INPUTS = {1024: 3, 2816: 1}  # K: how many different inputs a block's linears read

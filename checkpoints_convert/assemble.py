@@ -6,9 +6,15 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert import quantized
-from checkpoints_convert.family import Family, Tensor, tensors_of
+from checkpoints_convert.families.family import Family, Tensor, tensors_of
 from checkpoints_convert.fill import Read, fill, named_leaves
+from checkpoints_convert.quantized.linears import (
+    names_of,
+    possible_names,
+    read_linears,
+    split,
+    without_empty_biases,
+)
 from checkpoints_convert.tensor_files import FLOATS, NAMES, listed
 
 
@@ -35,17 +41,15 @@ def assemble(
         found = with_usual_names(family, found, [tensor.theirs for tensor in wanted])
         check_names(family, found, wanted)
         return fill(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh, mapped=mapped)
-    names = [tensor.theirs for tensor in wanted] + quantized.possible_names(scheme, wanted)
+    names = [tensor.theirs for tensor in wanted] + possible_names(scheme, wanted)
     found = with_usual_names(family, found, names)
-    dense, linears = quantized.split(scheme, wanted, found)
-    found = quantized.without_empty_biases(linears, wanted, found)
-    check_names(
-        family, found, [*dense, *(name for one in linears for name in quantized.names_of(scheme, one, found))]
-    )
+    dense, linears = split(scheme, wanted, found)
+    found = without_empty_biases(linears, wanted, found)
+    check_names(family, found, [*dense, *(name for one in linears for name in names_of(scheme, one, found))])
     read = reader(found, dense, leaves)
     table = next(tensor for tensor in dense if "embedding.table" in tensor.ours)
     kind = read(table.ours[0], leaves[table.ours[0]].shape).dtype if dtype is None else np.dtype(dtype)
-    formats = quantized.read_linears(scheme, linears, found, leaves, kind)
+    formats = read_linears(scheme, linears, found, leaves, kind)
     return fill(make, read, dtype=dtype, mesh=mesh, mapped=mapped, formats=formats)
 
 

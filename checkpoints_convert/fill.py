@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxllm.quant.dense import Dense
 from jaxllm.sharding import shardings
+from jaxllm.weights.dense import Dense
 
 # What reads a leaf: given its name and the shape it must have, the array, mapped or not.
 Read = Callable[[str, tuple[int, ...]], np.ndarray]

@@ -6,8 +6,8 @@
 Reading goes tensor by tensor from the mapped files straight to each leaf's sharding, so the host
 holds at most the model and one tensor; numbers keep their type (float64 becomes float32). Writing
 gives the tensors back byte for byte. Pickled files are never opened. Which tensor is which leaf is
-told by tables (`family.py`; `llama_line.py`, `gpt.py`, `t5.py`); one loop serves all
-(`assemble.py`). Linears that another tool quantized stay so (`quantized.py`).
+told by tables (`families/`); one loop serves all (`assemble.py`). Linears that another tool quantized stay so
+(`quantized/`).
 """
 
 import dataclasses
@@ -20,32 +20,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert import gpt, llama_line, quantized, t5, tensor_files
+from checkpoints_convert import tensor_files
 from checkpoints_convert.assemble import assemble
-from checkpoints_convert.family import Family, Tensor, tensors_of
+from checkpoints_convert.families import gpt, llama_line, t5
+from checkpoints_convert.families.family import Family, Tensor, tensors_of
 from checkpoints_convert.fill import named_weights
-from jaxllm.atomic import new_directory
-from jaxllm.quant.any_precision import BitPlanes
+from checkpoints_convert.quantized import any_precision
+from checkpoints_convert.quantized import scheme as quantized
+from jaxllm.storage.directory import new_directory
+from jaxllm.storage.tokenizer import load_tokenizer
+from jaxllm.weights.bit_planes import BitPlanes
 
 FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
 
 # What is fetched from the hub.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
 NOT_FETCHED = ["*/*", "consolidated*"]  # folders of other formats, Mistral's second copy
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "tokenizer_config.json",
-)
 
 
 def load(path_or_id, *, dtype=None, mesh=None, mapped=False, revision=None, local_files_only=False):
     """The model of a Hugging Face directory or hub id, and its tokenizer (None if it has none).
 
     dtype: what all weights are cast to; None keeps the file's types. Quantized ones stay as they are.
-    mesh: the model is sharded over it. mapped: weights that need no cast stay in the files (`jaxllm.load`).
+    mesh: the model is sharded over it. mapped: weights that need no cast stay in the files (`jaxllm.files`).
     revision, local_files_only: for hub ids.
 
     The tokenizer is the checkpoint's own: whether `encode` puts a begin token in front is its
@@ -129,19 +126,6 @@ def translate(family: Family, raw: dict[str, Any], path: Path):
     return dataclasses.replace(config, stop_tokens=ends)
 
 
-def load_tokenizer(path: Path):
-    """The tokenizer of a directory, None where there are no tokenizer files."""
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # whatever a broken or unsupported tokenizer file raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"huggingface.load: the tokenizer files must load, got {reason}") from error
-
-
 def family_of(model, model_type: str | None = None) -> Family:
     """The family a model is written as: the one named, else the first that can say its config."""
     config = dataclasses.replace(model.config, stop_tokens=())
@@ -180,7 +164,7 @@ def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_00
     entries = [entry for tensor in tensors for entry in _entries(tensor, weights)]
     planes = {t.theirs: weights[t.ours[0]] for t in tensors if isinstance(weights[t.ours[0]], BitPlanes)}
     names = [tensor.theirs for tensor in tensors]
-    block = {"anyprec": quantized.any_precision_config(planes, names)} if planes else {}
+    block = {"anyprec": any_precision.any_precision_config(planes, names)} if planes else {}
     dtype = model.dtype
     size = sum(tensor_files.num_bytes(shape, kind) for _, shape, kind, _ in entries)
     with new_directory(path, num_bytes=size) as out:
@@ -211,7 +195,7 @@ def _entries(tensor: Tensor, weights: dict[str, Any]) -> list[tensor_files.Tenso
     """How a tensor of theirs is written: name, shape, type, and what makes it in its turn."""
     parts = [weights[name] for name in tensor.ours]
     if all(isinstance(part, BitPlanes) for part in parts):
-        return quantized.any_precision_entries(tensor, parts)
+        return any_precision.any_precision_entries(tensor, parts)
     for name, part in zip(tensor.ours, parts, strict=True):
         if not isinstance(part, jax.Array):
             raise ValueError(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_convert import gpt
 from checkpoints_convert.assemble import assemble
+from checkpoints_convert.families import gpt
 from jaxllm.models.gpt import Config
 
 FAMILY = dataclasses.replace(

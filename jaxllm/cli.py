@@ -20,7 +20,7 @@ import click
 
 import jaxllm as jl
 from jaxllm import demo as demonstration
-from jaxllm.load import convert as convert_checkpoint
+from jaxllm.files import convert as convert_checkpoint
 
 OpenModel = Callable[..., tuple[Any, Any]]
 
@@ -145,8 +145,8 @@ def generate(
     gates = hold = None
     if kv_hold is not None or kv_method in GATES:
         form = GATES.get(kv_method, "fast")
-        gates = jl.cache.pico_gates(form) if kv_gates is None else jl.cache.load_gates(kv_gates)
-        hold = None if kv_hold is None else jl.cache.Hold(gates=gates, tokens=kv_hold)
+        gates = jl.eviction.pico_gates(form) if kv_gates is None else jl.eviction.load_gates(kv_gates)
+        hold = None if kv_hold is None else jl.eviction.Hold(gates=gates, tokens=kv_hold)
         options["hold"] = hold
     if text is not None:
         options |= {
@@ -187,8 +187,8 @@ def context_cache(
     ratio: float | None,
     method: str,
     bits: int | None,
-    gates: jl.cache.Gate | None,
-    hold: jl.cache.Hold | None,
+    gates: jl.eviction.Gate | None,
+    hold: jl.eviction.Hold | None,
 ):
     """A text read into a cache, of which a part is kept."""
     if tokenizer is None:
@@ -198,13 +198,13 @@ def context_cache(
     slack = min(2000, len(ids)) + 128  # for prompts; KVzip's repeats the text
     if ratio is None:
         if hold is not None:
-            return jl.cache.prefill_held(model, [ids], hold, bits=bits)
-        return jl.cache.prefill(model, [ids], slack=slack, bits=bits)
+            return jl.prefill_held(model, [ids], hold, bits=bits)
+        return jl.prefill(model, [ids], slack=slack, bits=bits)
     if gates is not None and method in GATES:
-        cache, scores = jl.cache.prefill_scored(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
+        cache, scores = jl.prefill_scored(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
     elif method.startswith("kvzip"):
-        cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
-        scores = jl.cache.kvzip_scores(
+        cache = jl.prefill(model, [ids], slack=slack, bits=bits)
+        scores = jl.eviction.kvzip_scores(
             model,
             cache,
             [ids[prefix:]],
@@ -213,9 +213,9 @@ def context_cache(
             output_aware=method == "kvzip+",
         )
     else:
-        cache = jl.cache.prefill(model, [ids], slack=slack, bits=bits)
-        scores = getattr(jl.cache, f"{method}_scores")(model, [ids], prefix=prefix)
-    small = jl.cache.evict(cache, scores, ratio=ratio, prefix=prefix, rows=1)  # `generate` makes the room
+        cache = jl.prefill(model, [ids], slack=slack, bits=bits)
+        scores = getattr(jl.eviction, f"{method}_scores")(model, [ids], prefix=prefix)
+    small = jl.eviction.evict(cache, scores, ratio=ratio, prefix=prefix, rows=1)  # `generate` makes the room
     before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
     note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")
     return small
@@ -340,10 +340,11 @@ def quantize(
     **options: Any,
 ) -> None:
     """Store a model's weights in fewer bits; write it to a new directory."""
-    from jaxllm.quant.methods import METHODS, Budget, make_method, read_recipe
-    from jaxllm.quant.quantize import linear_bits
+    from jaxllm.measure.report import linear_bits
+    from jaxllm.quant.methods import METHODS, make_method
+    from jaxllm.quant.recipe import Budget, read_recipe
     from jaxllm.quant.sensitivity import sensitivity, spend
-    from jaxllm.quant.stages import text_sequences
+    from jaxllm.quant.text import text_sequences
 
     if lists:
         list_methods(METHODS, as_json)

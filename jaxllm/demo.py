@@ -19,11 +19,11 @@ import numpy as np
 from tabulate import tabulate
 
 import jaxllm as jl
-from jaxllm.atomic import new_directory
 from jaxllm.measure.perplexity import score
-from jaxllm.quant.quantize import linear_bits
-from jaxllm.quant.source import linear_weights
-from jaxllm.training import exercises
+from jaxllm.measure.report import linear_bits
+from jaxllm.models.linears import linear_weights
+from jaxllm.storage.directory import new_directory
+from jaxllm.training.pico import exercises
 
 PROMPTS = ("Once upon a time", "The king", "Tom has 3 apples and buys 4 more.")
 
@@ -183,16 +183,16 @@ def eviction(shown: Shown) -> Section:
     one = exercises.lookup(np.random.default_rng(1), words, 32, value_tokens=1).tokens
     gap = exercises.list_end(one, words)
     rows, lines = [one[:gap].tolist()], one[gap:-1].reshape(-1, 4)  # key = value newline
-    cache = jl.cache.prefill(model, rows)
+    cache = jl.prefill(model, rows)
     context = [rows[0][1:]]
     scores = {
-        "KVzip": jl.cache.kvzip_scores(model, cache, context, tokenizer=tokenizer, prefix=1),
-        "SnapKV": jl.cache.snapkv_scores(model, rows, prefix=1, window=16),
-        "random": jl.cache.random_scores(model, rows, prefix=1),
+        "KVzip": jl.eviction.kvzip_scores(model, cache, context, tokenizer=tokenizer, prefix=1),
+        "SnapKV": jl.eviction.snapkv_scores(model, rows, prefix=1, window=16),
+        "random": jl.eviction.random_scores(model, rows, prefix=1),
     }
     kept: dict[str, jl.cache.Cache] = {"everything": cache}
     for name, ratio in (("KVzip", 0.3), ("KVzip", 0.1), ("SnapKV", 0.3), ("random", 0.3)):
-        left = jl.cache.evict(cache, scores[name], ratio=ratio, prefix=1, rows=8)
+        left = jl.eviction.evict(cache, scores[name], ratio=ratio, prefix=1, rows=8)
         kept[f"{name}, {ratio:.0%} of the pairs"] = left
     found = []
     for name, small in kept.items():

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.quant.dec_dec import to_host
-from jaxllm.quant.matmul import FORMATS
+from jaxllm.weights.host_residual import to_host
+from jaxllm.weights.matmul import FORMATS
 
 
 def make_mesh(*, data: int = 1, model: int = 1, devices=None) -> Mesh:

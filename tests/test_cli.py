@@ -491,7 +491,7 @@ def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tiny_checkpoi
     held = generate(*asked, "--kv-hold", "40")
     assert_refused(held, "gates: layers without a window, width and key heads must be")  # they are pico's
     gates = tmp_path.with_name("gates")
-    jl.cache.save_gates(new_gates(jl.load(tiny_checkpoint)[0], "fast"), gates)
+    jl.eviction.save_gates(new_gates(jl.load(tiny_checkpoint)[0], "fast"), gates)
     own = ("--kv-gates", gates)
     for more in (("--kv-hold", "40"), ("--kv-ratio", "0.3", "--kv-method", "fast-kvzip")):
         done = generate(*asked, *more, *own)

@@ -10,31 +10,25 @@ k, v = kept(cache, layer, k, v)                a chunk as it will be read back: 
 context, tail = split(cache)                   what never changes, and what is written; `join` undoes it
 room(cache), num_bytes(cache)                  the longest chunk that fits; bytes really held
 
-`DenseCache` holds every token of a request, `PagedCache` what `evict` has left of a context and all that came
-since. Either may hold `CodedRows`.
+`DenseCache` holds every token of a request, `PagedCache` what `eviction.evict` has left of a context and all
+that came since. Either may hold `CodedRows`.
+
+    dense     rows for every token: append, attend, truncate, select
+    coded     rows in codes of 2, 4 or 8 bits, in place of an array
+    paged     what is left after eviction, by head, and what came since
+    repack    from one layout to the other: which rows a cache holds, and the pages made of some of them
+    files     a cache in a directory that another process opens
 """
 
 from typing import Any, TypeVar
 
 import jax
 
-from jaxllm.cache import dense, paged, quantized
+from jaxllm.cache import dense, paged
+from jaxllm.cache.coded import CodedRows
 from jaxllm.cache.dense import DenseCache
-from jaxllm.cache.evict import evict, hold
-from jaxllm.cache.gates import FastGate, Gate, Hold, ZapGate, load_gates, pico_gates, save_gates
-from jaxllm.cache.heads import head_scores, load_heads, save_heads, spread
-from jaxllm.cache.kvzip import Replay, kvzip_scores
+from jaxllm.cache.files import load, save
 from jaxllm.cache.paged import Context, PagedCache
-from jaxllm.cache.prepare import load, prefill, prefill_held, prefill_scored, save
-from jaxllm.cache.quantized import CodedRows
-from jaxllm.cache.rivals import (
-    expected_scores,
-    h2o_scores,
-    random_scores,
-    snapkv_scores,
-    streaming_scores,
-    tova_scores,
-)
 
 Cache = DenseCache | PagedCache
 C = TypeVar("C", bound=Cache)
@@ -107,45 +101,18 @@ __all__ = [
     "Cache",
     "CodedRows",
     "DenseCache",
-    "FastGate",
-    "Gate",
-    "Hold",
     "PagedCache",
-    "Replay",
-    "ZapGate",
     "advance",
     "append",
     "attend",
-    "dense",
-    "evict",
-    "expected_scores",
     "grow",
-    "head_scores",
-    "h2o_scores",
-    "hold",
     "join",
     "kept",
-    "kvzip_scores",
     "load",
-    "load_gates",
-    "load_heads",
     "num_bytes",
-    "paged",
-    "pico_gates",
-    "prefill",
-    "prefill_held",
-    "prefill_scored",
-    "quantized",
-    "random_scores",
     "room",
     "save",
-    "save_gates",
-    "save_heads",
     "select",
-    "snapkv_scores",
     "split",
-    "spread",
-    "streaming_scores",
-    "tova_scores",
     "truncate",
 ]

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.attention import DistanceBias, attention, by_head
-from jaxllm.cache import quantized
-from jaxllm.cache.quantized import CodedRows
+from jaxllm.cache import coded as quantized
+from jaxllm.cache.coded import CodedRows
+from jaxllm.ops.attention import DistanceBias, attention, by_head
 from jaxllm.pytree import pytree, static
 
 Rows = jax.Array | CodedRows  # [B K, R, D]

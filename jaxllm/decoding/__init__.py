@@ -1,1 +1,8 @@
-"""How tokens are chosen: plain generation now, speculation and early exit as they land."""
+"""Text from a model, and models that read text.
+
+generate   prompts in, completions out: generate, stream, chat
+run        one batch of requests on the host: checks, shapes, texts
+loop       one batch of requests on the device: the compiled loop
+prefill    a text read once into a cache
+sampling   from logits to a token
+"""

@@ -1,6 +1,9 @@
 """Measures of a model: perplexity of texts, accuracy on multiple choice, bytes.
 
-`jaxllm.measure.lm_eval` (the `eval` extra) is imported by itself.
+perplexity   log-probabilities and perplexity of texts
+choices      multiple choice by log-likelihood
+report       bytes and bits per weight, by layer and in all
+lm_eval      EleutherAI's harness on our models (extra `eval`; imported by itself)
 """
 
 from jaxllm.measure.choices import TASKS, Choices, score_choices

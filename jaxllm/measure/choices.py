@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.measure.perplexity import Scores, refuse_encoder, score
+from jaxllm.measure.perplexity import Scores, score
+from jaxllm.models.inputs import refuse_encoder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Integer
 from tqdm import tqdm
 
+from jaxllm.models.inputs import as_tokens, refuse_encoder
+
 # What one call may take: tokens (the host waits for it, the progress bar moves after it), and
 # numbers of logits.
 CALL_TOKENS = 2**14
@@ -78,13 +80,6 @@ def _call(
     return np.asarray(logprobs), np.asarray(greedy)
 
 
-def refuse_encoder(who: str, model: Any) -> None:
-    """Raises ValueError for a model that predicts nothing without a source."""
-    if hasattr(model, "encode"):
-        name = type(model).__name__
-        raise ValueError(f"{who}: the model must be a decoder alone, got {name}, which reads a source")
-
-
 def _rows_per_call(model: Any, length: int, batch: int | None) -> int:
     """How many sequences of `length` tokens go through the model at once."""
     if batch is None:
@@ -92,18 +87,6 @@ def _rows_per_call(model: Any, length: int, batch: int | None) -> int:
     if batch < 1:
         raise ValueError(f"measure: batch must be positive, got {batch=}")
     return batch
-
-
-def as_tokens(who: str, tokens: Any, vocab: int) -> Integer[np.ndarray, " N"]:
-    """`tokens` on the host, once they are known to be a row of ids below `vocab`."""
-    tokens = np.asarray(tokens)
-    tokens = tokens if tokens.size else tokens.astype(np.int32)  # an empty list has no integers
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"{who}: tokens must be one row of integers, got {tokens.shape=}, {tokens.dtype=}")
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
-        wrong = tokens[(tokens < 0) | (tokens >= vocab)][0]
-        raise ValueError(f"{who}: token ids must lie in [0, {vocab}), got token={wrong}")
-    return tokens
 
 
 def score(

@@ -19,7 +19,14 @@ import numpy as np
 from flax import nnx
 from tabulate import tabulate
 
-from jaxllm.quant.matmul import FORMATS
+from jaxllm.models.linears import linear_weights
+from jaxllm.weights.matmul import FORMATS, num_bytes
+
+
+def linear_bits(model) -> float:
+    """Stored bits over the number of weights, of the linears of the blocks alone."""
+    weights = [w for name, w in linear_weights(model).items() if "." in name]
+    return 8 * sum(map(num_bytes, weights)) / sum(w.shape[0] * w.shape[1] for w in weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,10 @@
-"""What each model computes: one file a family, each forward pass readable from top to bottom."""
+"""What a model computes: one file an architecture, made of the same layers.
+
+decoder   Llama, Mistral, Qwen, Gemma, Phi: one forward pass
+gpt       GPT-2, minGPT, OPT and the shapes of GPT-3
+t5        T5: an encoder, and a decoder that sees the source
+layers    linear, embedding, norms, and the tap methods see through
+rope      rotary positions and their published extensions
+inputs    token ids checked, filled up and rounded up before a model reads them
+linears   a model's linears by name
+"""

@@ -19,24 +19,16 @@ Letters: B batch, T tokens of this chunk, D width, H query heads, K key heads, E
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
-from jaxllm.attention import causal_attention
 from jaxllm.cache import Cache, DenseCache
-from jaxllm.models.layers import Embedding, Linear, RmsNorm, Tap, below, see
+from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, Tap, below, chunk, last_token, see
 from jaxllm.models.rope import Rope, rotate
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
+from jaxllm.ops.attention import causal_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,19 +287,3 @@ class Decoder(nnx.Module):
         if logits == "last":
             x = last_token(x, lengths)
         return self.unembed(x, tap), cache
-
-
-def chunk(shape, cache, positions, lengths):
-    """Where the tokens of a chunk stand and how many are real, with what was left out filled in."""
-    B, T = shape
-    if lengths is None:
-        lengths = jnp.full((B,), T, jnp.int32)
-    if positions is None:
-        start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths
-        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    return positions, lengths
-
-
-def last_token(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
-    """The row of each request's last real token."""
-    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]

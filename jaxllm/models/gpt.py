@@ -30,10 +30,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
-from jaxllm.attention import causal_attention
 from jaxllm.cache import Cache, DenseCache
-from jaxllm.models.decoder import ACTIVATIONS, chunk, last_token
-from jaxllm.models.layers import Embedding, LayerNorm, Linear, Tap, below, see
+from jaxllm.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Tap, below, chunk, last_token, see
+from jaxllm.ops.attention import causal_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

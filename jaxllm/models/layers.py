@@ -12,8 +12,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.quant.dense import Dense
-from jaxllm.quant.matmul import matmul, take
+from jaxllm.weights.dense import Dense
+from jaxllm.weights.matmul import matmul, take
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def chunk(shape, cache, positions, lengths):
+    """Where the tokens of a chunk stand and how many are real, with what was left out filled in."""
+    B, T = shape
+    if lengths is None:
+        lengths = jnp.full((B,), T, jnp.int32)
+    if positions is None:
+        start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths
+        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    return positions, lengths
+
+
+def last_token(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """The row of each request's last real token."""
+    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
 
 Tap = Callable[[str, jax.Array], jax.Array]
 
@@ -34,7 +58,7 @@ def along_last(v: Float[Array, " N"], like: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """`y = x @ w + bias`; `w` is a weight of any format (`jaxllm/quant/matmul.py`)."""
+    """`y = x @ w + bias`; `w` is a weight of any format (`jaxllm/weights/matmul.py`)."""
 
     def __init__(self, K: int, N: int, *, bias: bool = False, std: float, rngs: nnx.Rngs, dtype):
         rows = std * jax.random.normal(rngs.params(), (N, K), jnp.float32)

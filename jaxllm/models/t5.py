@@ -32,10 +32,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import cache as kv
-from jaxllm.attention import DistanceBias, attention, by_head, causal_attention
 from jaxllm.cache import DenseCache
-from jaxllm.models.decoder import ACTIVATIONS, chunk, last_token
-from jaxllm.models.layers import Embedding, Linear, RmsNorm, Tap, below, see
+from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, Tap, below, chunk, last_token, see
+from jaxllm.ops.attention import DistanceBias, attention, by_head, causal_attention
 from jaxllm.pytree import pytree
 
 

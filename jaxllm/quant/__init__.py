@@ -1,1 +1,15 @@
-"""How weights are stored: one module a format, and `matmul`, which knows them all."""
+"""From a model to one whose weights are stored in fewer bits, layer by layer.
+
+quantize      a whole model by one method or a recipe
+recipe        which linear gets which method
+checkpoint    finished blocks of a run, kept in files
+sensitivity   what each method costs each layer; the best recipe within a budget
+source        where a layer's statistics come from: a calibration, or text
+calibrate     what linears see on sample text, kept on disk
+statistics    the statistics there are, and what a method is
+sums          statistics summed over a text, block by block
+gradients     what needs the loss: one pass backwards, block by block
+stages        how text goes through a model, stage by stage
+text          calibration text in batches
+methods/      one file a method
+"""

@@ -15,24 +15,20 @@ With `consume` what is finished takes the model's place; from the path of a safe
 is finished, one block, its statistics and the states are there. Other checkpoints are read whole.
 """
 
-import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxllm.models.layers import Embedding
-from jaxllm.quant.dense import Dense
-from jaxllm.quant.matmul import has_rows, num_bytes
-from jaxllm.quant.source import Source, block_of, linear_variables, linear_weights, replace_weights
-from jaxllm.quant.stages import in_memory
-from jaxllm.quant.stats import Method, Stats
-
-Recipe = Method | Sequence[tuple[str, Method | None]]
+from jaxllm.models.linears import block_of, in_memory, linear_variables, linear_weights, replace_weights
+from jaxllm.quant.checkpoint import _Kept
+from jaxllm.quant.recipe import Recipe, _plan
+from jaxllm.quant.source import Source
+from jaxllm.quant.statistics import Method, Stats
+from jaxllm.weights.dense import Dense
+from jaxllm.weights.matmul import has_rows
 
 
 def quantize(
@@ -63,7 +59,7 @@ def quantize(
     not dense, sizes that do not fit, or statistics that are missing or another model's.
     """
     if isinstance(model, str | Path):
-        from jaxllm.load import load
+        from jaxllm.files import load
 
         (model, _), consume = load(model, mapped=True), True
     weights = linear_weights(model)
@@ -115,49 +111,6 @@ def _solve(method: Method, w: Dense, stats: Stats, name: str, **more: Any) -> An
     return method.solve(rows, stats, name=name, dtype=w.dtype, **more)
 
 
-def linear_bits(model) -> float:
-    """Stored bits over the number of weights, of the linears of the blocks alone."""
-    weights = [w for name, w in linear_weights(model).items() if "." in name]
-    return 8 * sum(map(num_bytes, weights)) / sum(w.shape[0] * w.shape[1] for w in weights)
-
-
-def _plan(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
-    """What each linear is quantized by, in the model's order."""
-    recipe = list(method) if isinstance(method, Sequence) else [(r"\.", method)]
-    used = [False] * len(recipe)
-    plan: dict[str, Method] = {}
-    for name, w in weights.items():
-        i = next((i for i, (pattern, _) in enumerate(recipe) if _is_of(pattern, name)), None)
-        if i is None:
-            if "." not in name:  # an embedding or the head, which nobody asked for
-                continue
-            raise ValueError(f"quantize: the recipe must match every linear, got none for {name}")
-        used[i] = True
-        chosen = recipe[i][1]
-        if chosen is None:
-            continue
-        if not isinstance(w, Dense):
-            raise ValueError(f"quantize: {name} must be dense, got {type(w).__name__}")
-        _check_sizes(name, chosen, *w.shape)
-        plan[name] = chosen
-    if not all(used):
-        raise ValueError(f"quantize: every pattern must match a linear, got {recipe[used.index(False)][0]!r}")
-    return plan
-
-
-def _is_of(pattern: str, name: str) -> bool:
-    """Whether a rule is about a linear; one outside of blocks must be called by its name."""
-    return re.search(pattern, name) is not None and ("." in name or name in pattern)
-
-
-def _check_sizes(name: str, method: Method, K: int, N: int) -> None:
-    group, groups = getattr(method, "group", None), getattr(method, "groups", None)
-    if group is not None and group > K:
-        raise ValueError(f"quantize: group must be at most K of {name}, got {group=}, {K=}")
-    if groups is not None and N % groups:
-        raise ValueError(f"quantize: groups must divide N of {name}, got {groups=}, {N=}")
-
-
 def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: Source) -> dict[str, Any]:
     """What a method that spends its bits across layers gives each of them."""
     shared: dict[Any, dict[str, Any]] = {}
@@ -177,44 +130,3 @@ def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: Source) 
     for method, gains in shared.items():
         masks |= method.allocate(gains, {name: weights[name].shape for name in gains})
     return masks
-
-
-class _Kept:
-    """Finished blocks of a run, a file each."""
-
-    def __init__(self, path: str | Path, run: list[Any]):
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "run.json"
-        if not file.is_file():
-            if any(self.path.iterdir()):
-                raise ValueError(f"quantize: checkpoint must be new or empty, got {str(path)!r}")
-            file.write_text(json.dumps(run))
-        elif json.loads(file.read_text()) != run:
-            raise ValueError(
-                f"quantize: checkpoint must hold the same model, method and text, got {str(path)!r}"
-            )
-
-    def has(self, block: str) -> bool:
-        """Whether a block is there."""
-        return (self.path / f"{block}.npz").is_file()
-
-    def read(self, block: str) -> dict[str, Any]:
-        """The weights of a block by name."""
-        from jaxllm.load import build
-
-        with np.load(self.path / f"{block}.npz") as stored:
-            described = json.loads(str(stored["described"]))
-            get = lambda key, shape, dtype: jnp.asarray(stored[key].view(dtype).reshape(shape))  # noqa: E731
-            return {name: build(what, name, get) for name, what in described.items()}
-
-    def write(self, block: str, weights: dict[str, Any]) -> None:
-        """Keeps a block; the file appears whole."""
-        from jaxllm.load import arrays_of, describe
-
-        described = {name: describe(w, name) for name, w in weights.items()}
-        raw = {key: np.asarray(x) for name, w in weights.items() for key, x in arrays_of(w, name)}
-        raw = {key: x.reshape(-1).view(np.uint8) for key, x in raw.items()}  # npz knows no bfloat16
-        part = self.path / f"{block}.part.npz"
-        np.savez(part, described=np.asarray(json.dumps(described)), **raw)  # type: ignore[arg-type]
-        part.rename(self.path / f"{block}.npz")

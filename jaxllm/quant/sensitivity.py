@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.quant.matmul import num_bytes
-from jaxllm.quant.source import Source, block_of, linear_weights
-from jaxllm.quant.stages import in_memory
-from jaxllm.quant.stats import Method
+from jaxllm.models.linears import block_of, in_memory, linear_weights
+from jaxllm.quant.source import Source
+from jaxllm.quant.statistics import Method
+from jaxllm.weights.matmul import num_bytes
 
 Form = Literal["guided_hessian", "fisher", "hessian", "hessian_diag"]
 

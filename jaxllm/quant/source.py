@@ -7,7 +7,6 @@ Text goes through the blocks as they come, so only one block's statistics are in
 """
 
 import dataclasses
-import re
 import shutil
 import sys
 import tempfile
@@ -17,55 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
 from tqdm import tqdm
 
+from jaxllm.models.linears import block_of, replace_weights
 from jaxllm.quant import calibrate as measure
+from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
-from jaxllm.quant.matmul import FORMATS
-from jaxllm.quant.stages import Text, linears_by_name, stages
-from jaxllm.quant.stats import Method, Stats
-
-
-def linear_weights(model) -> dict[str, Any]:
-    """The weight of every linear and embedding by its name: "layers.0.attention.q", "embedding"."""
-    return {name: variable.get_value() for name, variable in linear_variables(model).items()}
-
-
-def linear_variables(model) -> dict[str, nnx.Variable]:
-    """The variable that holds each linear's weight."""
-    found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if _is_weight(path, variable):
-            found[".".join(map(str, path[:-1]))] = variable
-    return found
-
-
-def _is_weight(path: tuple[Any, ...], variable: nnx.Variable) -> bool:
-    """Whether a variable is a linear's `w` or an embedding's table: biases and norms are plain arrays."""
-    return path[-1] == "w" or isinstance(variable.get_value(), FORMATS)
-
-
-def replace_weights(model, weights: dict[str, Any]):
-    """The model, or a block, with other weights in the linears named; all else is shared."""
-    graph, state = nnx.split(model)
-    left = dict(weights)
-
-    def one(path, variable):
-        name = ".".join(map(str, path[:-1]))
-        return variable.replace(left.pop(name)) if name in left and _is_weight(path, variable) else variable
-
-    flat = [(path, one(path, variable)) for path, variable in nnx.to_flat_state(state)]
-    if left:
-        raise ValueError(f"replace_weights: names must be linears of the model, got {next(iter(left))!r}")
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def block_of(name: str) -> str:
-    """The block that a linear belongs to: its name up to the first number, or else its first word."""
-    found = re.match(r"(\w+\.)*?\d+(?=\.)|\w+", name)
-    assert found is not None
-    return found[0]
+from jaxllm.quant.stages import linears_by_name, stages
+from jaxllm.quant.statistics import Method, Stats
+from jaxllm.quant.sums import OF_OUTPUT, Sums
+from jaxllm.quant.text import Text
+from jaxllm.storage import fingerprint
 
 
 class Source:
@@ -115,20 +76,20 @@ class Source:
         measure.check(asked_of, self.want, self.groups, self.text)
         self.folder = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        if self.want & measure.OF_OUTPUT:
-            measure.gradients(model, self.text, self.folder, groups=self.groups, want=self.want, bar=bar)
+        if self.want & OF_OUTPUT:
+            gradients.gradients(model, self.text, self.folder, groups=self.groups, want=self.want, bar=bar)
 
     def identity(self) -> list[Any]:
         """What tells these statistics from others': the model, the text, and how it goes through."""
         text = None if self.text is None else self.text.digest()
         given = None if self.given is None else self.given.text
-        return [measure.fingerprint(self.model), text, given, self.sequential, self.sample]
+        return [fingerprint.fingerprint(self.model), text, given, self.sequential, self.sample]
 
     def _check(self, given: Calibration) -> None:
         missing = self.want - given.want
         if missing:
             raise ValueError(f"quantize: the calibration must hold {', '.join(sorted(missing))}")
-        if given.fingerprint != measure.fingerprint(self.model):
+        if given.fingerprint != fingerprint.fingerprint(self.model):
             raise ValueError("quantize: the calibration must be of this model, got another's")
         if "guided_hessian" in self.want and given.groups != self.groups:
             raise ValueError(f"quantize: groups must be the calibration's {given.groups}, got {self.groups}")
@@ -164,7 +125,7 @@ class Source:
                     after = self.text.through(stage, states)
                 yield prefix, {}
             else:
-                sums = measure.Sums(self.want, self.sample)
+                sums = Sums(self.want, self.sample)
                 after = sums.take(stage, self.text, states, self.folder)
                 yield prefix, sums.stats(self.model, stage, self.folder)
                 del sums

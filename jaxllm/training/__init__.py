@@ -1,1 +1,6 @@
-"""Training: any loss on any pytree (`trainer`), and the recipe of the shipped models (`pico`)."""
+"""Training: any loss on any pytree, gates of a cache, and the models that ship.
+
+trainer   minimises any loss on any pytree; resumes bit for bit
+gates     gates of a cache, trained on KVzip's scores
+pico/     the recipe of the models that ship
+"""

@@ -10,8 +10,10 @@ from flax import nnx
 
 import jaxllm as jl
 from jaxllm import cache as kv
-from jaxllm.cache import paged
-from jaxllm.cache.evict import choose, evict
+from jaxllm.cache import coded, paged, repack
+from jaxllm.decoding import prefill
+from jaxllm.eviction import kvzip, running_budget
+from jaxllm.eviction.budget import choose, evict
 from jaxllm.models.decoder import TINY, Decoder
 
 T = 40
@@ -67,7 +69,7 @@ def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
             part = q.reshape(*q.shape[:2], 2, 2, -1)[:, :, head]
             keys, values = (x[layer] for x in (cache.keys, cache.values))
             if isinstance(keys, kv.CodedRows):
-                part = kv.quantized.turn(part, keys)
+                part = coded.turn(part, keys)
             k, v = (paged.numbers(x).reshape(3, 2, 64, -1)[:, head] for x in (keys, values))
             outs.append(jl.attention.attention(part, k, v, seen & ~gone, scale=scale, softcap=softcap))
         return jnp.stack(outs, axis=2).reshape(q.shape)
@@ -110,7 +112,7 @@ def test_each_head_keeps_its_rows_at_their_positions_and_nothing_else_is_held(fi
     cache = filled()
     keep = chosen(drawn(), 0.25)
     small = evict(cache, drawn(), ratio=0.25, page=4, rows=8)
-    found = paged.kept_positions(small)
+    found = repack.kept_positions(small)
     for layer in range(2):
         for b in range(3):
             for head in range(2):
@@ -135,7 +137,7 @@ def test_contexts_of_one_size_and_budget_share_a_compilation(model, filled):
 
 def same(one, two):
     """Whether two caches keep the same rows, bit for bit."""
-    for a, b in zip(paged.kept_positions(one), paged.kept_positions(two), strict=True):
+    for a, b in zip(repack.kept_positions(one), repack.kept_positions(two), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
     pools = [(c.context.keys, c.context.values, c.context.scores) for c in (one, two)]
     real = [np.arange(4) < np.asarray(c.context.filled)[:, None] for c in (one, two)]
@@ -223,7 +225,7 @@ def test_a_request_that_reads_nothing_spoils_no_other(model, filled):
 
 def test_a_threshold_keeps_what_reaches_it(filled):
     small = evict(filled(), drawn(), threshold=0.8, page=4)
-    for layer, rows in enumerate(paged.kept_positions(small)):
+    for layer, rows in enumerate(repack.kept_positions(small)):
         for b, n in enumerate(LENGTHS):
             for head in range(2):
                 want = np.flatnonzero(np.asarray(drawn())[layer, b, head, :n] >= 0.8)
@@ -234,13 +236,13 @@ def test_a_threshold_keeps_what_reaches_it(filled):
 def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(model, filled, bits):
     cache = filled(bits=bits)
     scores = drawn(8)
-    small = kv.hold(cache, scores, tokens=12, recent=2, sinks=1, rows=8, page=4)
+    small = running_budget.hold(cache, scores, tokens=12, recent=2, sinks=1, rows=8, page=4)
     forward = jax.jit(lambda cache, tokens, lengths: model(tokens, cache, lengths=lengths))
     chunk = jnp.asarray(np.random.default_rng(1).integers(3, 120, (3, 7)), jnp.int32)
     lengths = np.asarray([7, 4, 6], np.int32)
     _, read = forward(small, chunk, lengths)
     new = jax.random.uniform(jax.random.key(2), (2, 3, 2, 7))
-    again = kv.hold(read, new, tokens=12, recent=2, sinks=1, rows=8, page=4)
+    again = running_budget.hold(read, new, tokens=12, recent=2, sinks=1, rows=8, page=4)
     shapes = lambda c: [x.shape for x in jax.tree.leaves(c)]  # noqa: E731
     assert shapes(small) == shapes(again)  # a budget, whatever was read: one compilation
     ends = np.asarray(LENGTHS)
@@ -257,7 +259,7 @@ def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(mod
             stay |= set(rest[: 12 * 4 - len(stay)])
             for key in mine:
                 held[key] = sorted(t for k, t in stay if k == key)
-                np.testing.assert_array_equal(paged.kept_positions(found)[key[0]][b][key[2]], held[key])
+                np.testing.assert_array_equal(repack.kept_positions(found)[key[0]][b][key[2]], held[key])
     keep = np.zeros((2, 3, 2, 64), bool)
     for (i, b, h), rows in held.items():
         keep[i, b, h, rows] = True
@@ -267,22 +269,22 @@ def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(mod
         want, _ = masked(model, whole, keep, jnp.full((3, 1), 7), jnp.ones(3, jnp.int32), ends)
         np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(ValueError, match="hold: tokens must be more than sinks and recent together"):
-        kv.hold(cache, scores, tokens=3, recent=2, sinks=1)
+        running_budget.hold(cache, scores, tokens=3, recent=2, sinks=1)
     with pytest.raises(ValueError, match=r"hold: scores must be \[L, B, K, R\] of"):
-        kv.hold(cache, scores[..., :20], tokens=12)
+        running_budget.hold(cache, scores[..., :20], tokens=12)
     with pytest.raises(ValueError, match="hold: scores must be finite"):
-        kv.hold(cache, scores.at[0, 0, 0, 3].set(jnp.inf), tokens=12)
+        running_budget.hold(cache, scores.at[0, 0, 0, 3].set(jnp.inf), tokens=12)
     protected = evict(cache, scores[..., 20:], ratio=0.5, prefix=20)
     with pytest.raises(
         ValueError, match="tokens must be at least the 2[0-9] a head that always stay, got tokens=12"
     ):
-        kv.hold(protected, jnp.zeros((2, 3, 2, 0)), tokens=12)
+        running_budget.hold(protected, jnp.zeros((2, 3, 2, 0)), tokens=12)
 
 
 def chosen_rows(small):
     """What a cache keeps of its context, as a mask over 64 rows."""
     keep = np.zeros((2, 3, 2, 64), bool)
-    for i, layer in enumerate(paged.kept_positions(small)):
+    for i, layer in enumerate(repack.kept_positions(small)):
         for b, request in enumerate(layer):
             for h, rows in enumerate(request):
                 keep[i, b, h, rows] = True
@@ -389,7 +391,7 @@ def test_prefix_and_what_follows_the_context_always_stay(filled):
     cache = filled()
     scores = drawn(6)[..., :20]
     small = evict(cache, scores, ratio=0.1, prefix=4, page=4)
-    for layer in paged.kept_positions(small):
+    for layer in repack.kept_positions(small):
         for b, request in enumerate(layer):
             for rows in request:
                 assert set(range(4)) <= set(rows) and set(range(24, LENGTHS[b])) <= set(rows)
@@ -434,8 +436,8 @@ def test_a_tensor_parallel_model_evicts_and_answers_as_one_device_does():
     rows = [list(range(3, 43)), [5, 9, 2, 7] * 8]
     outs = []
     for one in (model, split):
-        cache = kv.prefill(one, rows, slack=64)
-        scores = kv.kvzip_scores(one, cache, rows)
+        cache = prefill.prefill(one, rows, slack=64)
+        scores = kvzip.kvzip_scores(one, cache, rows)
         small = evict(cache, scores, ratio=0.3)
         answers = jl.generate(one, None, [[8], [9]], max_new_tokens=6, cache=small)
         outs.append((np.asarray(scores), [o.token_ids for o in answers]))

@@ -14,13 +14,13 @@ from flax import nnx
 import jaxllm as jl
 from checkpoints_convert import huggingface
 from checkpoints_convert.fill import named_weights
-from jaxllm.load import convert
+from jaxllm.files import convert
 from jaxllm.models.decoder import TINY as SMALLEST
 from jaxllm.models.decoder import Decoder
-from jaxllm.quant import affine
-from jaxllm.quant.affine import Affine
-from jaxllm.quant.any_precision import BitPlanes, from_codes
-from jaxllm.quant.permuted import Permuted
+from jaxllm.weights import affine
+from jaxllm.weights.affine import Affine
+from jaxllm.weights.bit_planes import BitPlanes, from_codes
+from jaxllm.weights.permuted import Permuted
 
 WIDTH, HIDDEN, KEYS, VOCAB = 64, 128, 32, 68
 LLAMA = {

@@ -11,7 +11,10 @@ from tiny_llama import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import jaxllm as jl
+from jaxllm import cache as kv
 from jaxllm.decoding import generate as module
+from jaxllm.decoding import loop, run
+from jaxllm.models import inputs
 from jaxllm.models.decoder import TINY, Decoder
 
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [9]]
@@ -99,7 +102,7 @@ def test_a_given_cache_is_continued_and_left_as_it_was(model):
 
 def test_a_long_prompt_behind_a_cache_is_read_in_pieces_that_fit_the_window(model):
     _, cache = model(jnp.array([[1, 2, 3]]), model.make_cache(1, 40))
-    assert module.kv.dense.room(cache) == 1
+    assert kv.room(cache) == 1
     rest = list(range(20, 33))
     out = jl.generate(model, None, [rest], cache=cache, max_new_tokens=5)[0]
     assert out.token_ids == jl.generate(model, None, [[1, 2, 3, *rest]], max_new_tokens=5)[0].token_ids
@@ -107,9 +110,9 @@ def test_a_long_prompt_behind_a_cache_is_read_in_pieces_that_fit_the_window(mode
 
 def test_nearby_shapes_share_a_compilation(model):
     jl.generate(model, None, [[1] * 9, [2] * 12, [3]], max_new_tokens=13)
-    sizes = module._decode._cache_size(), module.read._cache_size()
+    sizes = loop._decode._cache_size(), module.read._cache_size()
     jl.generate(model, None, [[1] * 11, [2] * 10, [3] * 4], max_new_tokens=15)
-    assert (module._decode._cache_size(), module.read._cache_size()) == sizes
+    assert (loop._decode._cache_size(), module.read._cache_size()) == sizes
 
 
 def test_another_sampler_compiles_the_prefill_not_again(model):
@@ -125,7 +128,7 @@ def test_generation_ends_where_the_context_does(model):
 
 
 def test_buckets_are_at_most_half_too_large():
-    sizes = [module.bucket(n) for n in range(1, 200)]
+    sizes = [inputs.bucket(n) for n in range(1, 200)]
     assert all(n <= size for n, size in enumerate(sizes, 1))
     assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 18
@@ -171,7 +174,7 @@ def test_the_compiled_loop_holds_no_second_copy_of_the_weights(dtype, usual_comp
     request, state = jax.eval_shape(_started, model)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     memory = (
-        module._decode.lower(model, request, state, step)
+        loop._decode.lower(model, request, state, step)
         .compile(compiler_options=usual_compiler)
         .memory_analysis()
     )
@@ -181,14 +184,14 @@ def test_the_compiled_loop_holds_no_second_copy_of_the_weights(dtype, usual_comp
 
 def _started(model):
     """A run of one request about to enter the loop."""
-    request = module._Request(
+    request = loop._Request(
         budgets=jnp.ones((1,), jnp.int32),
-        keys=module._keys(0, 1),
+        keys=run._keys(0, 1),
         stop_tokens=jnp.zeros((1,), jnp.int32),
         plan=jl.Sampler().plan(),
         memory=None,
     )
     tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
-    state = module._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
+    state = loop._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
     return request, state

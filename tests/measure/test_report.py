@@ -13,7 +13,7 @@ from jaxllm.measure import report
 from jaxllm.measure.report import report_bytes
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.pytree import pytree, static
-from jaxllm.quant.dense import Dense
+from jaxllm.weights.dense import Dense
 
 BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32  # q o, k v, gate up down, norms
 TABLE = 128 * 32

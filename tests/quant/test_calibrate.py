@@ -11,9 +11,10 @@ from flax import nnx
 
 from jaxllm.models import gpt
 from jaxllm.models.decoder import TINY, Decoder
-from jaxllm.quant import calibrate as module
+from jaxllm.quant import sums
 from jaxllm.quant.calibrate import Calibration, calibrate
-from jaxllm.quant.stats import WANTS
+from jaxllm.quant.gradients import LOSS_SCALE
+from jaxllm.quant.statistics import WANTS
 
 CONFIG = dataclasses.replace(TINY, qkv_bias=True, windows=(None, 6))
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [1, 2], [30, 60, 90, 120, 3, 3]]
@@ -102,7 +103,7 @@ def test_guided_hessians_square_each_tokens_gradient(measured, seen, name):
         x, g = (np.asarray(a, np.float64) for a in s[name])
         squares = (g.reshape(len(g), 2, -1) ** 2).mean(-1)  # [T, groups]
         want = want + np.einsum("tg,tk,tj->gkj", squares, x, x)
-    scale = module.LOSS_SCALE**2
+    scale = LOSS_SCALE**2
     np.testing.assert_allclose(
         measured[name].guided_hessian / scale, want, rtol=2e-3, atol=2e-6 * want.max() + 1e-12
     )
@@ -113,7 +114,7 @@ def test_guided_hessians_square_each_tokens_gradient(measured, seen, name):
 @pytest.mark.parametrize("name", ["layers.0.mlp.up", "layers.1.attention.k"])
 def test_the_fisher_squares_each_sequences_gradient_and_no_other(measured, seen, name):
     grads = [np.einsum("tn,tk->nk", np.asarray(s[name][1]), np.asarray(s[name][0])) for s in seen]
-    got = measured[name].fisher / module.LOSS_SCALE**2
+    got = measured[name].fisher / LOSS_SCALE**2
     want = sum(g**2 for g in grads)
     np.testing.assert_allclose(got, want, rtol=5e-3, atol=1e-5 * want.max())
     assert np.abs(got - sum(grads) ** 2).max() > 0.1 * want.max()
@@ -149,13 +150,13 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_block(model, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         blocks = []
 
-        def take(self, block, *rest, take=module.Sums.take):
+        def take(self, block, *rest, take=sums.Sums.take):
             blocks.append(block)
             if len(blocks) == 2:
                 raise KeyboardInterrupt
             return take(self, block, *rest)
 
-        patch.setattr(module.Sums, "take", take)
+        patch.setattr(sums.Sums, "take", take)
         calibrate(model, ROWS, **options)
     with pytest.raises(FileNotFoundError, match=r"calibration\.json must be in the directory"):
         Calibration(tmp_path / "stats")

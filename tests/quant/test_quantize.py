@@ -13,15 +13,15 @@ from flax import nnx
 import jaxllm as jl
 from jaxllm.models import t5
 from jaxllm.models.decoder import TINY, Decoder
-from jaxllm.quant import calibrate as calibrating
-from jaxllm.quant.affine import Affine, encode, min_max
+from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.quant import sums
 from jaxllm.quant.calibrate import calibrate
-from jaxllm.quant.dense import Dense
-from jaxllm.quant.matmul import dequantize, num_bytes
+from jaxllm.quant.methods.rtn import Rtn
 from jaxllm.quant.quantize import quantize
-from jaxllm.quant.rtn import Rtn
-from jaxllm.quant.source import linear_weights, replace_weights
-from jaxllm.quant.stats import Stats, need
+from jaxllm.quant.statistics import Stats, need
+from jaxllm.weights.affine import Affine, encode, min_max
+from jaxllm.weights.dense import Dense
+from jaxllm.weights.matmul import dequantize, num_bytes
 
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [1, 2], [30, 60, 90, 120, 3, 3]]
 
@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         recipe = [(r"layers\.0", Spy()), (r"layers\.1", Stops(seen=[]))]
         quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
-    spy, measured, take = Spy(), [], calibrating.Sums.take
+    spy, measured, take = Spy(), [], sums.Sums.take
 
     def watched(self, *rest):
         measured.append(rest[0].name)
@@ -161,7 +161,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
 
     recipe = [(r"layers\.0", spy), (r"layers\.1", Stops(seen=[0]))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrating.Sums, "take", watched)
+        patch.setattr(sums.Sums, "take", watched)
         small = quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
     assert spy.seen == [] and measured == ["layers.1"]  # block 0 came from the checkpoint, unmeasured
     whole = quantize(model, Spy(), ROWS, progress=False)
@@ -194,7 +194,7 @@ def test_no_more_than_one_blocks_statistics_are_held(quick_gc, model):
             return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
 
     alive: list = []
-    take = calibrating.Sums.take
+    take = sums.Sums.take
 
     def watched(self, *rest):
         gc.collect()
@@ -204,7 +204,7 @@ def test_no_more_than_one_blocks_statistics_are_held(quick_gc, model):
         return take(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrating.Sums, "take", watched)
+        patch.setattr(sums.Sums, "take", watched)
         quantize(model, Watch(), ROWS, progress=False)
     assert len(alive) == 2 and len(held) == 14
 

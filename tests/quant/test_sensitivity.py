@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 import jaxllm as jl
+from jaxllm.measure.report import linear_bits
 from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.models.linears import linear_weights
 from jaxllm.quant.calibrate import calibrate
-from jaxllm.quant.methods import Budget, read_recipe
-from jaxllm.quant.quantize import linear_bits
+from jaxllm.quant.recipe import Budget, read_recipe
 from jaxllm.quant.sensitivity import FORMS, Choice, sensitivity, spend
-from jaxllm.quant.source import linear_weights
 
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [30, 60, 90, 120, 3, 3]]
 METHODS = [jl.Rtn(bits=bits, group=16) for bits in (2, 3, 5)]

@@ -10,13 +10,13 @@ from flax import nnx
 
 from jaxllm import generate
 from jaxllm.models import t5
-from jaxllm.quant import calibrate as module
+from jaxllm.models.linears import linear_weights
 from jaxllm.quant.calibrate import calibrate
+from jaxllm.quant.gradients import LOSS_SCALE
+from jaxllm.quant.methods.rtn import Rtn
 from jaxllm.quant.quantize import quantize
-from jaxllm.quant.rtn import Rtn
-from jaxllm.quant.source import linear_weights
-from jaxllm.quant.stages import text_sequences
-from jaxllm.quant.stats import WANTS
+from jaxllm.quant.statistics import WANTS
+from jaxllm.quant.text import text_sequences
 
 CONFIG = dataclasses.replace(t5.TINY, gated=True, activation="gelu_tanh", tied=False)
 # the longest source is as long as the longest target with its first token: only what it is tells them apart
@@ -93,14 +93,12 @@ def test_statistics_equal_a_pass_through_the_whole_model(measured, seen, name):
     close(got.hessian, x.T @ x - each[3].T @ each[3])
     close(got.thresholds, np.sort(np.abs(x), 1)[:, ::-1].max(0))
     close(got.sample, x[:9])
-    close(
-        got.fisher / module.LOSS_SCALE**2, sum((g.T @ x) ** 2 for x, g in zip(each, gradients, strict=True))
-    )
+    close(got.fisher / LOSS_SCALE**2, sum((g.T @ x) ** 2 for x, g in zip(each, gradients, strict=True)))
     guided = sum(
         np.einsum("tg,tk,tj->gkj", (g.reshape(len(g), 2, -1) ** 2).mean(-1), x, x)
         for x, g in zip(each, gradients, strict=True)
     )
-    close(got.guided_hessian / module.LOSS_SCALE**2, guided)
+    close(got.guided_hessian / LOSS_SCALE**2, guided)
 
 
 def test_a_quantized_t5_still_answers_and_feeds_its_own_outputs_forward(model):

@@ -1,0 +1,96 @@
+"""What describes one family of checkpoints: how its config reads, which tensor is which leaf.
+
+A `Row` says that one of their tensors is some of our leaves stacked along the first axis ("{i}" is
+the layer): a plain rename has one leaf, a fused q, k, v three. A row whose leaves a model does not
+have (biases, a tied head) is left out. So one table serves reading and writing, and every family
+goes through the one loop of `assemble.py`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Their tensor, and the leaves of ours that are stacked in it."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False  # their matrix is [in, out] (GPT-2)
+    when: str | None = None  # a leaf without which the row is left out
+    unless: str | None = None  # a leaf with which the row is left out
+
+
+def row(theirs: str, *ours: str, transposed: bool = False, when=None, unless=None) -> Row:
+    """A row of a table."""
+    return Row(theirs, ours, transposed, when, unless)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type` of Hugging Face."""
+
+    model_type: str
+    architecture: str  # its class with a language model head
+    model: type  # ours
+    config: Callable[[dict[str, Any]], Any]  # config.json, defaults filled in, to ours
+    to_config: Callable[[Any], dict[str, Any]]  # ours to config.json
+    rows: tuple[Row, ...]
+    defaults: dict[str, Any]  # what a key means that config.json leaves out
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # patterns of tensors that say nothing
+    also: tuple[tuple[str, str], ...] = ()  # (usual name, name some files have in its place)
+    prefixes: tuple[str, ...] = ("model.",)  # of files: each is tried in place of the first, "" too
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint and the leaves it holds, for a model at hand."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool
+
+
+def stem(tensor: Tensor) -> str | None:
+    """The name of their linear, None for a tensor that is no linear's weight."""
+    linear = tensor.theirs.endswith(".weight") and all(name.endswith(".w") for name in tensor.ours)
+    return tensor.theirs.removesuffix(".weight") if linear else None
+
+
+def tensors_of(family: Family, leaves: dict[str, Any]) -> list[Tensor]:
+    """The family's table written out for a model with these leaves, layer by layer.
+
+    Raises ValueError for a leaf that the table does not have.
+    """
+    found: list[tuple[int, int, Tensor]] = []
+    for order, one in enumerate(family.rows):
+        pattern = re.escape(one.ours[0]).replace(re.escape("{i}"), r"(\d+)")
+        for match in filter(None, (re.fullmatch(pattern, name) for name in leaves)):
+            i = match[1] if match.groups() else ""
+            if one.when is not None and one.when.replace("{i}", i) not in leaves:
+                continue
+            if one.unless is not None and one.unless.replace("{i}", i) in leaves:
+                continue
+            ours = tuple(name.replace("{i}", i) for name in one.ours)
+            tensor = Tensor(one.theirs.replace("{i}", i), ours, one.transposed)
+            found.append((int(i or -1), order, tensor))
+    tensors = [tensor for *_, tensor in sorted(found, key=lambda entry: entry[:2])]
+    unknown = set(leaves) - {name for tensor in tensors for name in tensor.ours}
+    if unknown:
+        raise ValueError(
+            f"huggingface: {family.model_type} has no name for {', '.join(sorted(unknown)[:8])}; "
+            "only dense weights can be written"
+        )
+    return tensors

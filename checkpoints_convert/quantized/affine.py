@@ -1,0 +1,272 @@
+"""Schemes whose weights are (code - zero) * scale: GPTQ, AWQ, compressed-tensors (layouts: `scheme.py`)."""
+
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+import numpy as np
+
+from checkpoints_convert.quantized.words import (
+    AWQ_ORDER,
+    FLOATS,
+    Shapes,
+    Tensors,
+    groups_of,
+    on_host,
+    pack,
+    packed,
+    sorted_inputs,
+    unpacked,
+    unsigned,
+    words_of,
+)
+from jaxllm.ops.packing import Packed
+from jaxllm.weights.affine import Affine
+from jaxllm.weights.permuted import Permuted
+
+SUPPORTED = (
+    "gptq (2, 3, 4 or 8 bits), awq (gemm, 4 bits), compressed-tensors (pack-quantized, 4 or 8 bits), "
+    "any-precision"
+)
+
+
+def refused(what: Any) -> ValueError:
+    """The error for a scheme that is not supported."""
+    return ValueError(
+        f"huggingface.load: weights must be plain floats or of {SUPPORTED}, got a checkpoint quantized by "
+        f"another tool: quantization_config names {what!r}"
+    )
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"huggingface.load: {name} must be a JSON object, got {value!r}")
+    return value
+
+
+def _whole(given: dict[str, Any], *names: str, allowed=None) -> int:
+    """The whole number under one of several names; `allowed` None: a group, at least 1 or -1."""
+    value = next((given[name] for name in names if given.get(name) is not None), None)
+    good = type(value) is int and (value in allowed if allowed else value == -1 or value >= 1)
+    if not good:
+        must = ", ".join(map(str, allowed)) if allowed else "-1 or at least 1"
+        raise ValueError(f"huggingface.load: {names[0]} of quantized weights must be {must}, got {value!r}")
+    assert isinstance(value, int)
+    return value
+
+
+def _gptq(given: dict[str, Any]) -> "Gptq":
+    layout = given.get("checkpoint_format") or given.get("format") or "gptq"
+    if layout not in ("gptq", "gptq_v2") or given.get("is_marlin_format"):
+        raise refused(f"gptq as {'marlin' if given.get('is_marlin_format') else layout}")
+    return Gptq(
+        bits=_whole(given, "bits", allowed=(2, 3, 4, 8)),
+        group=_whole(given, "group_size"),
+        second=layout == "gptq_v2",
+        act_order=bool(given.get("desc_act")),
+        symmetric=bool(given.get("sym")),
+    )
+
+
+def _awq(given: dict[str, Any]) -> "Awq":
+    layout = given.get("version") or given.get("checkpoint_format") or given.get("format") or "gemm"
+    if str(layout).lower() != "gemm":
+        raise refused(f"awq as {layout}")
+    _whole(given, "bits", "w_bit", allowed=(4,))
+    return Awq(group=_whole(given, "group_size", "q_group_size"))
+
+
+def _compressed_tensors(given: dict[str, Any]) -> "CompressedTensors | ByTarget":
+    if given.get("format") != "pack-quantized":
+        raise refused(f"compressed-tensors as {given.get('format')}")
+    ways: list[tuple[tuple[str, ...], CompressedTensors]] = []
+    for name, entry in _mapping(given.get("config_groups"), "config_groups").items():
+        entry = _mapping(entry, name)
+        if entry.get("input_activations") or entry.get("output_activations"):
+            raise refused("compressed-tensors with quantized activations")
+        weights = _mapping(entry.get("weights"), f"{name}.weights")
+        strategy = weights.get("strategy")
+        if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
+            raise refused(f"compressed-tensors as {weights.get('type')} by {strategy}")
+        way = CompressedTensors(
+            bits=_whole(weights, "num_bits", allowed=(4, 8)),
+            group=-1 if strategy == "channel" else _whole(weights, "group_size"),
+            symmetric=bool(weights.get("symmetric", True)),
+        )
+        targets = entry.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(f"huggingface.load: {name}.targets must be a list of names, got {targets!r}")
+        ways.append((tuple(targets), way))
+    if not ways:
+        raise ValueError("huggingface.load: config_groups must have a group, got none")
+    return ways[0][1] if len({way for _, way in ways}) == 1 else ByTarget(tuple(ways))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A linear in affine codes."""
+
+    codes: Packed  # [N, K], the inputs in `order`
+    scale: np.ndarray  # [G, N]
+    zero: np.ndarray | None  # uint8 [G, N]; None: the middle code
+    group: int
+    order: np.ndarray | None  # int32 [K]; None: as they come
+
+    def part(self, start: int, stop: int, dtype) -> Affine | Permuted:
+        bits, K = self.codes.bits, self.codes.size
+        zero = None if self.zero is None else self.zero[:, start:stop]
+        if zero is not None and (zero == 2 ** (bits - 1)).all():
+            zero = None
+        w = on_host(
+            Affine,
+            codes=on_host(Packed, words=self.codes.words[start:stop], bits=bits, size=K),
+            scale=self.scale[:, start:stop],
+            zero=None if zero is None else pack(zero, bits),
+            group=self.group,
+            shape=(K, stop - start),
+            dtype=dtype,
+        )
+        return w if self.order is None else on_host(Permuted, weight=w, order=self.order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gptq:
+    """AutoGPTQ's and GPTQModel's files.
+
+    second: zeros are as they are; the first version has them less one. act_order: `g_idx` counts.
+    """
+
+    bits: int
+    group: int
+    second: bool
+    act_order: bool
+    symmetric: bool
+    name: ClassVar[str] = "gptq"
+    main: ClassVar[str] = "qweight"
+    optional: ClassVar[tuple[str, ...]] = ("g_idx",)
+    transposes: ClassVar[bool] = True
+
+    def shapes(self, K: int, N: int) -> Shapes:
+        _, G = groups_of(K, self.group)
+        return {
+            "qweight": ((words_of(K, self.bits), N), ("I32",)),
+            "qzeros": ((G, words_of(N, self.bits)), ("I32",)),
+            "scales": ((G, N), FLOATS),
+            "g_idx": ((K,), ("I32",)),
+        }
+
+    def read(self, tensors: Tensors, K: int, N: int) -> Grid:
+        group, G = groups_of(K, self.group)
+        order = sorted_inputs(tensors["g_idx"], group, G) if self.act_order and "g_idx" in tensors else None
+        codes = packed(unsigned(tensors["qweight"]).T, self.bits, K, order)
+        return Grid(codes, tensors["scales"], self.zeros(unsigned(tensors["qzeros"]), N), group, order)
+
+    def zeros(self, words: np.ndarray, N: int) -> np.ndarray:
+        """The zeros of all groups.
+
+        subtle: in the first version, a zero of 0 less one. AutoGPTQ spoils the rest of the word when it
+        writes one, and its kernels and vLLM's read 2**bits. GPTQModel, which transformers uses, subtracts 1
+        of all fields of a word at once and adds it back the same way, borrow and carry included (not at 3
+        bits: there each field wraps by itself). That is followed here: it gives back what was written.
+        """
+        stored = unpacked(words, self.bits)[:, :N]
+        if self.second:
+            return stored
+        if self.symmetric and (stored == 2 ** (self.bits - 1)).all():
+            return stored  # some files of GPTQModel 5 say the first version and are of the second
+        if self.bits == 3:
+            return (stored + 1) & 7
+        one = np.uint32(sum(1 << at for at in range(0, 32, self.bits)))
+        return unpacked(words + one, self.bits)[:, :N]
+
+
+@dataclasses.dataclass(frozen=True)
+class Awq:
+    """AutoAWQ's files of version "gemm"; the scales of inputs are folded into the layers before."""
+
+    group: int
+    name: ClassVar[str] = "awq"
+    main: ClassVar[str] = "qweight"
+    optional: ClassVar[tuple[str, ...]] = ()
+    transposes: ClassVar[bool] = False
+
+    def shapes(self, K: int, N: int) -> Shapes:
+        _, G = groups_of(K, self.group)
+        words = words_of(N, 4)
+        return {
+            "qweight": ((K, words), ("I32",)),
+            "qzeros": ((G, words), ("I32",)),
+            "scales": ((G, N), FLOATS),
+        }
+
+    def read(self, tensors: Tensors, K: int, N: int) -> Grid:
+        group, _ = groups_of(K, self.group)
+        place = np.argsort(AWQ_ORDER)
+        codes, zero = (
+            unpacked(unsigned(tensors[name]), 4)[:, :N].reshape(-1, N // 8, 8)[..., place].reshape(-1, N)
+            for name in ("qweight", "qzeros")
+        )
+        return Grid(pack(codes.T, 4), tensors["scales"], zero, group, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedTensors:
+    """compressed-tensors' files of format "pack-quantized"."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    name: ClassVar[str] = "compressed-tensors"
+    main: ClassVar[str] = "weight_packed"
+    optional: ClassVar[tuple[str, ...]] = ("weight_g_idx",)
+    transposes: ClassVar[bool] = False
+
+    def shapes(self, K: int, N: int) -> Shapes:
+        _, G = groups_of(K, self.group)
+        fields = 32 // self.bits
+        shapes: Shapes = {
+            "weight_packed": ((N, -(-K // fields)), ("I32",)),
+            "weight_scale": ((N, G), FLOATS),
+            "weight_shape": ((2,), ("I32", "I64")),
+            "weight_g_idx": ((K,), ("I32",)),
+        }
+        if not self.symmetric:
+            shapes["weight_zero_point"] = ((-(-N // fields), G), ("I32",))
+        return shapes
+
+    def read(self, tensors: Tensors, K: int, N: int) -> Grid:
+        group, G = groups_of(K, self.group)
+        if tuple(tensors["weight_shape"]) != (N, K):
+            raise ValueError(f"weight_shape must be {(N, K)}, got {tuple(tensors['weight_shape'].tolist())}")
+        order = tensors.get("weight_g_idx")
+        if order is not None:  # -1 where it was never set
+            order = None if (order == -1).any() else sorted_inputs(order, group, G)
+        codes = packed(unsigned(tensors["weight_packed"]), self.bits, K, order)
+        zero = None
+        if not self.symmetric:
+            zero = unpacked(unsigned(tensors["weight_zero_point"]).T, self.bits)[:, :N]
+        return Grid(codes, tensors["weight_scale"].T, zero, group, order)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByTarget:
+    """compressed-tensors' files whose linears are stored in several ways, each for the targets it names.
+
+    A target is a linear's name, "re:" and a pattern that its name begins with, or "Linear" for all; the most
+    particular kind decides, and among patterns the first in alphabetical order.
+    """
+
+    ways: tuple[tuple[tuple[str, ...], CompressedTensors], ...]
+    name: ClassVar[str] = CompressedTensors.name
+    main: ClassVar[str] = CompressedTensors.main
+    transposes: ClassVar[bool] = False
+
+    def of(self, linear: str) -> CompressedTensors:
+        """How one linear is stored."""
+        by_target = {target: way for targets, way in self.ways for target in targets}
+        patterns = sorted(target for target in by_target if target.startswith("re:"))
+        matching = (pattern for pattern in patterns if re.match(pattern.removeprefix("re:"), linear))
+        target = linear if linear in by_target else next(matching, "Linear")
+        if target not in by_target:
+            raise ValueError(f"checkpoint: a target of config_groups must name {linear}, none does")
+        return by_target[target]

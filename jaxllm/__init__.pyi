@@ -1,0 +1,67 @@
+"""The public names, loaded when they are first used (`lazy_loader`)."""
+
+from . import cache, eviction
+from .decoding.generate import Token, chat, generate, stream
+from .decoding.prefill import prefill, prefill_held, prefill_scored
+from .decoding.run import Completion
+from .decoding.sampling import Sampler
+from .files import load, save
+from .measure import perplexity, report_bytes, score_choices
+from .quant.calibrate import Calibration, calibrate
+from .quant.methods.any_precision import AnyPrecision
+from .quant.methods.awq import Awq
+from .quant.methods.dash_q import DashQ
+from .quant.methods.dec_dec import DecDec
+from .quant.methods.gptq import Gptq
+from .quant.methods.lnq import Lnq
+from .quant.methods.mixed_two_bit import MixedTwoBit
+from .quant.methods.nested_fp import NestedFp
+from .quant.methods.rotate import Rotate
+from .quant.methods.rtn import Rtn
+from .quant.methods.squeeze_llm import SqueezeLlm
+from .quant.quantize import quantize
+from .quant.sensitivity import sensitivity, spend
+from .quant.text import text_sequences
+from .sharding import make_mesh, shard
+from .weights.bit_planes import read_at
+
+__version__: str
+
+__all__ = [
+    "AnyPrecision",
+    "Awq",
+    "Calibration",
+    "Completion",
+    "DashQ",
+    "DecDec",
+    "Gptq",
+    "Lnq",
+    "MixedTwoBit",
+    "NestedFp",
+    "Rotate",
+    "Rtn",
+    "Sampler",
+    "SqueezeLlm",
+    "Token",
+    "cache",
+    "calibrate",
+    "chat",
+    "eviction",
+    "generate",
+    "load",
+    "make_mesh",
+    "perplexity",
+    "prefill",
+    "prefill_held",
+    "prefill_scored",
+    "quantize",
+    "read_at",
+    "report_bytes",
+    "save",
+    "score_choices",
+    "sensitivity",
+    "shard",
+    "spend",
+    "stream",
+    "text_sequences",
+]

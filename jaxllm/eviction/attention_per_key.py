@@ -1,0 +1,54 @@
+"""How much attention keys receive: what every score of eviction is made of. Exact.
+
+Letters: B requests, T queries, H query heads, K key heads, G = H / K, J = B K, S keys, D head size.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxllm.ops.attention import FLOAT32, HIDDEN
+
+LEAST, BLOCKS = 64, 8  # queries at once at least, and how often at most: weights take J G S T / 8 numbers
+
+
+def received(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "J S D"],
+    seen: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    share: Float[Array, "B T"] | None = None,
+    reduce: Literal["max", "sum"] = "max",
+) -> Float[Array, "B K G S"]:
+    """The greatest weight, or the sum of weights, that each key is given by any query, in float32.
+
+    The last T keys are the queries' own, of which later ones are never seen. seen: which of the others, and
+    of these, a query sees; one that sees none gives nothing. share: weights of each query count so much (1 if
+    None). Queries are taken some at a time, each time against the keys that they may see.
+    """
+    (B, T, H, D), (J, S, _) = q.shape, k.shape
+    K, G = J // B, H * B // J
+    size = max(LEAST, -(-T // BLOCKS))
+    share = seen.any(-1).astype(jnp.float32) * (1.0 if share is None else share)
+    out = jnp.zeros((B, K, G, S), jnp.float32)
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        n = S - T + end
+        asked = q[:, start:end].reshape(B, end - start, K, G, D).transpose(0, 2, 3, 1, 4).reshape(J, -1, D)
+        scores = (
+            jnp.einsum("jnd,jsd->jns", asked, k[:, :n], **FLOAT32).reshape(B, K, G, end - start, n) * scale
+        )
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(seen[:, None, None, start:end, :n], scores, HIDDEN)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        part = share[:, None, None, start:end] / weights.sum(-1)
+        weights = weights * part[..., None]
+        if reduce == "sum":
+            out = out.at[..., :n].add(weights.sum(3))
+        else:
+            out = out.at[..., :n].max(weights.max(3))
+    return out

@@ -1,0 +1,202 @@
+"""What else has been taken for the worth of a cached pair: the rivals of KVzip, for comparison and choice.
+
+Each gives scores [L, B, K, T] for `evict`, of the tokens behind the first `prefix`; `tokens` are all that the
+cache holds, one row a request, and 0 stands behind the end of a shorter one.
+
+    h2o_scores        the attention a key receives from all later queries (arXiv:2306.14048)
+    snapkv_scores     from the last `window` queries, smoothed; these stay (arXiv:2404.14469)
+    tova_scores       from the last query, all heads together (arXiv:2401.06104)
+    expected_scores   that later queries may be expected to give (Expected Attention, arXiv:2510.00636)
+    streaming_scores  the first `sinks` tokens and the most recent ones (arXiv:2309.17453)
+    random_scores     drawn by seed
+
+The first four take one pass over the tokens and know the queries of the text only, not those of a later
+question. Letters: L layers without a window, B requests, K key heads, G queries a key head, T tokens.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxllm.eviction.attention_per_key import received
+from jaxllm.models.inputs import padded, sees_all
+from jaxllm.models.rope import rotate
+from jaxllm.ops.attention import FLOAT32, HIDDEN, by_head
+
+Rows = Sequence[Sequence[int]]
+
+
+def h2o_scores(
+    model, tokens: Rows, *, prefix: int = 0, reduce: Literal["sum", "max"] = "sum", recent: int = 0
+) -> Float[Array, "L B K T"]:
+    """Attention received from all queries: the sum of the paper, or the greatest (KVzip's comparison).
+
+    recent: the last tokens that stay whatever their score (the paper spends half of the budget so).
+    """
+    rows, lengths = _rows("h2o", model, tokens, prefix)
+    got = _attention(model, rows, lengths, rows.shape[1], reduce=reduce).mean(3)
+    return _behind(_raised(got, lengths, recent), lengths, prefix)
+
+
+def snapkv_scores(
+    model, tokens: Rows, *, prefix: int = 0, window: int = 32, kernel: int = 5
+) -> Float[Array, "L B K T"]:
+    """Attention received from the last `window` queries, averaged over `kernel` neighbouring keys."""
+    if window < 1 or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"snapkv: window must be positive, kernel odd, got {window=}, {kernel=}")
+    rows, lengths = _rows("snapkv", model, tokens, prefix)
+    got = _attention(model, rows, lengths, window, reduce="sum").mean(3) / window
+    sums = jax.lax.reduce_window(
+        got, 0.0, jax.lax.add, (1, 1, 1, kernel), (1, 1, 1, 1), [(0, 0)] * 3 + [(kernel // 2, kernel // 2)]
+    )
+    return _behind(_raised(sums / kernel, lengths, window), lengths, prefix)
+
+
+def tova_scores(model, tokens: Rows, *, prefix: int = 0) -> Float[Array, "L B K T"]:
+    """Attention received from the last query, averaged over all heads of a layer; it stays itself."""
+    rows, lengths = _rows("tova", model, tokens, prefix)
+    got = _attention(model, rows, lengths, 1, reduce="sum")
+    got = jnp.broadcast_to(got.mean((2, 3))[:, :, None], (*got.shape[:3], got.shape[-1]))
+    return _behind(_raised(got, lengths, 1), lengths, prefix)
+
+
+def expected_scores(
+    model, tokens: Rows, *, prefix: int = 0, future: int = 512, sinks: int = 4, epsilon: float = 0.0
+) -> Float[Array, "L B K T"]:
+    """Logarithm of the attention that queries like the text's give at the next `future` positions, times |v|.
+
+    Queries before rotation are taken as normal, with the mean m and covariance C of all but the `sinks` first
+    tokens, and turned by the mean rotation of those positions; a key k then weighs e^(m.k/s + k'C k/(2 s^2)),
+    normalized over keys, s^2 the head size. epsilon: added before |v| is multiplied. The sinks stay.
+    (Without the logarithm a fifth of them were 0 in float32, and which of those stay was left to chance.)
+    """
+    rows, lengths = _rows("expected", model, tokens, prefix)
+    if future < 1 or not 0 <= sinks < lengths.min():
+        got = f"{future=}, {sinks=}, {lengths.tolist()}"
+        raise ValueError(f"expected: future must be positive and sinks fewer than a row's tokens, got {got}")
+    got = _expected(model, rows, lengths, future=future, sinks=sinks, epsilon=epsilon)
+    first = np.arange(rows.shape[1]) < sinks
+    return _behind(jnp.where(first[None, None, None], got.max() + 1.0, got), lengths, prefix)
+
+
+def streaming_scores(model, tokens: Rows, *, prefix: int = 0, sinks: int = 4) -> Float[Array, "L B K T"]:
+    """The first tokens, then the later the better."""
+    rows, lengths = _rows("streaming", model, tokens, prefix)
+    T = rows.shape[1]
+    at = np.arange(T, dtype=np.float32)
+    score = np.where(at < sinks, 2 * T - at, at)
+    return _behind(_everywhere(model, score, len(lengths)), lengths, prefix)
+
+
+def random_scores(model, tokens: Rows, *, prefix: int = 0, seed: int = 0) -> Float[Array, "L B K T"]:
+    """Uniform numbers."""
+    rows, lengths = _rows("random", model, tokens, prefix)
+    shape = _everywhere(model, np.zeros(rows.shape[1], np.float32), len(lengths)).shape
+    return _behind(jax.random.uniform(jax.random.key(seed), shape), lengths, prefix)
+
+
+def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+    rows, lengths = padded(who, model, tokens)
+    sees_all(who, model)
+    if not 0 <= prefix < lengths.min():
+        raise ValueError(f"{who}: each row must have more than the {prefix=} tokens, got {lengths.tolist()}")
+    return rows, lengths
+
+
+def _everywhere(model, score: np.ndarray, B: int) -> jax.Array:
+    """The same scores for each layer without a window, request and key head."""
+    windows = model.windows
+    shape = (sum(window is None for window in windows), B, model.config.kv_heads, len(score))
+    return jnp.broadcast_to(jnp.asarray(score)[None, None, None], shape)
+
+
+@partial(jax.jit, static_argnames=("last", "reduce"))
+def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max"]):
+    """What keys receive from the last queries of each request [L, B, K, G, T]."""
+    B, T = tokens.shape
+    step = jnp.arange(T)
+    asks = (step[None] < lengths[:, None]) & (step[None] >= lengths[:, None] - last)
+    seen = (step[None, :, None] >= step[None, None]) & asks[:, :, None]
+    windows = model.windows
+    taken: dict[str, jax.Array] = {}
+    found: list[jax.Array] = []
+
+    def tap(name, x):
+        layer, _, what = name.removeprefix("layers.").partition(".")
+        if not name.startswith("layers.") or windows[int(layer)] is not None:
+            return x
+        if what == "attention.queries":
+            taken["queries"] = x
+        elif what == "attention.keys":
+            attention = model.layers[int(layer)].attention
+            rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
+            found.append(received(taken["queries"], by_head(x), seen, reduce=reduce, **rule))
+        return x
+
+    model(tokens, lengths=lengths, logits="last", tap=tap)
+    return jnp.stack(found)
+
+
+@partial(jax.jit, static_argnames=("future", "sinks", "epsilon"))
+def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float):
+    B, T = tokens.shape
+    step = jnp.arange(T)
+    real = (step[None] < lengths[:, None]) & (step[None] >= sinks)  # [B, T]
+    mine = real.astype(jnp.float32)
+    later = lengths[:, None] + jnp.arange(future)[None]
+    taken: dict[str, jax.Array] = {}
+    found: list[jax.Array] = []
+    windows = model.windows
+
+    def tap(name, x):
+        layer, _, what = name.removeprefix("layers.").partition(".")
+        if not name.startswith("layers.") or windows[int(layer)] is not None:
+            return x
+        if what in ("attention.q.out", "attention.keys"):
+            taken[what.removeprefix("attention.")] = x
+        elif what == "attention.values":
+            found.append(of_layer(model.layers[int(layer)].attention, taken["q.out"], taken["keys"], x))
+        return x
+
+    def of_layer(attention, q, k, v):
+        (_, _, K, D), square = k.shape, attention.scale**2
+        q = q.reshape(B, T, -1, D)  # before rotation
+        q_norm, rope = getattr(attention, "q_norm", None), getattr(attention, "rope", None)
+        q = (q if q_norm is None else q_norm(q)).astype(jnp.float32)
+        share = (mine / mine.sum(1, keepdims=True))[:, :, None, None]
+        mean = (q * share).sum(1, keepdims=True)  # [B, 1, H, D]
+        cov = jnp.einsum("bthd,bthe->bhde", (q - mean) * share, q - mean, **FLOAT32)
+        if rope is not None:
+            cos, sin = (x.mean(1, keepdims=True) for x in rope.angles(D, later, lengths + 1))
+            turn = lambda x: rotate(x, cos, sin)  # noqa: E731 (linear, so of mean angles: the mean rotation)
+            both = lambda c: turn(c.reshape(B, 1, -1, D)).reshape(c.shape).swapaxes(-1, -2)  # noqa: E731
+            mean, cov = turn(mean), both(both(cov))
+        k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+        mean, cov = mean.reshape(B, K, -1, D), cov.reshape(B, K, -1, D, D)
+        logits = jnp.einsum("bkgd,btkd->bkgt", mean, k, **FLOAT32) * attention.scale
+        logits += jnp.einsum("btkd,bkgde,btke->bkgt", k, cov, k, **FLOAT32) * (square / 2)
+        weights = jax.nn.log_softmax(jnp.where(real[:, None, None], logits, HIDDEN), axis=-1)
+        weights = jax.nn.logsumexp(weights, axis=2) - np.log(weights.shape[2])
+        if epsilon:
+            weights = jnp.logaddexp(weights, np.float32(np.log(epsilon)))
+        return weights + jnp.log(jnp.maximum(jnp.linalg.norm(v, axis=-1), 1e-30)).swapaxes(1, 2)
+
+    model(tokens, lengths=lengths, logits="last", tap=tap)
+    return jnp.stack(found)
+
+
+def _raised(scores: Float[Array, "L B K T"], lengths: np.ndarray, last: int) -> Float[Array, "L B K T"]:
+    """Scores with the last tokens of each request above all others."""
+    at = np.arange(scores.shape[-1])[None]
+    stays = (at >= lengths[:, None] - last) & (at < lengths[:, None])
+    return jnp.where(stays[None, :, None], scores.max() + 1.0, scores)
+
+
+def _behind(scores: Float[Array, "L B K T"], lengths: np.ndarray, prefix: int) -> Float[Array, "L B K _"]:
+    real = np.arange(scores.shape[-1])[None] < lengths[:, None]
+    return jnp.where(real[None, :, None], scores, 0.0)[..., prefix:]

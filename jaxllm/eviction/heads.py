@@ -1,0 +1,93 @@
+"""Scores of whole heads, learnt from one text and used for any other: no pass over a new text at all.
+
+    heads = head_scores(kvzip_scores(model, cache, sample))          # [L, K], once
+    save_heads(heads, "heads/", model)
+    small = evict(cache, spread(load_heads("heads/", model=model), cache), ratio=0.6, budget="head")
+
+The context-independent form of KVzip (arXiv:2505.23416), as DuoAttention divides heads (arXiv:2410.10819): a
+head that is dropped keeps the prefix and what comes after the context only. Of several samples, prose and
+code say, a head counts what it counts in the one where it counts most. Lossy, and more so than scores of the
+text itself.
+
+Letters: L layers without a window, B requests, K key heads, T tokens.
+"""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.paged import PagedCache
+from jaxllm.storage.directory import new_directory
+
+META = "heads.json"
+
+
+def head_scores(scores: Float[Array, "L B K T"]) -> Float[Array, "L K"]:
+    """The greatest score that any row of a head has."""
+    return scores.max((1, 3))
+
+
+def spread(
+    heads: Float[Array, "L K"], cache: DenseCache | PagedCache, *, prefix: int = 0
+) -> Float[Array, "L B K T"]:
+    """Scores for `evict` of all that a cache holds behind `prefix`, or of the context that it held."""
+    keys = (cache.tail if isinstance(cache, PagedCache) else cache).keys
+    L, K = sum(window is None for window in cache.windows), keys[0].shape[0] // len(cache.lengths)
+    if heads.shape != (L, K):
+        raise ValueError(f"spread: heads must be [L, K] = {(L, K)} of this cache, got {heads.shape}")
+    if isinstance(cache, PagedCache):
+        T = int(cache.context.sizes[cache.context.slot].max())
+    else:
+        T = int(cache.lengths.max()) - prefix
+    if not 0 <= prefix or T < 1:
+        raise ValueError(
+            f"spread: the cache must hold more than the prefix, got {prefix=}, {T + prefix} tokens"
+        )
+    return jnp.broadcast_to(heads[:, None, :, None], (L, len(cache.lengths), K, T))
+
+
+def save_heads(heads: Float[Array, "L K"], path: str | Path, model) -> None:
+    """Writes a new directory, whole or not at all. Raises FileExistsError where `path` exists."""
+    with new_directory(path) as out:
+        meta = {"format": "jaxllm head scores", "version": 1, "of": _sizes(model)}
+        meta["scores"] = np.asarray(heads, np.float64).tolist()
+        (out / META).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+
+
+def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
+    """The scores of one directory, or the greatest of several.
+
+    Raises FileNotFoundError where there are none, ValueError for those of a model of other sizes or damaged
+    ones.
+    """
+    if not paths:
+        raise ValueError("load_heads: at least one directory must be given, got none")
+    found = []
+    for path in map(Path, paths):
+        if not (path / META).is_file():
+            raise FileNotFoundError(f"load_heads: {META} must be in the directory, got {str(path)!r}")
+        try:
+            meta = json.loads((path / META).read_text("utf-8"))
+            if meta["format"] != "jaxllm head scores" or meta["version"] != 1:
+                raise ValueError("it is of another version")
+            if meta["of"] != _sizes(model):
+                raise ValueError(f"it is of a model of {meta['of']}, this one has {_sizes(model)}")
+            scores = np.asarray(meta["scores"], np.float32)
+            if scores.ndim != 2 or scores.shape[1] != model.config.kv_heads or not np.isfinite(scores).all():
+                raise ValueError(f"scores must be numbers [L, K], got {scores.shape}")
+            found.append(scores)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"load_heads: {str(path)!r} cannot be used with this model: {reason}") from error
+    if len({scores.shape for scores in found}) > 1:
+        raise ValueError(f"load_heads: all must have as many layers, got {[len(scores) for scores in found]}")
+    return jnp.asarray(np.max(found, axis=0))
+
+
+def _sizes(model) -> dict[str, int]:
+    names = ("layers", "width", "heads", "kv_heads", "head_dim", "vocab")
+    return {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}

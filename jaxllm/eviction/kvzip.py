@@ -1,0 +1,235 @@
+"""KVzip: a cached pair counts as much as the model looks at it while it repeats the context.
+
+Kim et al., arXiv:2505.23416. The model is told to repeat the context, chunk by chunk, on top of the cache
+that holds it, and the repetition is given to it token by token. The score of a key is the greatest
+attention weight that any query of its chunk's repetition, prompt included, gives it; the softmax is over
+the prefix, the chunk and the repetition itself (the published code's form of it). One chunk: the plain
+maximum over all queries; more chunks: never less than with all keys in the softmax.
+
+    scores = kvzip_scores(model, cache, context, tokenizer=tokenizer)                 # [L, B, K, T]
+    small = evict(cache, scores, ratio=0.3)
+
+The cache is read only. Costs about two more prefills; weights take O(chunk^2) / 8 of memory. KVzip+
+(`output_aware`) weighs each weight by how far the value moves the output: |W_O v| / |h|, h what the layer
+reads (NVIDIA's kvpress).
+
+Letters: L layers without a window, B requests, K key heads, T tokens of the longest context.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxllm import cache as kv
+from jaxllm.cache import coded as quantized
+from jaxllm.cache.coded import CodedRows
+from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.paged import PagedCache, numbers
+from jaxllm.eviction.attention_per_key import received
+from jaxllm.models.inputs import STEP, padded, sees_all
+from jaxllm.ops.attention import FLOAT32, by_head
+
+CHUNK, LEAST = 2000, 16
+# of the published code; pico was trained on them
+FIRST = "\n\nRepeat the previous context exactly."
+LATER = "\n\nRepeat the part of the previous context exactly, starting with "
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What stands before each chunk that is repeated, in token ids.
+
+    first: before the first chunk. later: before the others, then the last `seed` ids of the chunk before.
+    bridge: after either, as the end of the user's turn and the start of the answer.
+    """
+
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+    bridge: tuple[int, ...] = ()
+    seed: int = 8
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, first: str = FIRST, later: str = LATER) -> "Replay":
+        """The published prompts in a tokenizer's ids, with its chat template's end of turn or a line end."""
+        encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+        bridge = "\n"
+        if getattr(tokenizer, "chat_template", None):
+            asked = [{"role": "user", "content": "@@@"}]
+            whole = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            bridge = whole.partition("@@@")[2]
+        return cls(first=encode(first), later=encode(later), bridge=encode(bridge))
+
+    def before(self, last: np.ndarray | None) -> list[int]:
+        """The ids before a chunk, given the last ids of the chunk before, None for the first."""
+        if last is None:
+            return [*self.first, *self.bridge]
+        return [*self.later, *last.tolist(), *self.bridge]
+
+
+def kvzip_scores(
+    model,
+    cache: DenseCache | PagedCache,
+    context: Sequence[Sequence[int]],
+    *,
+    tokenizer: Any = None,
+    replay: Replay | None = None,
+    prefix: int = 0,
+    chunk: int | None = None,
+    output_aware: bool = False,
+) -> Float[Array, "L B K T"]:
+    """Scores of what the cache holds of each request's context; 0 behind the end of a shorter one.
+
+    cache: holds `prefix` tokens, then the context, and nothing more. context: its token ids, a row a request.
+    tokenizer: makes the published prompts; replay: other ones; neither: the context is repeated unasked.
+    chunk: tokens repeated at a time; None: 2,000, or as many as fit the model's context behind the cache.
+
+    Raises ValueError where the cache does not hold this context, or the repetition does not fit.
+    """
+    tokens, sizes = padded("kvzip", model, context)
+    sees_all("kvzip", model)
+    _check(model, cache, tokens, sizes, prefix)
+    replay = replay or (Replay() if tokenizer is None else Replay.of(tokenizer))
+    B, T = tokens.shape
+    asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
+    held = prefix + T
+    if chunk is None:
+        free = model.config.context - held - asked
+        several = free // STEP * STEP or free
+        chunk = max(LEAST, min(CHUNK, free if T <= free else several))
+    if chunk < LEAST:
+        raise ValueError(f"kvzip: chunk must be at least {LEAST} tokens, got {chunk=}")
+    needed = asked + min(chunk, T)
+    if held + needed > model.config.context:
+        raise ValueError(
+            f"kvzip: cache and repetition must fit the model's context of {model.config.context}, got "
+            f"{held} + {needed} tokens"
+        )
+    fit = lambda n: -(-n // STEP) * STEP  # noqa: E731 (texts of about one length share a compilation)
+    room = asked + min(chunk, fit(T))
+    wide = kv.grow(cache, fit(held) + room)
+    room = min(room, kv.room(wide))
+    if room < needed:
+        raise ValueError(
+            f"kvzip: layers with a window must have slack for a repetition of {needed}, got {room}"
+        )
+    found = []
+    for at in range(0, T, chunk):
+        m = min(chunk, fit(T - at))
+        size = np.clip(sizes - at, 0, m)
+        fed = np.zeros((B, min(room, asked + m)), np.int32)
+        lengths = np.zeros(B, np.int32)
+        for b, row in enumerate(tokens):
+            if not size[b]:
+                continue
+            ids = replay.before(None if at == 0 else row[max(0, at - replay.seed) : at])
+            lengths[b] = len(ids) + size[b]
+            fed[b, : lengths[b]] = [*ids, *row[at : at + size[b]]]
+        where = np.int32(prefix + at)
+        found.append(
+            _of_chunk(model, wide, fed, lengths, size, where, prefix=prefix, m=m, output_aware=output_aware)
+        )
+    return jnp.concatenate(found, axis=-1)[..., :T]
+
+
+@partial(jax.jit, static_argnames=("prefix", "m", "output_aware"))
+def _of_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int, output_aware: bool):
+    """Scores [L, B, K, m] of the keys at `where`, while `tokens` are read behind the cache."""
+    B, T = tokens.shape
+    step = jnp.arange(T)
+    fed = step[None] < lengths[:, None]  # [B, T]
+    own = (step[:, None] >= step[None])[None] & fed[:, None]  # [B, T, T]
+    chunk = jnp.broadcast_to(jnp.arange(m)[None, None] < size[:, None, None], (B, T, m))
+    seen = jnp.concatenate([jnp.ones((B, T, prefix), bool), chunk, own], axis=-1) & fed[:, :, None]
+    taken: dict[str, jax.Array] = {}
+    scores: list[jax.Array] = []
+
+    def tap(name, x):
+        layer, _, what = name.removeprefix("layers.").partition(".")
+        if not name.startswith("layers.") or cache.windows[int(layer)] is not None:
+            return x
+        if what == "attention.q.in":
+            taken["input"] = x
+        elif what == "attention.queries":
+            taken["queries"] = x
+        elif what == "attention.keys":
+            scores.append(of_layer(int(layer), x))
+        return x
+
+    def of_layer(layer: int, keys):
+        held, attention = cache.keys[layer], model.layers[layer].attention
+        at = lambda x: jax.lax.dynamic_slice_in_dim(x, where, m, axis=1)  # noqa: E731
+        cut = lambda x: jnp.concatenate([x[:, :prefix], at(x)], axis=1)  # noqa: E731
+        before, q, new = numbers(jax.tree.map(cut, held)), taken["queries"], by_head(keys)
+        if isinstance(held, CodedRows):  # as they will be read back, all in the rotated basis
+            q, new = quantized.turn(q, held), quantized.numbers(quantized.encode(new, held))
+        k = jnp.concatenate([before, new.astype(before.dtype)], axis=1)
+        share = None
+        if output_aware:
+            share = 1 / jnp.maximum(jnp.linalg.norm(taken["input"].astype(jnp.float32), axis=-1), 1e-12)
+        rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
+        got = received(q, k, seen, share=share, **rule)[..., prefix : prefix + m]  # [B, K, G, m]
+        if output_aware:
+            values = jax.tree.map(at, cache.values[layer])
+            got = got * _reach(attention.o.w.get_value(), numbers(values), got.shape)
+        return jnp.where(jnp.arange(m)[None, None] < size[:, None, None], got.max(2), 0.0)
+
+    model(tokens, cache, lengths=lengths, logits="last", tap=tap)
+    return jnp.stack(scores)
+
+
+def _reach(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K G m"]:
+    """|W_O v| of each query head's part of the output weight and each value."""
+    B, K, G, m = shape
+    rows = (w.T if isinstance(w, jax.Array) else w.as_rows(jnp.float32)).astype(jnp.float32)  # [N, H D]
+    parts = rows.reshape(rows.shape[0], K, G, -1)
+    gram = jnp.einsum("nkgd,nkge->kgde", parts, parts, **FLOAT32)
+    v = values.astype(jnp.float32).reshape(B, K, m, -1)
+    square = jnp.einsum("bkmd,kgde,bkme->bkgm", v, gram, v, **FLOAT32)
+    return jnp.sqrt(jnp.maximum(square, 0.0))
+
+
+def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> None:
+    """Raises ValueError unless the cache holds these contexts: the first layer's keys tell tokens apart."""
+    if not isinstance(cache, DenseCache) or cache.base is not None:
+        raise ValueError(f"kvzip: the cache must hold every token, got a {type(cache).__name__} of some")
+    held = np.asarray(cache.lengths).tolist()
+    if held != (prefix + sizes).tolist():
+        raise ValueError(
+            f"kvzip: context must be what the cache holds behind {prefix=}, got {sizes.tolist()} tokens "
+            f"for {held}"
+        )
+    T, R = tokens.shape[1], cache.keys[0].shape[1]
+    tokens = np.pad(tokens, ((0, 0), (0, -T % STEP)))
+    far = np.asarray(_strange(model, cache.keys[0], tokens, np.int32(prefix)))[:, :T]  # [B, T]
+    at = prefix + np.arange(T)[None]
+    there = (at < np.asarray(held)[:, None]) & (at >= np.asarray(held)[:, None] - R)
+    if (far > 0.7)[there].any():
+        b, t = np.argwhere((far > 0.7) & there)[0]
+        raise ValueError(f"kvzip: context must be what the cache holds, got another token {t} of request {b}")
+
+
+@jax.jit
+def _strange(model, held, tokens, prefix):
+    """How far the first layer's keys of these tokens are from those held, relative to their size [B, T]."""
+    B, T = tokens.shape
+    taken = {}
+
+    def tap(name, x):
+        if name == "layers.0.attention.keys":
+            taken["keys"] = x
+        return x
+
+    positions = jnp.broadcast_to(prefix + jnp.arange(T, dtype=jnp.int32), (B, T))
+    model(tokens, positions=positions, logits="last", tap=tap)  # all but the keys is never computed
+    new, old = by_head(taken["keys"]).astype(jnp.float32), numbers(held).astype(jnp.float32)
+    if isinstance(held, CodedRows):
+        new = quantized.turn(new, held)
+    old = old[:, (prefix + jnp.arange(T)) % old.shape[1]]
+    square = lambda x: jnp.square(x).reshape(B, -1, T, x.shape[-1]).sum((1, 3))  # noqa: E731
+    return jnp.sqrt(square(new - old) / jnp.maximum(square(new), 1e-30))

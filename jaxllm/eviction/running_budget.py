@@ -1,0 +1,100 @@
+"""A budget that holds while a text grows.
+
+What was read or written since goes from the tail to the pages, and so many tokens' worth of all rows stay.
+
+Letters: L layers without a window, B requests, K key heads, R rows of the tail.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxllm.cache import repack
+from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.paged import PagedCache
+from jaxllm.eviction.budget import _check_room, _greatest
+from jaxllm.eviction.gates import Gate
+
+
+def hold(
+    cache: DenseCache | PagedCache,
+    scores: Float[Array, "L B K R"],
+    *,
+    tokens: int,
+    recent: int = 0,
+    sinks: int = 0,
+    rows: int = 64,
+    page: int = 16,
+) -> PagedCache:
+    """The cache with the tail's rows in its pages, and of all rows of a request the best `tokens` L K left.
+
+    scores: of the tail's rows, or of all that a `DenseCache` holds; what stands behind a request's end is not
+      looked at. Earlier rows have the scores that they were given then.
+    recent: the last tokens, and sinks: the first ones, that stay whatever they score; they count as well.
+    rows: room for tokens that come later. How many pages there are follows from `tokens` alone.
+
+    Raises ValueError where the scores are not of this cache, tokens are not more than sinks and recent, or
+    more rows than the budget has always stay (`evict`'s prefix).
+    """
+    if sinks < 0 or recent < 0 or tokens <= sinks + recent:
+        got = f"{tokens=}, {sinks=}, {recent=}"
+        raise ValueError(f"hold: tokens must be more than sinks and recent together, got {got}")
+    _check_room("hold", rows, page)
+    there = repack.held(cache, tail=True)
+    L, B, K, M = there.positions.shape
+    if not L:
+        raise ValueError("hold: a layer must see all of the text, got windows only")
+    new = repack.tail_size(cache)
+    if scores.ndim != 4 or scores.shape[:3] != (L, B, K) or scores.shape[3] < new:
+        raise ValueError(f"hold: scores must be [L, B, K, R] of {(L, B, K, new)} rows, got {scores.shape}")
+    s = there.scores.copy()
+    real = there.positions >= 0
+    s[..., M - new :] = np.where(real[..., M - new :], np.asarray(scores)[..., :new], -np.inf)
+    if not np.isfinite(s[..., M - new :][real[..., M - new :]]).all():
+        raise ValueError("hold: scores must be finite, got NaN or infinity")
+    s = np.where(real & (there.positions < sinks), np.inf, s)
+    lengths = np.asarray(cache.lengths)
+    stays = (s == np.inf) | (real & (there.positions >= lengths[None, :, None, None] - recent))
+    open_ = np.where(stays, -np.inf, s).swapaxes(0, 1).reshape(B, -1)
+    count = tokens * L * K - stays.sum((0, 2, 3))
+    if (count < 0).any():
+        most = int(-(-stays.sum((0, 2, 3)).max() // (L * K)))
+        raise ValueError(f"hold: tokens must be at least the {most} a head that always stay, got {tokens=}")
+    keep = stays | _greatest(open_, count).reshape(B, L, K, M).swapaxes(0, 1)
+    tail = repack.new_tail(cache, rows)
+    most = tokens * L * K * B
+    sizes = np.maximum(lengths - sinks, 0)
+    return repack.pack(cache, there, s, keep, sizes=sizes, prefix=sinks, tail=tail, page=page, most=most)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hold:
+    """A budget that holds while a text grows, whether it is read or written.
+
+    Rows wait in a buffer; when it is full, they compete with all others, and so many stay.
+
+    tokens: rows a head on average that stay, with those that always do: the first `sinks`, the last `recent`.
+    buffer: rows that wait at most; they are held on top of `tokens`.
+    """
+
+    gates: Gate
+    tokens: int
+    buffer: int = 128
+    recent: int = 32
+    sinks: int = 4
+
+    def __post_init__(self):
+        if self.buffer < 1 or min(self.recent, self.sinks) < 0 or self.tokens <= self.recent + self.sinks:
+            names = ("tokens", "buffer", "recent", "sinks")
+            got = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+            raise ValueError(f"hold: tokens must be more than recent and sinks, buffer at least 1, got {got}")
+
+    def settled(self, cache: DenseCache | PagedCache, scores: Float[Array, "L B K R"] | None) -> PagedCache:
+        """The cache with its tail among the pages, and the budget kept. None: the tail must be empty."""
+        if scores is None:
+            L, _, K = self.gates.sizes()
+            scores = jnp.zeros((L, cache.lengths.shape[0], K, 0), jnp.float32)
+        kept = {"tokens": self.tokens, "recent": self.recent, "sinks": self.sinks}
+        return hold(cache, scores, rows=self.buffer, **kept)

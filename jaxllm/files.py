@@ -1,0 +1,150 @@
+"""Models from files and into files: one `load` for every source, one `save` for every layout.
+
+    model, tokenizer = load()                          # the small model that ships
+    model, tokenizer = load("org/name", dtype="bfloat16")
+    save(model, "out/", tokenizer)
+    model, tokenizer = load("out/")
+
+Saving and loading a native directory (`native.py`) is lossless, for any weight format.
+
+This is the only file that names `checkpoints_convert`, and only inside functions.
+"""
+
+import importlib.resources
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.native import MANIFEST, load_native, save_native
+
+
+def load(
+    path_or_id=None,
+    *,
+    dtype=None,
+    mesh=None,
+    mapped: bool = False,
+    revision=None,
+    local_files_only: bool = False,
+):
+    """A model and its tokenizer (None if it has none).
+
+    path_or_id: a native directory, a Hugging Face directory, a llama2.c `.bin` file, or an id on
+      the Hugging Face hub; None is the model that ships.
+    dtype: what weights are cast to, such as "bfloat16"; None keeps theirs. Only plain weights can
+      be cast.
+    mesh: where the model is sharded by its own table (`sharding.make_mesh`).
+    mapped: what needs no cast and lies in safetensors files stays there as views, and is read whenever it is
+      used: for `quantize`, which then never holds the whole. The files must stay as they are meanwhile.
+    revision, local_files_only: for hub ids.
+
+    Errors are one line: FileNotFoundError where nothing is found, ValueError where what is found
+    cannot be read.
+    """
+    dtype = None if dtype is None else float_type(dtype)
+    if mapped and mesh is not None:
+        raise ValueError("load: mapped weights lie in files, on no mesh: give one of mapped and mesh")
+    if path_or_id is None:
+        path_or_id = Path(str(importlib.resources.files("jaxllm") / "pico" / "target"))
+        if not path_or_id.is_dir():
+            raise FileNotFoundError("load: the model that ships is missing from this installation")
+    path = Path(path_or_id)
+    if (path / MANIFEST).is_file():
+        return load_native(path, dtype=dtype, mesh=mesh)
+    if path.is_file():
+        return _load_file(path, dtype=dtype, mesh=mesh)
+    from checkpoints_convert import huggingface
+
+    return huggingface.load(
+        path_or_id,
+        dtype=dtype,
+        mesh=mesh,
+        mapped=mapped,
+        revision=revision,
+        local_files_only=local_files_only,
+    )
+
+
+def float_type(dtype):
+    """A float type from its name or itself."""
+    try:
+        made = jnp.dtype(dtype)
+    except TypeError:
+        made = None
+    if made not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"load: dtype must be float32, bfloat16 or float16, got {dtype=}")
+    return made
+
+
+def _load_file(path: Path, *, dtype, mesh):
+    """A llama2.c file; anything else is refused with what to do."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if path.suffix in (".pt", ".pth", ".ckpt", ".pkl") or head[:2] == b"PK" or head[:1] == b"\x80":
+        raise ValueError(
+            "load: a pickle can run code when opened, so it never is: convert it to safetensors "
+            f"where you trust it, with transformers' save_pretrained, got {str(path)!r}"
+        )
+    if path.suffix == ".json":
+        from checkpoints_convert import mingpt
+
+        return mingpt.load(path, dtype=dtype, mesh=mesh)
+    if path.suffix != ".bin":
+        raise ValueError(f"load: must be a directory, a hub id or a llama2.c .bin file, got {str(path)!r}")
+    from checkpoints_convert import llama2c
+
+    return llama2c.load(path, dtype=dtype, mesh=mesh)
+
+
+Layout = Literal["native", "huggingface"]
+
+
+def save(
+    model: nnx.Module,
+    path,
+    tokenizer=None,
+    *,
+    to: Layout = "native",
+    model_type: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory, whole or not at all.
+
+    to: "native" for any weights, "huggingface" for dense ones and a directory that transformers
+      loads; then `model_type` is the family to write (None: the first that can say the model's
+      config) and `max_shard_bytes` the most weights in one file.
+
+    Raises FileExistsError where `path` exists, OSError when the disk is full.
+    """
+    if to == "native":
+        save_native(model, path, tokenizer)
+        return
+    from checkpoints_convert import huggingface
+
+    huggingface.save(model, tokenizer, path, model_type=model_type, max_shard_bytes=max_shard_bytes)
+
+
+def convert(src, dst, to: Layout = "native", *, dtype=None):
+    """Reads a checkpoint and writes it as another directory; returns the model and its tokenizer.
+
+    A Hugging Face directory is written as the family it was read as.
+    """
+    if Path(dst).exists():
+        raise FileExistsError(f"convert: the output must not exist yet, got {str(dst)!r}")
+    model, tokenizer = load(src, dtype=dtype)
+    model_type = None
+    if to == "huggingface":
+        from checkpoints_convert import huggingface
+
+        model_type = huggingface.model_type_of(src)
+    save(model, dst, tokenizer, to=to, model_type=model_type)
+    return model, tokenizer
+
+
+# A weight is an array or a format; a format's fields are arrays, formats or parts, tuples of these, None, or
+# static values.
+
+
+# Static values and configs in JSON: numbers, strings, None, tuples of these, types, configs.

@@ -1,0 +1,211 @@
+"""The native directory: any model in any weight format, written and read without loss.
+
+It holds `weights/` (Orbax), the tokenizer's files and `manifest.json`: the model's class, its config, and for
+each weight the name of its format, its static fields, and shape and type of each array
+(`storage/manifest.py`). A model is looked up by name in `models()`, a format in `weights.matmul.FORMATS`;
+nothing that a file names is ever imported. A new format needs no code here.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.models.rope import Rope
+from jaxllm.storage.directory import new_directory
+from jaxllm.storage.manifest import arrays_of, build, describe, from_json, to_json
+from jaxllm.storage.tokenizer import load_tokenizer
+from jaxllm.weights.host_residual import to_host
+
+MANIFEST = "manifest.json"
+
+
+VERSION = 1
+
+
+def models() -> dict[str, tuple[type, type]]:
+    """The model classes a manifest may name, each with its config. Closed on purpose."""
+    from jaxllm.models import decoder, gpt, t5
+
+    return {
+        "Decoder": (decoder.Decoder, decoder.Config),
+        "Gpt": (gpt.Gpt, gpt.Config),
+        "T5": (t5.T5, t5.Config),
+    }
+
+
+def save_native(model: Any, path, tokenizer=None) -> None:
+    """Writes a native directory; TypeError for a weight of an unknown format."""
+    import orbax.checkpoint as ocp
+
+    name, config = type(model).__name__, model.config
+    if models().get(name, (None,))[0] is not type(model):
+        raise TypeError(f"save: the model must be one of {', '.join(models())}, got {name}")
+    described: dict[str, Any] = {}
+    arrays: dict[str, jax.Array] = {}
+    for key, variable in _variables(nnx.state(model)):
+        value = variable.get_value()
+        described[key] = describe(value, key)
+        arrays |= dict(arrays_of(value, key))
+    manifest = {
+        "format": "jaxllm",
+        "version": VERSION,
+        "model": name,
+        "config": to_json(config),
+        "weights": described,
+    }
+    with new_directory(path, num_bytes=sum(array.nbytes for array in arrays.values())) as out:
+        (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(out))
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(out / "weights", arrays)
+            checkpointer.wait_until_finished()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's log: it prints the traceback of an error that is raised anyway."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def load_native(path, *, dtype=None, mesh=None):
+    """The model and tokenizer of a directory that `save` wrote."""
+
+    path = Path(path).absolute()
+    manifest = _read_manifest(path)
+    model_class, config_class = models()[manifest["model"]]
+    config = from_json(manifest["config"], (config_class, Rope))
+    graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+    weights = manifest["weights"]
+    _check_weights(dict(_variables(state)), weights)
+    rebuild = lambda make: _replace(  # noqa: E731
+        state, {key: build(described, key, make) for key, described in weights.items()}
+    )
+    abstract = rebuild(_shape)
+    restored = _restore(path / "weights", nnx.merge(graph, abstract), mesh)
+    model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored[key]))
+    if dtype is not None:
+        model = _cast(model, dtype)
+    return to_host(model), load_tokenizer(path)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"load: {MANIFEST} of {str(path)!r} must be JSON: {error}") from error
+    version, name = manifest.get("version"), manifest.get("model")
+    if manifest.get("format") != "jaxllm" or version != VERSION:
+        raise ValueError(f"load: {MANIFEST} must be of version {VERSION}, got {version=}")
+    if name not in models():
+        raise ValueError(f"load: model must be one of {', '.join(models())}, got model={name!r}")
+    return manifest
+
+
+def _variables(state) -> Iterator[tuple[str, nnx.Variable]]:
+    """Name and variable of each weight of a state."""
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)
+    for path, variable in found:
+        yield jax.tree_util.keystr(path, simple=True, separator="."), variable
+
+
+def _replace(state, values: dict[str, Any]):
+    """The state with other values, by name."""
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
+    return jax.tree_util.tree_map_with_path(
+        lambda path, variable: variable.replace(values[name(path)]), state, is_leaf=is_variable
+    )
+
+
+def _check_weights(variables: dict[str, nnx.Variable], weights: dict[str, Any]) -> None:
+    """Raises ValueError unless the manifest has just the model's weights, in their shapes."""
+    if variables.keys() != weights.keys():
+        differ = sorted(variables.keys() ^ weights.keys())
+        raise ValueError(
+            f"load: {MANIFEST} must have the model's weights, got {len(differ)} names that differ: "
+            f"{differ[0]}, ..."
+        )
+    for key, variable in variables.items():
+        made = build(weights[key], key, lambda key, shape, dtype: jax.ShapeDtypeStruct(shape, dtype))
+        shape, must = tuple(made.shape), tuple(variable.get_value().shape)
+        if shape != must:
+            raise ValueError(f"load: {key} must have shape {must}, got {shape=}")
+
+
+def _shape(name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _restore(path: Path, abstract: nnx.Module, mesh) -> dict[str, jax.Array]:
+    """The arrays of an Orbax directory by name, of the abstract model's types and shapes."""
+    import orbax.checkpoint as ocp
+
+    want = {key: leaf for name, v in _variables(nnx.state(abstract))
+            for key, leaf in arrays_of(v.get_value(), name)}  # fmt: skip
+    if mesh is None:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(want, place)
+    else:
+        from jaxllm.sharding import shardings
+
+        places = {key: leaf for name, v in _variables(shardings(abstract, mesh))
+                  for key, leaf in arrays_of(v.get_value(), name)}  # fmt: skip
+    target = {
+        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[key]) for key, leaf in want.items()
+    }
+    try:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path)
+            stored = getattr(stored, "item_metadata", stored).tree
+            _check_stored(stored, target)
+            return checkpointer.restore(path, target)
+    except (OSError, KeyError, AttributeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"load: the weights in {str(path)!r} cannot be read: {reason}") from error
+
+
+def _check_stored(stored: dict[str, Any], target: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises ValueError unless arrays are what the manifest says: Orbax casts silently."""
+    if stored.keys() != target.keys():
+        differ = sorted(stored.keys() ^ target.keys())
+        raise ValueError(f"load: weights and {MANIFEST} must name the same arrays, got {differ[0]}")
+    for key, leaf in target.items():
+        have = stored[key]
+        if jnp.dtype(have.dtype) != leaf.dtype or tuple(have.shape) != leaf.shape:
+            raise ValueError(
+                f"load: {key} must be {leaf.dtype}{list(leaf.shape)} by {MANIFEST}, "
+                f"got {jnp.dtype(have.dtype)}{list(have.shape)}"
+            )
+
+
+def _cast(model: nnx.Module, dtype) -> nnx.Module:
+    """The model with plain float weights in another type; other formats know their own."""
+    from jaxllm.weights.dense import Dense
+
+    def one(variable):
+        match variable.get_value():
+            case Dense(rows):
+                return variable.replace(Dense(rows.astype(dtype)))
+            case jax.Array() as value if jnp.issubdtype(value.dtype, jnp.floating):
+                return variable.replace(value.astype(dtype))
+            case _:
+                return variable
+
+    graph, state = nnx.split(model)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return nnx.merge(graph, jax.tree.map(one, state, is_leaf=is_variable))

@@ -1,0 +1,7 @@
+"""Functions on plain arrays, of no model and no format.
+
+attention   attention over keys and values at hand, in jnp
+dot         a dense dot, and weights that wait for their inputs
+hadamard    fast orthogonal transforms of any size
+packing     codes of 1 to 8 bits in 32-bit words
+"""

@@ -1,0 +1,146 @@
+"""What needs the loss: one pass backwards through a model, block by block.
+
+Of each linear's outputs only the mean square of the gradient per token and group is kept (arXiv:2505.07004,
+Algorithm 1), and the squared gradients of weights ("fisher") are summed in files.
+Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecutive outputs.
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.quant.stages import State
+from jaxllm.quant.stages import stages as stages_of
+from jaxllm.quant.text import Text
+
+LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
+
+
+def gradients(model, text: Text, folder: Path, *, groups: int, want: frozenset[str], bar) -> None:
+    """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients."""
+    place = folder / "gradients"
+    if (place / "done").is_file():
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    chain = stages_of(model)
+    fisher: dict[str, np.ndarray] = {}
+    for i, batch in enumerate(bar(list(text.batches()), desc="gradients", unit="batch")):
+        states: list[State] = [{}]
+        for stage in chain:
+            states.append(stage(states[-1], batch))
+        g = _top(model, states.pop(), batch)
+        for stage in reversed(chain[1:]):  # nothing is asked of what embeds
+            g, saliency, squares = _pull(
+                stage.block,
+                stage.shared,
+                states.pop(),
+                batch,
+                g,
+                run=stage.run,
+                groups=groups if stage.name else 1,
+                fisher="fisher" in want,
+            )
+            if not stage.name:
+                continue
+            prefix = stage.name
+            if "guided_hessian" in want:
+                np.savez(place / f"{prefix}.{i}.npz", **{n: np.asarray(s) for n, s in saliency.items()})  # type: ignore[arg-type]
+            for name, square in squares.items():
+                key = f"{prefix}.{name}"
+                if key not in fisher:
+                    file = place / f"{key}.fisher.npy"
+                    fisher[key] = np.lib.format.open_memmap(file, "w+", np.float32, square.shape)
+                fisher[key] += np.asarray(square)
+    for array in fisher.values():
+        array.flush()  # type: ignore[attr-defined]
+    (place / "done").touch()
+
+
+def _fisher(folder: Path, name: str) -> dict[str, np.ndarray]:
+    file = folder / "gradients" / f"{name}.fisher.npy"
+    return {"fisher": np.load(file)} if file.is_file() else {}
+
+
+def _saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarray]:
+    file = folder / "gradients" / f"{prefix}.{batch}.npz"
+    if not file.is_file():
+        return {}
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+@jax.jit
+def _top(model, state, batch):
+    """The gradient of the loss, a sequence's mean negative log-likelihood, at what the last block left."""
+
+    def loss(state):
+        logp = jax.nn.log_softmax(model.unembed(state["target"])[:, :-1])
+        came = jnp.take_along_axis(logp, batch.tokens["target"][:, 1:, None], axis=2)[..., 0]
+        real = (batch.part["target"][:, 1:] != 0).astype(jnp.float32)
+        means = jnp.sum(came * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1.0)
+        return -LOSS_SCALE * jnp.sum(means)  # sequences do not meet: each has its own gradient
+
+    return jax.grad(loss)(state)
+
+
+@partial(jax.jit, static_argnames=("run", "groups", "fisher"))
+def _pull(block, shared, state, batch, g, *, run, groups: int, fisher: bool):
+    """The gradient before a stage, each linear's saliency [B, T, g], and its squared weight gradients.
+
+    A zero is added to each linear's output, and the loss differentiated by it. Square first, sum later: the
+    saliency squares a token's gradient, the Fisher a sequence's (arXiv:2505.07004 against arXiv:2306.07629).
+    """
+    inputs: dict[str, jax.Array] = {}
+
+    def through(state, zeros):
+        def tap(name, array):
+            own, _, end = name.rpartition(".")
+            if end == "in":
+                inputs[own] = array
+            elif end == "out" and own in zeros:
+                array = array + zeros[own]
+            return array
+
+        y = state | run(block, shared, state, batch, tap)
+        return y, dict(inputs)
+
+    def shapes(state):
+        found = {}
+
+        def tap(name, array):
+            own, _, end = name.rpartition(".")
+            if end == "in":
+                found[own] = None
+            elif end == "out" and own in found:
+                found[own] = array
+            return array
+
+        run(block, shared, state, batch, tap)
+        return found
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, state))
+    _, pull, inputs = jax.vjp(through, state, zeros, has_aux=True)
+    before, g_out = pull(g)
+    saliency, squares = {}, {}
+    for name, gz in g_out.items():
+        gz = gz.astype(jnp.float32)
+        saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:2], groups, -1)), axis=-1)
+        if fisher:
+            squares[name] = _sum_of_squares(gz, inputs[name].astype(jnp.float32))
+    return before, saliency, squares
+
+
+def _sum_of_squares(gz, x):
+    """sum_b (sum_t gz[b, t, n] x[b, t, k])^2, a sequence at a time."""
+
+    def one(total, pair):
+        grad = jnp.matmul(pair[0].T, pair[1], precision=jax.lax.Precision.HIGHEST)
+        return total + grad * grad, None
+
+    zeros = jnp.zeros((gz.shape[-1], x.shape[-1]), jnp.float32)
+    return jax.lax.scan(one, zeros, (gz, x))[0]

@@ -1,0 +1,320 @@
+"""Any-Precision: one stored weight that can be read at every width from `seed_bits` to `parent_bits`. Lossy.
+
+arXiv:2402.10517. A row's weights are clustered into 2**seed_bits levels; then every cluster is cut in two,
+width by width, so that a code of b + 1 bits is a code of b bits and one bit more:
+
+    w[k, n] at b bits = tables[b - seed_bits][n, codes[n, k] >> (parent_bits - b)]           float16 levels
+
+The codes are stored as planes, one a bit, the highest first: reading b bits reads the first b planes and the
+table of that width, nothing else. Code k lies in word k // 32 at bit k % 32 of its plane; the order of the
+authors' CUDA kernel is an exact permutation of that (`to_cuda_planes`).
+
+How ours differs: a cluster is cut where J = sum f (w - level)^2 falls most, of all places, by running sums
+from both ends (`split="paper"`: their bisection for a cut that Lloyd's algorithm would leave alone, which
+misses the best one in three of ten clusters). The seed, and what counts for nothing: see `squeeze_llm`.
+`seeder="lnq"` nests under a guided LNQ seed (arXiv:2505.07004) instead: its codes make up for each other's
+errors and lie far from their weights, so cuts alone undo it. They start each width's search, which is LNQ
+restricted to it: levels by eq. 9, each code between its two halves by eq. 11, by turns. F = (w - P c)^T H
+(w - P c) then falls with the width (before the tables are rounded to float16).
+
+    w = AnyPrecision(parent_bits=8).solve(rows, Stats(fisher=fisher), name="up", dtype=rows.dtype)
+    w.at(4).as_rows()                          # the same planes, four of them read
+
+Bits a weight: parent_bits + 16 * (2**(parent_bits + 1) - 2**seed_bits) / K, so K should be in the thousands.
+From a k-means seed, codes ascend with the weights and every table ascends.
+
+Letters: K inputs, N outputs, B planes, W = ceil(K / 32) words.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Integer
+
+from jaxllm.quant.methods.curvature import curvature, damped, importance
+from jaxllm.quant.methods.k_means import k_means, row_keys
+from jaxllm.quant.methods.lnq import lnq, refit
+from jaxllm.quant.statistics import Stats, need
+from jaxllm.weights.bit_planes import BitPlanes, from_codes
+
+AT_ONCE = 2**20  # numbers of [rows at once, K] while cutting clusters
+DAMPING = 1e-4  # of the mean of the curvature's diagonal, as for the LNQ seed
+
+
+# The order of bits in the authors' files and kernel: in a tile of 1,024 columns (32 T in a short last one),
+# word t holds columns 8 (t + j T) .. + 7 as its byte j = 0 .. 3 from the high end, each byte mirrored.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyPrecision:
+    """A parent of `parent_bits` bits, grown from a seed of `seed_bits`.
+
+    bits: the width it is first read at, by default the parent's. split: "exact", or "paper" for its binary
+    search. seeder: "squeeze_llm" (Fisher-weighted k-means) or "lnq" (guided, for `groups` groups of outputs).
+    restarts, exact_seed: see `squeeze_llm.SqueezeLlm`. turns: of LNQ's search at each width above its seed;
+    more are better near the seed and worse from three bits above it on, where 0 is best.
+    """
+
+    parent_bits: int = 8
+    seed_bits: int = 3
+    bits: int | None = None
+    seed: int = 0
+    split: Literal["exact", "paper"] = "exact"
+    seeder: Literal["squeeze_llm", "lnq"] = "squeeze_llm"
+    restarts: int = 8
+    exact_seed: bool = False
+    groups: int = 1
+    turns: int = 2
+
+    def __post_init__(self):
+        s, b, p = self.seed_bits, self.first_bits, self.parent_bits
+        if not 1 <= s <= b <= p <= 8:
+            got = f"seed_bits={s}, bits={b}, parent_bits={p}"
+            raise ValueError(f"AnyPrecision: 1 <= seed_bits <= bits <= parent_bits <= 8 must hold, got {got}")
+        if self.split not in ("exact", "paper"):
+            raise ValueError(f"AnyPrecision: split must be exact or paper, got split={self.split}")
+        if self.seeder not in ("squeeze_llm", "lnq"):
+            raise ValueError(f"AnyPrecision: seeder must be squeeze_llm or lnq, got seeder={self.seeder}")
+        if self.restarts < 1 or self.turns < 0:
+            got = f"restarts={self.restarts}, turns={self.turns}"
+            raise ValueError(f"AnyPrecision: restarts must be at least 1 and turns at least 0, got {got}")
+        if self.groups < 1 or (self.groups > 1 and self.seeder != "lnq"):
+            got = f"groups={self.groups}, seeder={self.seeder}"
+            raise ValueError(f"AnyPrecision: groups must be 1, or more with seeder=lnq, got {got}")
+
+    @property
+    def first_bits(self) -> int:
+        """The width it is first read at."""
+        return self.parent_bits if self.bits is None else self.bits
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset({"fisher" if self.seeder == "squeeze_llm" else "guided_hessian"})
+
+    def solve(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> BitPlanes:
+        N = rows.shape[0]
+        if self.seeder == "lnq":
+            hessians = curvature(
+                stats, "AnyPrecision", guided=True, groups=self.groups, shape=(N, rows.shape[1])
+            )
+            energy = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
+            weights = importance(rows, jnp.repeat(energy, N // self.groups, axis=0))
+        else:
+            need(stats, "AnyPrecision", "fisher")
+            assert stats.fisher is not None
+            weights = importance(rows, stats.fisher)
+        keys = row_keys(self.seed, name, N)
+        codes, table = k_means(
+            rows, weights, keys, bits=self.seed_bits, restarts=self.restarts, exact=self.exact_seed
+        )
+        if self.seeder == "lnq":
+            codes, table = ascending(*lnq(rows, hessians, codes, bits=self.seed_bits))
+            codes, tables = guided_upscale(
+                rows,
+                weights,
+                codes,
+                table,
+                hessians=hessians,
+                to=self.parent_bits,
+                split=self.split,
+                turns=self.turns,
+            )
+        else:
+            codes, tables = upscale(rows, weights, codes, table, to=self.parent_bits, split=self.split)
+        return from_codes(codes, (table, *tables), bits=self.first_bits, dtype=dtype)
+
+
+def ascending(
+    codes: Integer[Array, "N K"], table: Float[Array, "N m"]
+) -> tuple[Int32[Array, "N K"], Float[Array, "N m"]]:
+    """The same levels in ascending order, and the codes that point to them there."""
+    order = jnp.argsort(table, axis=1)
+    rank = jnp.argsort(order, axis=1).astype(jnp.int32)
+    codes = jnp.take_along_axis(rank, codes.astype(jnp.int32), axis=1)
+    return codes, jnp.take_along_axis(table, order, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("to", "split"))
+def upscale(
+    rows: Float[Array, "N K"],
+    weights: Float[Array, "N K"],
+    codes: Integer[Array, "N K"],
+    table: Float[Array, "N m"],
+    *,
+    to: int,
+    split: str = "exact",
+) -> tuple[Int32[Array, "N K"], tuple[Float[Array, "N _"], ...]]:
+    """Codes of `to` bits, and the tables of every width above that of `table`, by cutting clusters in two.
+
+    weights: positive, as from `squeeze_llm.importance`. The lower half of a cluster takes the even code. What
+    cannot be cut (one value, or nothing) stays even; a level that nothing uses is its parent's. Memory: some
+    thirty times AT_ONCE numbers beside rows, weights and codes.
+    """
+    K, seed = rows.shape[1], table.shape[1].bit_length() - 1
+    grow = functools.partial(_upscale, seed=seed, to=to, split=split)
+    given = rows.astype(jnp.float32), weights.astype(jnp.float32), codes.astype(jnp.int32), table
+    codes, tables = jax.lax.map(lambda row: grow(*row), given, batch_size=max(1, AT_ONCE // K))
+    return codes, tuple(tables[:, i, : 2 ** (seed + 1 + i)] for i in range(to - seed))
+
+
+def guided_upscale(
+    rows: Float[Array, "N K"],
+    weights: Float[Array, "N K"],
+    codes: Integer[Array, "N K"],
+    table: Float[Array, "N m"],
+    *,
+    hessians: Float[Array, "g K K"],
+    to: int,
+    split: str = "exact",
+    turns: int = 2,
+) -> tuple[Int32[Array, "N K"], tuple[Float[Array, "N _"], ...]]:
+    """As `upscale`, but codes and tables of every width fitted to the full curvature, F never rising.
+
+    hessians: one for each group of N / g consecutive rows, damped as LNQ does. weights: what the first cuts
+    go by. turns: of codes and levels at each width. Memory: H and its pull [K, K], and what `refit` holds.
+    """
+    g, found = len(hessians), []
+    for h, *part in zip(hessians, *(jnp.split(a, g) for a in (rows, weights, codes, table)), strict=True):
+        found.append(_guided(damped(h, DAMPING), *part, to=to, split=split, turns=turns))
+    parents, tables = zip(*found, strict=True)
+    joined = tuple(jnp.concatenate(of_width) for of_width in zip(*tables, strict=True))
+    return jnp.concatenate(parents), joined
+
+
+def _guided(hessian, rows, weights, codes, table, *, to, split, turns):
+    """The rows of one group."""
+    pull = hessian / jnp.diag(hessian)[:, None]
+    pull = pull.at[jnp.arange(len(pull)), jnp.arange(len(pull))].set(0.0)
+    codes, table, tables = codes.astype(jnp.int32), table.astype(jnp.float32), []
+    while table.shape[1] < 2**to:
+        bits = table.shape[1].bit_length()
+        codes, _ = upscale(rows, weights, codes, table, to=bits, split=split)
+        table = refit(rows, hessian, codes, jnp.repeat(table, 2, axis=1))
+        for _ in range(turns):
+            codes = choose_halves(rows, pull, codes, table)
+            table = refit(rows, hessian, codes, table)
+        tables.append(table)
+    return codes, tables
+
+
+@functools.partial(jax.jit, static_argnames="cycles")
+def choose_halves(
+    rows: Float[Array, "N K"],
+    pull: Float[Array, "K K"],
+    codes: Int32[Array, "N K"],
+    table: Float[Array, "N m"],
+    *,
+    cycles: int = 4,
+) -> Int32[Array, "N K"]:
+    """The codes with last bits chosen anew, each in turn where F is least while the others stay.
+
+    pull: H over its diagonal, row by row, its own diagonal 0.
+    """
+    K = rows.shape[1]
+
+    def one(row):
+        w, code, levels = row
+        lower, upper = levels[code & ~1], levels[code | 1]
+
+        def place(j, error):
+            i = j % K
+            goal = w[i] - jnp.dot(pull[i], error, precision=jax.lax.Precision.HIGHEST)
+            up = jnp.abs(goal - upper[i]) < jnp.abs(goal - lower[i])
+            return error.at[i].set(jnp.where(up, upper[i], lower[i]) - w[i])
+
+        error = jax.lax.fori_loop(0, cycles * K, place, levels[code] - w)
+        up = error + w
+        return (code & ~1) | (jnp.abs(up - upper) < jnp.abs(up - lower)).astype(jnp.int32)
+
+    return jax.lax.map(one, (rows, codes, table), batch_size=64)  # their errors stay in cache
+
+
+# What follows is of one row, sorted by code, then value: a cluster is an interval of places.
+
+
+def _upscale(row, weight, codes, table, *, seed, to, split):
+    K, M = row.shape[0], 2**to
+    codes, x, f, order = jax.lax.sort((codes, row, weight, jnp.arange(K, dtype=jnp.int32)), num_keys=2)
+
+    def level(state, _):
+        codes, table = state
+        cut, lower, upper = cut_clusters(x, f, codes, M, split)
+        codes = 2 * codes + (jnp.arange(K, dtype=jnp.int32) > cut[codes]).astype(jnp.int32)
+        whole = cut == K
+        pair = jnp.where(whole, table, lower), jnp.where(whole, table, upper)
+        table = jnp.stack(pair, axis=1).ravel()[:M]
+        return (codes, table), table
+
+    # all tables are of the last one's size, so that one program serves every width
+    wide = jnp.pad(table.astype(jnp.float32), (0, M - table.shape[0]))
+    (codes, _), tables = jax.lax.scan(level, (codes, wide), length=to - seed)
+    return jnp.zeros_like(codes).at[order].set(codes), tables
+
+
+def cut_clusters(
+    x: Float[Array, " K"], f: Float[Array, " K"], codes: Int32[Array, " K"], M: int, split: str
+) -> tuple[Int32[Array, " M"], Float[Array, " M"], Float[Array, " M"]]:
+    """The last place of each cluster's lower part, K if it stays whole, and the means of the two parts."""
+    K = x.shape[0]
+    edge, one = codes[1:] != codes[:-1], jnp.ones(1, bool)
+    starts, stops = jnp.concatenate([one, edge]), jnp.concatenate([edge, one])
+    at = jnp.arange(K, dtype=jnp.int32)
+    first = jax.lax.cummax(jnp.where(starts, at, 0))
+    last = jax.lax.cummin(jnp.where(stops, at, K - 1), reverse=True)
+    middle = 0.5 * (x[first] + x[last])  # values are taken from here, lest narrow clusters vanish in float32
+    values = jnp.stack([f, f * (x - middle)])
+    mass, moment = sums_within(values, first)
+    onwards = sums_within(values[:, ::-1], K - 1 - last[::-1])[:, ::-1]
+    mass_on, moment_on = jnp.roll(onwards, -1, axis=1)  # over what is after each place
+    below, above = moment / mass, moment_on / mass_on
+    if split == "exact":
+        # J falls by this; zero inside a run of one value, which is never cut, and at a cluster's end
+        gain = mass * (mass_on / (mass + mass_on)) * (below - above) ** 2
+        gain = jnp.where(~stops & (x < jnp.roll(x, -1)), gain, 0.0)
+        most = jnp.zeros(M).at[codes].max(gain)
+        cut = jnp.full(M, K, jnp.int32).at[codes].min(jnp.where((gain > 0) & (gain == most[codes]), at, K))
+    else:
+        cut = _paper_cut(x, middle + 0.5 * (below + above), codes, M)
+    left = jnp.minimum(cut, K - 1)
+    right = jnp.minimum(cut + 1, K - 1)
+    lower = jnp.clip(middle[left] + below[left], x[first[left]], x[left])
+    upper = jnp.clip(middle[left] + above[left], x[right], x[last[right]])
+    return cut, lower, upper
+
+
+def _paper_cut(x, border, codes, M):
+    """A place where the midpoint of both means lies between the two parts, by bisection."""
+    K = x.shape[0]
+    ends = jnp.searchsorted(codes, jnp.arange(M + 1, dtype=jnp.int32)).astype(jnp.int32)
+    start, stop = ends[:-1], ends[1:]
+
+    def halve(_, state):
+        low, high = state  # the cut is one of these places or between them
+        at = (low + high) // 2
+        here = jnp.clip(at, 0, K - 2)
+        up, down = border[here] > x[here + 1], border[here] < x[here]
+        low, high = jnp.where(down, low, at), jnp.where(up, high, at)
+        return low + up.astype(jnp.int32), high - down.astype(jnp.int32)
+
+    cut, _ = jax.lax.fori_loop(0, K.bit_length() + 1, halve, (start, stop - 2))
+    cuttable = (stop - start > 1) & (x[jnp.minimum(start, K - 1)] < x[stop - 1])
+    return jnp.where(cuttable, cut, K)
+
+
+def sums_within(values: Float[Array, "n K"], first: Int32[Array, " K"]) -> Float[Array, "n K"]:
+    """Sums over the places of a cluster up to each, `first` being where it starts.
+
+    Begun anew in every cluster, not as differences of sums over the row, so that float32 suffices.
+    """
+    K = first.shape[0]
+    reach = (jnp.arange(K, dtype=jnp.int32) - first)[None]
+
+    def double(_, state):  # of `size` places up to each -> of twice as many
+        size, sums = state
+        before = jax.lax.dynamic_slice_in_dim(jnp.pad(sums, ((0, 0), (K, 0))), K - size, K, 1)
+        return 2 * size, sums + jnp.where(reach >= size, before, 0.0)
+
+    return jax.lax.fori_loop(0, (K - 1).bit_length(), double, (1, values))[1]

@@ -1,0 +1,78 @@
+"""What Hessians and Fisher information give a solver: damped curvature, importance of single weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.quant.statistics import Stats, need
+
+
+def curvature(
+    stats: Stats, who: str, *, guided: bool, groups: int, shape: tuple[int, ...]
+) -> Float[Array, "g K K"]:
+    """The curvature of each group of outputs of rows [N, K]: of the inputs alone, or of the end loss."""
+    N, K = shape
+    need(stats, who, "guided_hessian" if guided else "hessian")
+    hessians = stats.guided_hessian if guided else stats.hessian[None]  # type: ignore[index]
+    assert hessians is not None
+    if hessians.shape[1:] != (K, K):
+        raise ValueError(f"{who}: the curvature must be of K inputs, got {K=}, {hessians.shape=}")
+    if N % groups:
+        raise ValueError(f"{who}: groups must divide N, got {groups=}, {N=}")
+    return averaged(hessians, groups)
+
+
+def averaged(hessians: Float[Array, "many K K"], groups: int) -> Float[Array, "g K K"]:
+    """Neighbouring groups merged: the mean of their curvatures is the curvature of the larger group."""
+    many, K, _ = hessians.shape
+    if many % groups:
+        raise ValueError(f"guided: groups must divide those measured, got {groups=}, measured={many}")
+    return hessians.reshape(groups, many // groups, K, K).mean(1)
+
+
+@functools.partial(jax.jit, static_argnames="damping")
+def damped(hessian: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
+    """H plus `damping` times the mean of its diagonal; of an H that is 0 throughout, the identity.
+
+    With damping = 0, an input that is always 0 still gets the mean on its diagonal: it touches no other.
+    """
+    hessian = hessian.astype(jnp.float32)
+    diagonal = jnp.diag(hessian)
+    mean = diagonal.mean()
+    unit = jnp.where(mean > 0, mean, 1.0)
+    extra = jnp.where((diagonal > 0) | (damping > 0) & (mean > 0), damping * mean, unit)
+    return hessian + jnp.diag(extra)
+
+
+def check_curvature(who: str, damping: float, guided: bool, groups: int) -> None:
+    """Raises ValueError for options that no curvature has."""
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"{who}: damping must be finite and not negative, got {damping=}")
+    if groups < 1 or (groups > 1 and not guided):
+        raise ValueError(f"{who}: groups must be 1, or more if guided, got {groups=}, {guided=}")
+
+
+FLOOR = 2.0**-30  # least weight of a place, in units of its row's mean
+
+
+LARGEST = 65504.0  # of a float16, the type of the tables
+
+
+def importance(rows: Float[Array, "N K"], fisher: Float[Array, "_ _"]) -> Float[Array, "N K"]:
+    """Weights of the places, of mean 1 a row: the Fisher information of those that are not zero.
+
+    A row without any counts all its places alike.
+    """
+    if fisher.shape != rows.shape:
+        raise ValueError(f"squeeze_llm: fisher must be as the weight, got {fisher.shape=}, {rows.shape=}")
+    if not isinstance(rows, jax.core.Tracer):
+        if not bool((jnp.abs(rows) <= LARGEST).all()):
+            raise ValueError(f"squeeze_llm: weights must be finite and at most {LARGEST:.0f} in size")
+        if not bool((jnp.isfinite(fisher) & (fisher >= 0)).all()):
+            raise ValueError("squeeze_llm: fisher must be finite and not negative")
+    f = jnp.where(rows != 0, fisher.astype(jnp.float32), 0.0)
+    greatest = f.max(1, keepdims=True)
+    f = jnp.where(greatest > 0, f / jnp.where(greatest > 0, greatest, 1.0), 1.0)  # else a mean may overflow
+    return jnp.maximum(f / f.mean(1, keepdims=True), FLOOR)

@@ -1,0 +1,116 @@
+"""What rounding lost, kept in host memory, and fetched for the few inputs that matter to this very token.
+
+Paper: Y. Park et al., "DecDEC: A Systems Approach to Advancing Low-Bit LLM Quantization" (OSDI 2025,
+arXiv:2412.20185), sections 4.2 (residual), 4.3 (selection), 4.4 (tuner). With R = W - base and M the k
+inputs of greatest |x|, as a calibrated table of thresholds tells them:
+
+    y = x @ base + ((x * M) @ Q) * S        Q: whole codes of R, one row an *input*;  S: one scale an output
+
+Ours differs: any format is the base; any number of tokens, each with its own inputs; selection is
+deterministic (the lowest index first where a bucket overflows); the sum is in float32; NaN counts as 0; an
+output without residual gets scale 0 (the official search divides by zero); scales are float32 in natural
+order and stay on the device, so that fused layers are concatenated layers.
+
+Layout: codes q + 2**(bits - 1) packed along N (4 bits: code j of a word at bit 4 j, as in the paper), so that
+what an input needs is one contiguous run; 16 bits are plain float16. They lie in pinned host memory: the
+method puts them there, and `jl.load` and `jl.shard` do again (`to_host`). On a CPU that is ordinary memory:
+what can be known there is the bytes fetched, not their speed.
+
+Lossy; with k_chunk = 0 the base, bit for bit; with k_chunk = 1024 the base plus the whole coded residual.
+
+    w = DecDec(base=Rtn(bits=3), k_chunk=8).solve(rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
+    y = matmul(x, w.base) + compensation(x, w)                  # what quant.matmul.matmul does
+
+Letters: K inputs, N outputs, k inputs fetched a token, R tokens, *B any leading axes.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.quant.statistics import Method, Stats, need
+from jaxllm.weights.host_residual import BITS, CHUNK, HostResidual, How, edges, encode, to_host
+
+# -- the residual (4.2)
+
+
+# -- which inputs (4.3)
+
+
+# -- the product
+
+
+# -- the method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecDec:
+    """Another method's weight, and its residual by input in host memory.
+
+    k_chunk: inputs fetched of each 1024; fewer than 1024 / K of them is none. select: "bucket" is the
+    paper's; "exact", "static" (by the diagonal) and "random" are what it is compared with.
+    """
+
+    base: Method
+    residual_bits: int = 4
+    k_chunk: int = 8
+    select: How = "bucket"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.residual_bits not in BITS:
+            raise ValueError(f"DecDec: residual_bits must be 2, 4, 8 or 16, got {self.residual_bits=}")
+        if not 0 <= self.k_chunk <= CHUNK:
+            raise ValueError(f"DecDec: k_chunk must be 0 to {CHUNK}, got {self.k_chunk=}")
+        if self.select not in ("bucket", "exact", "static", "random"):
+            raise ValueError(f"DecDec: select must be bucket, exact, static or random, got {self.select=}")
+
+    @property
+    def wants(self) -> frozenset[str]:
+        own = {"bucket": {"thresholds"}, "static": {"hessian_diag"}}.get(self.select, set())
+        return self.base.wants | own
+
+    @property
+    def groups(self) -> int:
+        """Of outputs, in the guided Hessians that the base wants."""
+        return getattr(self.base, "groups", 1)
+
+    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> HostResidual:
+        """The base's weight, and 4-bit codes of what it lacks. Holds three arrays of [N, K]."""
+        N, K = rows.shape
+        base: Any = self.base.solve(rows, stats, name=name, dtype=dtype)
+        codes, scale = jax.jit(encode, static_argnames="bits")(
+            rows.astype(jnp.float32) - base.as_rows(jnp.float32), bits=self.residual_bits
+        )
+        hint = self._hint(stats, name, K)
+        made = HostResidual(base, codes, scale, hint, self.k_chunk, self.select, (K, N), jnp.dtype(dtype))
+        return to_host(made)
+
+    def _hint(self, stats: Stats, name: str, K: int) -> jax.Array | None:
+        match self.select:
+            case "bucket":
+                need(stats, "DecDec", "thresholds")
+                assert stats.thresholds is not None
+                if stats.thresholds.shape != (K,):
+                    raise ValueError(f"DecDec: thresholds must be [K], got {stats.thresholds.shape=}, {K=}")
+                return edges(stats.thresholds, self.k_chunk)
+            case "static":
+                need(stats, "DecDec", "hessian_diag")
+                return stats.hessian_diag
+            case "random":
+                key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name.encode()))
+                return jax.random.uniform(key, (K,))
+            case _:
+                return None
+
+
+def token_thresholds(x: Float[Array, "T K"]) -> Float[Array, " K"]:
+    """t[r] = the greatest over tokens of a token's (r+1)-th greatest |x|. It serves any k."""
+    return jnp.sort(jnp.abs(x.astype(jnp.float32)), axis=1, descending=True).max(axis=0)
+
+
+# -- the tuner (4.4)

@@ -1,0 +1,258 @@
+"""GPTQ: codes whose errors later inputs make up for, column by column. Lossy.
+
+Paper: arXiv:2210.17323, algorithm 1: minimizes tr(E H E^T), E = W - Q, H = sum_t x_t x_t^T, greedily from the
+first input to the last. Differs in how, not in what it computes:
+
+- With H = U D U^T, U unit upper triangular, tr(E H E^T) = sum_j D_jj ((E U)_j)^2, so input j is best
+  rounded at w_j + sum_{i<j} (w_i - q_i) U_ij. This equals the published recursion on the Cholesky factor
+  of the inverse (arXiv:2307.13304, theorem 6) and inverts nothing; weights are read, never updated.
+- Grids are rounded to what is stored before the first column, so what was made up for is what is stored.
+- A group's own grid (`act_order=False`) is fitted to its weights with every correction from inputs before
+  the group, those of the same block included; published code misses these when group < 128.
+- `act_order=True` takes inputs by falling H_jj, on grids fitted before in the order that is stored, so
+  that nothing has to be known about the order afterwards.
+- A clipped grid weighs input j by D_jj, what is left of its energy once those before it are known: its
+  weight in the sum above. With `rounds` > 1 a row's grids are fitted again, to the weights as corrected in
+  the round before, and the row's best round is kept: never worse than one round, `rounds=1` is the paper.
+- An input that is always 0 keeps its weight, rounded; damping is relative, so H may have any scale.
+
+`guided` (arXiv:2505.07004, eq. 7) takes H from the gradients of the end loss, one for each of `groups` groups
+of consecutive outputs.
+
+    Gptq(bits=3, group=32).solve(rows, stats, name="up", dtype=jnp.bfloat16)                    # Affine
+    codes = feedback(rows, hessian, scale, zero, bits=2, group=32)              # on a grid of one's own
+
+Memory: about three times the rows [N, K] and three times H [K, K], in float32.
+Layout: inputs lead, [K, N], so that a column of the paper is contiguous; blocks of inputs stay in cache.
+Letters: K inputs, N outputs, G = ceil(K / group) grids a row, g groups of outputs, B inputs a block.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Float, UInt8
+
+from jaxllm.quant.methods.curvature import check_curvature, curvature, damped
+from jaxllm.quant.methods.rtn import Rtn, check_grid
+from jaxllm.quant.statistics import Stats
+from jaxllm.weights import affine
+from jaxllm.weights.affine import Affine, check_rows
+
+BLOCK = 128  # inputs whose corrections are gathered in one product
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """GPTQ on affine grids.
+
+    act_order: inputs by falling energy, grids fitted before; False: inputs as they come, a group's grid
+    fitted when it is reached. rounds: how often grids are fitted, if `act_order`. damping: times the mean of
+    H's diagonal, added to it. clip, symmetric, zero_code: as in `Rtn`. guided: H of the end loss, for
+    `groups` groups of outputs.
+    """
+
+    bits: int = 4
+    group: int = 32
+    act_order: bool = True
+    rounds: int = 2
+    damping: float = 0.01
+    symmetric: bool = False
+    clip: bool = True
+    zero_code: bool = True
+    guided: bool = False
+    groups: int = 1
+
+    def __post_init__(self):
+        check_grid("gptq", self.bits, self.group)
+        check_curvature("gptq", self.damping, self.guided, self.groups)
+        if self.rounds < 1:
+            raise ValueError(f"gptq: rounds must be at least 1, got rounds={self.rounds}")
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset({"guided_hessian" if self.guided else "hessian"})
+
+    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:
+        """The rows in affine codes; ValueError if H cannot be factored."""
+        check_rows("gptq", rows)
+        hessians = curvature(stats, "gptq", guided=self.guided, groups=self.groups, shape=rows.shape)
+        parts = jnp.split(rows.astype(jnp.float32), len(hessians))
+        solved = [self._part(part, h) for part, h in zip(parts, hessians, strict=True)]
+        codes, scale, zero = (jnp.concatenate(column) for column in zip(*solved, strict=True))
+        kept = None if self.symmetric else zero
+        sizes = {"bits": self.bits, "group": min(self.group, rows.shape[1])}
+        return affine.from_codes(codes, scale, kept, **sizes, dtype=dtype, zero_code=self.zero_code)
+
+    def _part(self, rows, hessian):
+        """Codes, scale and zero of the rows that share one H."""
+        grid = Rtn(
+            bits=self.bits,
+            group=min(self.group, rows.shape[1]),
+            symmetric=self.symmetric,
+            zero_code=self.zero_code,
+            clip=self.clip,
+        )
+        if not self.act_order:
+            return refitted(rows, hessian, grid, damping=self.damping)
+        sizes = {"bits": grid.bits, "group": grid.group}
+        order = _by_energy(hessian)
+        upper, energy = _factored(hessian, order, self.damping)
+        scale, zero = grid.grid(rows, energy)
+        codes, loss, target = _given(rows, upper, energy, order, scale, zero, **sizes)
+        best = codes, scale, zero
+        for _ in range(self.rounds - 1):
+            scale, zero = grid.grid(target, energy)
+            codes, new_loss, target = _given(rows, upper, energy, order, scale, zero, **sizes)
+            better = (new_loss < loss)[:, None]
+            best = jax.tree.map(functools.partial(jnp.where, better), (codes, scale, zero), best)
+            loss = jnp.minimum(loss, new_loss)
+        return best
+
+
+def feedback(
+    rows: Float[Array, "N K"],
+    hessian: Float[Array, "K K"],
+    scale: Float[Array, "N G"],
+    zero: Float[Array, "N G"],
+    *,
+    bits: int,
+    group: int,
+    act_order: bool = True,
+    damping: float = 0.01,
+) -> UInt8[Array, "N K"]:
+    """Codes on grids given beforehand, as `affine.stored` rounds them: (code - zero) * scale."""
+    N, K = rows.shape
+    if scale.shape != (N, -(-K // group)):
+        raise ValueError(
+            f"gptq: scale must be [N, ceil(K / group)], got {scale.shape=}, {rows.shape=}, {group=}"
+        )
+    order = _by_energy(hessian) if act_order else jnp.arange(K)
+    upper, energy = _factored(hessian, order, damping)
+    return _given(rows, upper, energy, order, scale, zero, bits=bits, group=group)[0]
+
+
+def refitted(
+    rows: Float[Array, "N K"], hessian: Float[Array, "K K"], grid: Rtn, *, damping: float = 0.01
+) -> tuple[UInt8[Array, "N K"], Float[Array, "N G"], Float[Array, "N G"]]:
+    """Codes, scale and zero, inputs as they come; a group's grid is fitted when it is reached."""
+    upper, energy = _factored(hessian, jnp.arange(rows.shape[1]), damping)
+    return _refitted(rows, upper, energy, grid)
+
+
+def _by_energy(hessian):
+    return jnp.argsort(-jnp.diag(hessian))  # stable: ties as they come
+
+
+def _factored(hessian, order, damping: float):
+    upper, energy = _factor(damped(hessian, damping), order)
+    if not isinstance(upper, jax.core.Tracer) and not bool(jnp.isfinite(upper).all()):
+        raise ValueError(f"gptq: hessian must be finite and positive definite once damped, got {damping=}")
+    return upper, energy
+
+
+@jax.jit
+def _factor(hessian, order):
+    """U of H = U D U^T with inputs in `order`, 0 on and below the diagonal; D with inputs as they come.
+
+    A lower Cholesky factor of H read backwards is an upper one of H.
+    """
+    backwards = order[::-1]
+    upper = jnp.linalg.cholesky(hessian[backwards[:, None], backwards[None]])[::-1, ::-1]
+    root = jnp.diag(upper)
+    return jnp.triu(upper / root[None], 1), jnp.zeros_like(root).at[order].set(root**2)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group"))
+def _given(rows, upper, energy, order, scale, zero, *, bits: int, group: int):
+    """Codes on grids given, and of those tr(E H E^T) of each row [N] and the weights as corrected [N, K]."""
+    K = rows.shape[1]
+    columns, upper = _pad(rows.T.astype(jnp.float32)[order], upper, BLOCK)
+    grid = (scale.T.astype(jnp.float32), zero.T.astype(jnp.float32))
+    of = jnp.pad(order // group, (0, len(columns) - K))  # which grid serves an input
+
+    def block(b, state):
+        errors, codes = state
+        start = _corrected(columns, upper, errors, b, BLOCK)
+        here = jax.lax.dynamic_slice_in_dim(of, b * BLOCK, BLOCK)
+        return _block(columns, upper, start, (*grid, here), errors, codes, b, 2**bits - 1)
+
+    state = jnp.zeros_like(columns), jnp.zeros(columns.shape, jnp.uint8)
+    errors, codes = jax.lax.fori_loop(0, len(columns) // BLOCK, block, state)
+    correction = jnp.matmul(upper.T, errors, precision=HIGHEST)
+    loss = jnp.einsum("k,kn->n", energy[order], ((errors + correction) ** 2)[:K], precision=HIGHEST)
+    back = jnp.argsort(order)
+    return codes[back].T, loss, (columns + correction)[back].T
+
+
+@functools.partial(jax.jit, static_argnames=("grid",))
+def _refitted(rows, upper, energy, grid: Rtn):
+    (N, K), group = rows.shape, grid.group
+    columns, upper = _pad(rows.T.astype(jnp.float32), upper, group)
+    groups = len(columns) // group
+    energy = jnp.pad(energy.astype(jnp.float32), (0, len(columns) - K))
+    of = jnp.zeros(group, jnp.int32)
+
+    def block(b, state):
+        errors, codes, scales, zeros = state
+        start = _corrected(columns, upper, errors, b, group)
+        weights = jax.lax.dynamic_slice_in_dim(columns, b * group, group)
+        within = jax.lax.dynamic_slice(upper, (b * group, b * group), (group, group))
+        # subtle: `start` is what input j is rounded at once those before it in its group were rounded without
+        #   error. The best weights given only the blocks before are these, what the published updates hold.
+        best = weights + solve_triangular(within, start - weights, trans=1, unit_diagonal=True)
+        # Places that fill up a short last group repeat its first weight, which changes no range.
+        real = b * group + jnp.arange(group) < K
+        fitted = jnp.where(real[:, None], best, best[:1]).T
+        scale, zero = grid.grid(fitted, jax.lax.dynamic_slice_in_dim(energy, b * group, group))
+        errors, codes = _block(
+            columns, upper, start, (scale.T, zero.T, of), errors, codes, b, 2**grid.bits - 1
+        )
+        return errors, codes, scales.at[b].set(scale[:, 0]), zeros.at[b].set(zero[:, 0])
+
+    state = (
+        jnp.zeros_like(columns),
+        jnp.zeros(columns.shape, jnp.uint8),
+        jnp.zeros((groups, N)),
+        jnp.zeros((groups, N)),
+    )
+    _, codes, scales, zeros = jax.lax.fori_loop(0, groups, block, state)
+    return codes[:K].T, scales.T, zeros.T
+
+
+def _pad(columns, upper, block: int):
+    """Whole blocks: inputs of weight 0 at the end that correct no other."""
+    more = -len(columns) % block
+    return jnp.pad(columns, ((0, more), (0, 0))), jnp.pad(upper, (0, more))
+
+
+def _corrected(columns, upper, errors, b, size: int):
+    """A block's weights [size, N] with the corrections from all blocks before it."""
+    here = jax.lax.dynamic_slice_in_dim(columns, b * size, size)
+    into = jax.lax.dynamic_slice_in_dim(upper, b * size, size, axis=1)  # [K, size]
+    return here + jnp.matmul(into.T, errors, precision=HIGHEST)
+
+
+def _block(columns, upper, start, grid, errors, codes, b, top: int):
+    """Rounds a block input by input; `errors` and `codes` [K, N] with its rows filled in."""
+    size = len(start)
+    scale, zero, of = grid
+    weights = jax.lax.dynamic_slice_in_dim(columns, b * size, size)
+    within = jax.lax.dynamic_slice(upper, (b * size, b * size), (size, size)).T
+
+    def column(j, state):
+        made, code = state  # errors of the block's inputs so far, 0 for those to come
+        w = start[j] + jnp.matmul(within[j], made, precision=HIGHEST)
+        s, z = scale[of[j]], zero[of[j]]
+        c = jnp.clip(jnp.round(w / s + z), 0, top)
+        return made.at[j].set(weights[j] - (c - z) * s), code.at[j].set(c.astype(jnp.uint8))
+
+    state = jnp.zeros_like(start), jnp.zeros(start.shape, jnp.uint8)
+    made, code = jax.lax.fori_loop(0, size, column, state)
+    return (
+        jax.lax.dynamic_update_slice_in_dim(errors, made, b * size, 0),
+        jax.lax.dynamic_update_slice_in_dim(codes, code, b * size, 0),
+    )

@@ -1,0 +1,261 @@
+"""LNQ: a table of levels for each output and codes into it, fitted by turns to the full curvature. Lossy.
+
+Paper: GuidedQuant, arXiv:2505.07004. Of each output row w it minimizes F = (w - P c)^T H (w - P c) over the
+levels c and the assignment P, by turns (its algorithm 2), and F never rises:
+
+    levels   c = (P^T H P)^-1 P^T H w                                               eq. 9
+    codes    each input in turn: the level nearest w_i - sum_{r != i} H_ir (wq_r - w_r) / H_ii     eq. 11
+
+H is sum_t x_t x_t^T, or with `guided` that of the end loss (eq. 7), one for each of `groups` groups of
+consecutive outputs. Starts from k-means weighted by H's diagonal. Differs in:
+
+- unguided is unguided: it needs no gradients (the published code takes them in any case);
+- damping is relative, always on, and the damped H serves codes, levels and objective alike; an input that
+  is always 0 just goes to its nearest level, an H of 0 throughout counts as the identity;
+- the ridge of eq. 9 pulls towards the levels there were, not towards 0, in units of each level's own
+  curvature: no scale matters, a level without weights stays, and the step cannot raise F;
+- each row keeps the best it has met; after the table is rounded to float16, the codes get one more descent.
+
+    Lnq(bits=3).solve(rows, stats, name="up", dtype=jnp.bfloat16)                         # Codebook
+
+Memory: about six times the rows [N, K], three times H [K, K], and AT_ONCE numbers, in float32.
+Layout: inputs lead, [K, N], so that one step of the descent is contiguous; blocks of inputs stay in cache.
+Letters: K inputs, N outputs, m = 2**bits levels, g groups of outputs, B inputs a block, R rows at once.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, UInt8
+
+from jaxllm.quant.methods.curvature import check_curvature, curvature, damped, importance
+from jaxllm.quant.methods.k_means import k_means, row_keys
+from jaxllm.quant.statistics import Stats
+from jaxllm.weights.affine import check_rows
+from jaxllm.weights.codebook import Codebook, from_codes, look_up
+
+BLOCK = 128  # inputs whose pull from all others is gathered in one product
+AT_ONCE = 2**24  # numbers of [R, K, m] while levels are fitted
+RIDGE = 1e-5  # of a level's own curvature
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lnq:
+    """Layer-wise non-uniform quantization.
+
+    iterations: turns of levels and codes (the paper's T); cycles: sweeps of the codes a turn. damping: times
+    the mean of H's diagonal, added to it. guided: H of the end loss, for `groups` groups of outputs.
+    """
+
+    bits: int = 3
+    guided: bool = False
+    groups: int = 1
+    iterations: int = 2
+    cycles: int = 4
+    damping: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"lnq: bits must be 1 to 8, got bits={self.bits}")
+        if self.iterations < 0 or self.cycles < 0:
+            raise ValueError(f"lnq: iterations and cycles must not be negative, got {self}")
+        check_curvature("lnq", self.damping, self.guided, self.groups)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset({"guided_hessian" if self.guided else "hessian"})
+
+    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Codebook:
+        """The rows in codes and tables."""
+        check_rows("lnq", rows)
+        N = rows.shape[0]
+        hessians = curvature(stats, "lnq", guided=self.guided, groups=self.groups, shape=rows.shape)
+        energy = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
+        weights = importance(rows, jnp.repeat(energy, N // len(hessians), axis=0))
+        codes, _ = k_means(rows, weights, row_keys(self.seed, name, N), bits=self.bits)
+        codes, table = lnq(
+            rows,
+            hessians,
+            codes,
+            bits=self.bits,
+            iterations=self.iterations,
+            cycles=self.cycles,
+            damping=self.damping,
+        )
+        return from_codes(codes, table, bits=self.bits, dtype=dtype)
+
+
+def lnq(
+    rows: Float[Array, "N K"],
+    hessians: Float[Array, "g K K"],
+    codes: Integer[Array, "N K"],
+    *,
+    bits: int,
+    iterations: int = 2,
+    cycles: int = 4,
+    damping: float = 1e-4,
+) -> tuple[UInt8[Array, "N K"], Float[Array, "N m"]]:
+    """Codes and float16 levels no worse than any assignment to start from.
+
+    hessians: one for each group of N / g consecutive rows. A level that `codes` does not use starts at 0.
+    """
+    N, g = len(rows), len(hessians)
+    if N % g:
+        raise ValueError(f"lnq: groups must divide N, got groups={g}, {N=}")
+    parts = (jnp.split(a, g) for a in (rows.astype(jnp.float32), codes.astype(jnp.uint8)))
+    solved = [
+        _alternate(part, damped(h, damping), code, 2**bits, iterations, cycles)
+        for part, code, h in zip(*parts, hessians, strict=True)
+    ]
+    new_codes, tables = zip(*solved, strict=True)
+    return jnp.concatenate(new_codes), jnp.concatenate(tables)
+
+
+def _alternate(rows, hessian, codes, m: int, iterations: int, cycles: int):
+    """The turns, for rows that share one H."""
+    table = refit(rows, hessian, codes, means(rows, jnp.diag(hessian), codes, m=m))
+    best = codes, table
+    least = objective(rows, hessian, codes, table)
+    for _ in range(iterations):
+        codes = descend(rows, hessian, codes, table, cycles=cycles)
+        table = refit(rows, hessian, codes, table)
+        loss = objective(rows, hessian, codes, table)
+        best = _choose(loss < least, (codes, table), best)
+        least = jnp.minimum(loss, least)
+    codes, table = best
+    table = table.astype(jnp.float16).astype(jnp.float32)
+    swept = descend(rows, hessian, codes, table, cycles=1 if cycles else 0)
+    better = objective(rows, hessian, swept, table) < objective(rows, hessian, codes, table)
+    return _choose(better, swept, codes), table.astype(jnp.float16)
+
+
+def _choose(which, new, old):
+    """Rows of `new` where `which` says so, else of `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(which[:, None], a, b), new, old)
+
+
+@jax.jit
+def objective(
+    rows: Float[Array, "N K"],
+    hessian: Float[Array, "K K"],
+    codes: Integer[Array, "N K"],
+    table: Float[Array, "N m"],
+) -> Float[Array, " N"]:
+    """F of each row."""
+    error = rows - look_up(table, codes)
+    return (jnp.matmul(error, hessian, precision=HIGHEST) * error).sum(1)
+
+
+@functools.partial(jax.jit, static_argnames="m")
+def means(
+    rows: Float[Array, "N K"], weight: Float[Array, " K"], codes: Integer[Array, "N K"], *, m: int
+) -> Float[Array, "N m"]:
+    """The weighted mean of the weights of each code; 0 of a code that is not used."""
+
+    def one(row, code):
+        total = jnp.zeros(m).at[code].add(weight)
+        return jnp.zeros(m).at[code].add(weight * row) / jnp.where(total > 0, total, 1.0)
+
+    return jax.vmap(one)(rows, codes)
+
+
+@jax.jit
+def refit(
+    rows: Float[Array, "N K"],
+    hessian: Float[Array, "K K"],
+    codes: Integer[Array, "N K"],
+    table: Float[Array, "N m"],
+) -> Float[Array, "N m"]:
+    """The levels of least F for these codes, by three steps from the levels there are.
+
+    A step minimizes F + sum_l RIDGE A_ll (c_l - old_l)^2, A = P^T H P, which cannot raise F. What the ridge
+    leaves of the error shrinks by RIDGE over the direction's curvature (in units of the levels' own) a step.
+    """
+    m = table.shape[1]
+
+    def one(row):
+        w, code, c = row
+        p = jax.nn.one_hot(code, m)
+        hp = jnp.matmul(hessian, p, precision=HIGHEST)  # [K, m]: the cost of it all
+        a = jnp.matmul(p.T, hp, precision=HIGHEST)
+        root = jnp.sqrt(jnp.where(jnp.diag(a) > 0, jnp.diag(a), 1.0))
+        factor = jnp.linalg.cholesky(a / (root[:, None] * root[None]) + RIDGE * jnp.eye(m))
+        for _ in range(3):
+            pull = jnp.matmul(w - c[code], hp, precision=HIGHEST)
+            step = jax.scipy.linalg.cho_solve((factor, True), pull / root) / root
+            c = jnp.where(jnp.isfinite(step).all(), c + step, c)
+        return c
+
+    size = max(1, AT_ONCE // (rows.shape[1] * m))
+    return jax.lax.map(one, (rows, codes.astype(jnp.int32), table), batch_size=size)
+
+
+@functools.partial(jax.jit, static_argnames="cycles")
+def descend(
+    rows: Float[Array, "N K"],
+    hessian: Float[Array, "K K"],
+    codes: Integer[Array, "N K"],
+    table: Float[Array, "N m"],
+    *,
+    cycles: int,
+) -> UInt8[Array, "N K"]:
+    """Codes after sweeps over all inputs, each put where F is least while the others stay (eq. 11).
+
+    The lowest code of levels equally near. Equal, code for code, to taking the inputs one at a time: the
+    pull on a block from inputs outside it is gathered in one product, as it holds while the block changes.
+    """
+    K = rows.shape[1]
+    size = min(BLOCK, K)
+    more = -K % size
+    levels = table.T  # [m, N]
+    w = jnp.pad(rows.T, ((0, more), (0, 0)))
+    error = jnp.pad((look_up(table, codes) - rows).T, ((0, more), (0, 0)))
+    pull = hessian / jnp.diag(hessian)[:, None]
+    pull = jnp.pad(pull.at[jnp.arange(K), jnp.arange(K)].set(0.0), (0, more))  # none of an input on itself
+    codes = jnp.pad(codes.T.astype(jnp.uint8), ((0, more), (0, 0)))
+
+    def block(i, state):
+        error, codes = state
+        at = i % (len(w) // size) * size
+        across = jax.lax.dynamic_slice_in_dim(pull, at, size)  # [B, K]
+        within = jax.lax.dynamic_slice_in_dim(across, at, size, axis=1)
+        across = jax.lax.dynamic_update_slice_in_dim(across, jnp.zeros_like(within), at, axis=1)
+        weights = jax.lax.dynamic_slice_in_dim(w, at, size)
+        target = weights - jnp.matmul(across, error, precision=HIGHEST)
+
+        def column(j, state):
+            here, code = state
+            u = target[j] - jnp.matmul(within[j], here, precision=HIGHEST)
+            level, c = _nearest(u, levels)
+            return here.at[j].set(level - weights[j]), code.at[j].set(c)
+
+        here = jax.lax.dynamic_slice_in_dim(error, at, size)
+        code = jax.lax.dynamic_slice_in_dim(codes, at, size)
+        here, code = jax.lax.fori_loop(0, size, column, (here, code))
+        error = jax.lax.dynamic_update_slice_in_dim(error, here, at, 0)
+        return error, jax.lax.dynamic_update_slice_in_dim(codes, code, at, 0)
+
+    steps = cycles * (len(w) // size)
+    return jax.lax.fori_loop(0, steps, block, (error, codes))[1][:K].T
+
+
+def _nearest(u: Float[Array, " N"], levels: Float[Array, "m N"]):
+    """The nearest level of each row's target, and its code."""
+
+    def closer(c, best):
+        distance, level, code = best
+        here = jnp.abs(u - levels[c])
+        near = here < distance
+        return (
+            jnp.where(near, here, distance),
+            jnp.where(near, levels[c], level),
+            jnp.where(near, c.astype(jnp.uint8), code),
+        )
+
+    start = jnp.full(u.shape, jnp.inf), jnp.zeros_like(u), jnp.zeros(u.shape, jnp.uint8)
+    _, level, code = jax.lax.fori_loop(0, len(levels), closer, start, unroll=min(len(levels), 16))
+    return level, code

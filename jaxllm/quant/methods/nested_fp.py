@@ -1,0 +1,67 @@
+"""NestedFP: a float16 weight as two bytes, the upper of which is itself an 8-bit float weight.
+
+Paper: arXiv:2506.02024, section 4. For |w| < 1.875 the top bit of float16's exponent is 0, so that
+
+    upper = float8_e4m3fn(256 w), rounded to nearest even            8 bits: all that mode "fp8" reads
+    lower = the low 8 bits of float16's                              with upper: the float16, bit for bit
+
+One mantissa bit is in both: exact below, rounded above, so the difference tells how upper was rounded. Ours
+differs: a layer with larger weights is first scaled by 2**-shift, if that loses nothing (the paper's shift is
+0); what is not eligible is refused, never corrupted; both scales of mode "fp8" are applied in float32.
+
+    w = encode(rows, mode="fp8")          # rows [N, K], exact in float16
+    y = matmul(x, with_mode(w, "fp16"))   # the same bytes, read in full
+
+Modes: "fp16": x @ w, lossless against the float16 weights (a bfloat16 below 2**-17 or a float32 may have been
+changed by the cast to float16: `changed` counts). "fp8": each row of x is rounded to float8 at the scale
+448 / its greatest |x|, and upper is the weight: lossy, a weight's relative error at most 1/17 from 2**-14 up
+(6.7% above 1.75, where it saturates; absolute 2**-18 below; both times 2**shift).
+"traced": `switch`, an int32 scalar, 0 for fp16, else fp8, chooses while running: the model's modes in one
+program. A mode is for all rows of x: one a row would read both bytes anyway.
+
+Layout: upper float8_e4m3fn [N, K], lower uint8 [N, K], apart, so that fp8 streams one of them. 16 bits a
+weight. Letters: K inputs, N outputs.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.quant.statistics import Stats
+from jaxllm.weights.dense import Dense
+from jaxllm.weights.nested_float import NestedFloat, encode, find_shift
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NestedFp:
+    """NestedFP. Lossless against the float16 weights in fp16 mode; of others see `changed`.
+
+    mode: how the model starts ("traced": in fp16). exceptions: what becomes of a layer that is not eligible;
+    "layer" keeps it in float16 (`Dense`) in every mode, "refuse" is an error.
+    """
+
+    mode: Literal["fp16", "fp8", "traced"] = "fp16"
+    exceptions: Literal["layer", "refuse"] = "layer"
+
+    def __post_init__(self):
+        if self.mode not in ("fp16", "fp8", "traced"):
+            raise ValueError(f"nested_fp: mode must be fp16, fp8 or traced, got {self.mode=}")
+        if self.exceptions not in ("layer", "refuse"):
+            raise ValueError(f"nested_fp: exceptions must be layer or refuse, got {self.exceptions=}")
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset()
+
+    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> NestedFloat | Dense:
+        """The rows, cast to float16, in two bytes or, where they are not eligible, as they are."""
+        half = rows.astype(jnp.float16)
+        if not bool(jnp.isfinite(half).all()):
+            raise ValueError(
+                f"nested_fp: weights must be finite in float16, got NaN or above 65504 in {name=}"
+            )
+        if self.exceptions == "layer" and find_shift(half) is None:
+            return Dense(half)
+        return encode(half, mode=jnp.int32(0) if self.mode == "traced" else self.mode, dtype=dtype)

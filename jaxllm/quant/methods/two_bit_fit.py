@@ -1,0 +1,215 @@
+"""The fit of one 2/4/16-bit weight: zeros, steps and scales of its columns at 2 and at 4 bits.
+
+What the symbols mean: `weights/mixed_columns.py`. Letters: N outputs, C column groups of 16 inputs, B blocks
+of 16 outputs.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxllm.pytree import pytree
+from jaxllm.weights.mixed_columns import BLOCK, COLUMNS
+
+LEAST = 2.0**-24  # float16's least number: a step scale is never 0
+
+
+ROUNDS = 2  # times that the step scales are fitted again
+
+
+Fit = Literal["search", "paper"]
+
+
+@pytree
+class Steps:
+    """Metadata of every column group as if it were at 2 bits."""
+
+    step: jax.Array  # [N, C]: 0 .. 15
+    zero: jax.Array  # [N, C]: 0 .. 3
+    shared: jax.Array  # [B, C]: step_zero, 1 .. 15
+    scale: jax.Array  # [B, C]: step_scale, a float16 in float32
+    error: jax.Array  # [N, C]: weighted squared error
+
+
+def _of_block(v):
+    return jnp.repeat(v, BLOCK, axis=0)
+
+
+def _limits(g, live):
+    """Least and greatest weight that counts, widened to hold 0."""
+    some = jnp.where(live, g, 0.0)
+    return some.min(axis=-1, initial=0.0), some.max(axis=-1, initial=0.0)
+
+
+def _codes(g, scale, zero, top):
+    return jnp.clip(jnp.round(g / scale[..., None]) + zero[..., None], 0, top)
+
+
+def _error(g, h, live, scale, zero, top):
+    off = g - (_codes(g, scale, zero, top) - zero[..., None]) * scale[..., None]
+    return jnp.sum(jnp.where(live, h * jnp.square(off), 0.0), axis=-1)
+
+
+def _search_scale(g, h, live):
+    """The scale of least error among 12 shares of the range for each of the 4 zeros."""
+    low, high = _limits(g, live)
+
+    def closer(i, best):
+        error, scale = best
+        zero = (i % 4).astype(jnp.float32)
+        # the least scale whose codes below and above the zero reach the range's ends
+        below = jnp.where(zero > 0, -low / jnp.maximum(zero, 1), 0.0)
+        above = jnp.where(zero < 3, high / jnp.maximum(3 - zero, 1), 0.0)
+        share = 1.0 - 0.06 * (i // 4).astype(jnp.float32)
+        trial = jnp.maximum(jnp.maximum(below, above) * share, LEAST)
+        here = _error(g, h, live, trial, jnp.broadcast_to(zero, trial.shape), 3)
+        return jnp.minimum(error, here), jnp.where(here < error, trial, scale)
+
+    start = jnp.full(low.shape, jnp.inf), jnp.zeros(low.shape)
+    return jax.lax.fori_loop(0, 48, closer, start)[1]
+
+
+def _second_order(scale, top):
+    """step_zero and step_scale of each block of 16 outputs.
+
+    The scale is at least half of what the greatest step needs, so that step_zero never exceeds `top` (2.3);
+    step_zero is at least 1, so that no group's scale is 0.
+    """
+    blocks = scale.reshape(-1, BLOCK, scale.shape[1])
+    least, most = blocks.min(axis=1), blocks.max(axis=1)
+    second = _half(jnp.maximum((most - least) / top, most / (2 * top)))
+    return jnp.clip(jnp.round(least / second), 1, top), second
+
+
+def _half(scale):
+    return jnp.clip(scale, LEAST, 65504.0).astype(jnp.float16).astype(jnp.float32)
+
+
+def _search_steps(g, h, live, shared, second, top) -> Steps:
+    """The best of all steps and zeros under given step scales."""
+    base, unit = _of_block(shared), _of_block(second)
+
+    def closer(i, best):
+        step, zero = (i // 4).astype(jnp.float32), (i % 4).astype(jnp.float32)
+        here = _error(g, h, live, (step + base) * unit, jnp.broadcast_to(zero, base.shape), 3)
+        better = (here < best[0]) & (step <= top)
+        return tuple(jnp.where(better, new, old) for new, old in zip((here, step, zero), best, strict=True))
+
+    start = jnp.full(base.shape, jnp.inf), jnp.zeros(base.shape), jnp.zeros(base.shape)
+    error, step, zero = jax.lax.fori_loop(0, 64, closer, start)
+    return Steps(step, zero, shared, second, error)
+
+
+def _paper_steps(g, h, live, scale, shared, second, top) -> Steps:
+    """The step nearest to the range's scale, and the zero that the range has under that step."""
+    base, unit = _of_block(shared), _of_block(second)
+    step = jnp.clip(jnp.round(scale / unit) - base, 0, top)
+    used = (step + base) * unit
+    zero = jnp.clip(jnp.round(-_limits(g, live)[0] / used), 0, 3)
+    return Steps(step, zero, shared, second, _error(g, h, live, used, zero, 3))
+
+
+@jax.jit
+def _better(new: Steps, old: Steps) -> Steps:
+    """Of each block the steps with the lesser error."""
+    total = lambda s: s.error.reshape(-1, BLOCK, s.error.shape[1]).sum(axis=1)  # noqa: E731
+    pick = total(new) < total(old)
+    choose = lambda a, b: jnp.where(pick if a.shape == pick.shape else _of_block(pick), a, b)  # noqa: E731
+    return jax.tree.map(choose, new, old)
+
+
+@functools.partial(jax.jit, static_argnames="fit")
+def fit_two(
+    g: Float[Array, "N C 16"],
+    h: Float[Array, "C 16"],
+    live: Bool[Array, "N C 16"],
+    top: Float[Array, " C"],
+    *,
+    fit: Fit,
+) -> Steps:
+    """Steps and zeros of every group at 2 bits; N a multiple of 16. top: greatest step, 15 or 7.
+
+    "search": a scale each, from these the block's step scale; then the best step and zero under it; then the
+    step scale that least squares gives for those, kept where it helps. Holds about four arrays of [N, K].
+    """
+    h, top = h[None], top[None]
+    if fit == "paper":
+        low, high = _limits(g, live)
+        scale = (high - low) / 3
+        shared, second = _second_order(scale, top)
+        return _paper_steps(g, h, live, scale, shared, second, top)
+    shared, second = _second_order(_search_scale(g, h, live), top)
+    steps = _search_steps(g, h, live, shared, second, top)
+
+    def again(_, steps: Steps) -> Steps:
+        size = steps.step + _of_block(steps.shared)
+        scale = size * _of_block(steps.scale)
+        units = (_codes(g, scale, steps.zero, 3) - steps.zero[..., None]) * size[..., None]
+        weight = jnp.where(live, h, 0.0)
+        blocks = lambda v: v.sum(axis=-1).reshape(-1, BLOCK, v.shape[1]).sum(axis=1)  # noqa: E731
+        above, below = blocks(weight * units * g), blocks(weight * units * units)
+        second = _half(jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), steps.scale))
+        return _better(_search_steps(g, h, live, steps.shared, second, top), steps)
+
+    return jax.lax.fori_loop(0, ROUNDS, again, steps)
+
+
+def two_values(g: Float[Array, "N C 16"], steps: Steps) -> tuple[Array, Array]:
+    """Codes and values of every group at 2 bits."""
+    scale = (steps.step + _of_block(steps.shared)) * _of_block(steps.scale)
+    codes = _codes(g, scale, steps.zero, 3)
+    return codes, (codes - steps.zero[..., None]) * scale[..., None]
+
+
+@functools.partial(jax.jit, static_argnames=("fit", "group4"))
+def fit_four(
+    g: Float[Array, "N C 16"], h: Float[Array, "C 16"], live: Bool[Array, "N C 16"], *, group4: int, fit: Fit
+) -> tuple[Array, Array, Array, Array]:
+    """Scale and zero [N, G] of each `group4` inputs at 4 bits; codes and values [N, C, 16] under them.
+
+    "search": the best of 16 shares of the range. Holds about four arrays of [N, K].
+    """
+    N, C, _ = g.shape
+    G = -(-C * COLUMNS // group4)
+
+    def cut(v):  # [..., C, 16] -> [..., G, group4], zeros at the end
+        v = v.reshape(*v.shape[:-2], -1)
+        return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, G * group4 - C * COLUMNS)]).reshape(
+            *v.shape[:-1], G, group4
+        )
+
+    wide, weight, real = cut(g), cut(h)[None], cut(live)
+    low, high = _limits(wide, real)
+
+    def closer(i, best):
+        share = 1.0 - 0.03 * i.astype(jnp.float32)
+        scale = _half((high - low) / 15 * share)
+        zero = jnp.clip(jnp.round(-low * share / scale), 0, 15)
+        here = _error(wide, weight, real, scale, zero, 15)
+        better = here < best[0]
+        return tuple(jnp.where(better, new, old) for new, old in zip((here, scale, zero), best, strict=True))
+
+    start = jnp.full(low.shape, jnp.inf), jnp.ones(low.shape), jnp.zeros(low.shape)
+    _, scale, zero = jax.lax.fori_loop(0, 16 if fit == "search" else 1, closer, start)
+    codes = _codes(wide, scale, zero, 15)
+    values = (codes - zero[..., None]) * scale[..., None]
+    uncut = lambda v: v.reshape(N, -1)[:, : C * COLUMNS].reshape(N, C, COLUMNS)  # noqa: E731
+    return scale, zero, uncut(codes), uncut(values)
+
+
+@jax.jit
+def _grouped(rows, diagonal):
+    """g, h, live of rows [N, K]: outputs filled up by the last, inputs by weights that do not count."""
+    N, K = rows.shape
+    C = -(-K // COLUMNS)
+    wide = jnp.pad(rows.astype(jnp.float32), ((0, -N % BLOCK), (0, 0)), mode="edge")
+    g = jnp.pad(wide, ((0, 0), (0, C * COLUMNS - K))).reshape(-1, C, COLUMNS)
+    live = jnp.broadcast_to((jnp.arange(C * COLUMNS) < K).reshape(1, C, COLUMNS), g.shape)
+    # relative, with a little for inputs never seen, so that their weights are rounded to something near
+    h = diagonal.astype(jnp.float32)
+    mean = jnp.mean(h)
+    h = jnp.where(mean > 0, h / jnp.where(mean > 0, mean, 1.0), 1.0) + 1e-4
+    return g, jnp.pad(h, (0, C * COLUMNS - K)).reshape(C, COLUMNS), live

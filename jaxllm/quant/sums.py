@@ -1,0 +1,125 @@
+"""Statistics of a block's linears, summed over a text; linears that read one input share what depends on it.
+
+Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecutive outputs.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.quant.gradients import _fisher, _saliency
+from jaxllm.quant.stages import Batch, LinearInfo, Stage, State, linears_of, side_of
+from jaxllm.quant.statistics import Stats
+from jaxllm.quant.text import Text
+
+OF_OUTPUT = frozenset({"guided_hessian", "fisher"})
+
+
+class Sums:
+    """The statistics of one block, summed batch by batch."""
+
+    def __init__(self, want: frozenset[str], sample: int):
+        self.want, self.sample = want, sample
+        self.sums: dict[str, dict[str, jax.Array]] = {}
+        self.rows: dict[str, list[np.ndarray]] = {}
+        self.tokens: dict[str, int] = {}  # by side
+
+    def take(self, stage: Stage, text: Text, states: list[State], folder: Path) -> list[State]:
+        """Takes in all batches that a block reads; gives what it leaves for the next."""
+        batches = enumerate(zip(states, text.batches(), strict=True))
+        return [
+            self.add(stage, state, batch, _saliency(folder, stage.name, i)) for i, (state, batch) in batches
+        ]
+
+    def add(self, stage: Stage, state: State, batch: Batch, saliency: dict[str, np.ndarray]) -> State:
+        """Takes in one batch; gives what the next block reads."""
+        y, new, inputs = _measure(
+            stage.block, stage.shared, state, batch, saliency, run=stage.run, side=stage.side, want=self.want
+        )
+        for name, stats in new.items():
+            old = self.sums.get(name)
+            self.sums[name] = stats if old is None else _add(old, stats)
+        for name, (rows, part) in inputs.items():
+            have = sum(len(r) for r in self.rows.get(name, []))
+            real = np.asarray(rows)[np.asarray(part) != 0][: self.sample - have]
+            self.rows.setdefault(name, []).append(np.asarray(real, np.float32))
+        for side, part in batch.part.items():
+            self.tokens[side] = self.tokens.get(side, 0) + int(np.count_nonzero(part))
+        return state | {side: np.asarray(x) for side, x in y.items()}
+
+    def stats(self, model, stage: Stage, folder: Path) -> dict[str, Stats]:
+        """What was measured, by the linears' full names."""
+        found = {}
+        for name, linear in linears_of(model, stage).items():
+            full = f"{stage.name}.{name}"
+            arrays = self.arrays(linear.source, linear) | self.arrays(name, linear) | _fisher(folder, full)
+            found[full] = Stats(
+                **{key: jnp.asarray(x) for key, x in arrays.items()}, tokens=self.tokens[linear.side]
+            )
+        return found
+
+    def arrays(self, name: str, linear: LinearInfo) -> dict[str, Any]:
+        """What was measured under a linear's name, without what another speaks for."""
+        found: dict[str, Any] = dict(self.sums.get(name, {}))
+        if "mean" in found:
+            found["mean"] = found["mean"] / self.tokens[linear.side]
+        if name in self.rows:
+            found["sample"] = np.concatenate(self.rows[name])
+        return found
+
+
+def _add(old, new):
+    top = {key: jnp.maximum(old[key], new[key]) for key in old if key == "thresholds"}
+    return {key: old[key] + new[key] for key in old if key != "thresholds"} | top
+
+
+@partial(jax.jit, static_argnames=("run", "side", "want"))
+def _measure(block, shared, state, batch, saliency, *, run, side: str, want: frozenset[str]):
+    """A batch's part of each statistic, by linear; and what linears read, for the sample."""
+    seen: dict[str, jax.Array] = {}
+
+    def tap(name, array):
+        if name.endswith(".in"):
+            seen[name[: -len(".in")]] = array
+        return array
+
+    y = run(block, shared, state, batch, tap)
+    sums: dict[str, dict[str, jax.Array]] = {}
+    inputs: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for name, array in seen.items():
+        part = batch.part[side_of(array, state, side)]
+        flat = array.astype(jnp.float32).reshape(-1, array.shape[-1])
+        if not any(array is seen[other] for other in inputs):  # the first that reads it speaks for the others
+            inputs[name] = array, part
+            sums[name] = _of_input(flat, part.ravel(), want)
+        if name in saliency:
+            s = saliency[name].astype(jnp.float32) * (part != 0).astype(jnp.float32)[..., None]
+            sums[name] = sums.get(name, {}) | {"guided_hessian": _guided(flat, s.reshape(-1, s.shape[-1]))}
+    return y, sums, inputs if "sample" in want else {}
+
+
+def _of_input(x, part, want: frozenset[str]) -> dict[str, jax.Array]:
+    """What depends on a linear's inputs [n, K] alone."""
+    x = jnp.where(part[:, None] != 0, x, 0.0)
+    kept = x if "held_out" not in want else jnp.where(part[:, None] > 0, x, 0.0)
+    all = {
+        "hessian_diag": lambda: jnp.sum(x * x, axis=0),
+        "mean": lambda: jnp.sum(jnp.abs(x), axis=0),
+        "hessian": lambda: _gram(kept),
+        "held_out": lambda: _gram(jnp.where(part[:, None] < 0, x, 0.0)),
+        "thresholds": lambda: jnp.max(jnp.sort(jnp.abs(x), axis=1)[:, ::-1], axis=0),
+    }
+    return {name: make() for name, make in all.items() if name in want}
+
+
+def _guided(x, s):
+    """sum_t s[t, j] x[t] x[t]^T of inputs [n, K] and saliencies [n, g], a group at a time."""
+    return jax.lax.map(lambda root: _gram(x * root[:, None]), jnp.sqrt(s).T)
+
+
+def _gram(x):
+    return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)

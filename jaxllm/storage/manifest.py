@@ -1,0 +1,105 @@
+"""What a saved pytree is made of, as JSON: formats by name, static fields, shapes and types of arrays.
+
+An array is described by shape and type, a format by its name, static fields and parts, a tuple by its items.
+Names are looked up in a closed table and never imported.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+import jaxllm.weights.matmul
+
+
+def formats() -> dict[str, type]:
+    """What a file may name, and what it is made of."""
+    known = (*jaxllm.weights.matmul.FORMATS, *jaxllm.weights.matmul.PARTS)
+    return {cls.__name__: cls for cls in known}
+
+
+def describe(value: Any, name: str) -> dict[str, Any] | None:
+    """What the manifest says of a weight."""
+    if value is None:
+        return None
+    if hasattr(value, "dtype") and not dataclasses.is_dataclass(value):
+        return {"type": "array", "shape": list(value.shape), "dtype": jnp.dtype(value.dtype).name}
+    if isinstance(value, tuple):
+        return {"type": "tuple", "items": [describe(part, f"{name}/{i}") for i, part in enumerate(value)]}
+    if type(value) not in formats().values():
+        raise TypeError(f"save: {name} must be an array or a format, got {type(value).__name__}")
+    described: dict[str, Any] = {"type": type(value).__name__}
+    for field in dataclasses.fields(value):
+        part = getattr(value, field.name)
+        if field.metadata.get("static"):
+            described.setdefault("static", {})[field.name] = to_json(part)
+        else:
+            described.setdefault("fields", {})[field.name] = describe(part, f"{name}/{field.name}")
+    return described
+
+
+def arrays_of(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Each array of a weight by its name in the file: the weight's, then the path of fields."""
+    if isinstance(value, tuple):
+        for i, part in enumerate(value):
+            yield from arrays_of(part, f"{name}/{i}")
+    elif dataclasses.is_dataclass(value) and type(value) in formats().values():
+        for field in dataclasses.fields(value):
+            if not field.metadata.get("static"):
+                yield from arrays_of(getattr(value, field.name), f"{name}/{field.name}")
+    elif value is not None:
+        yield name, value
+
+
+def build(described: dict[str, Any] | None, name: str, make) -> Any:
+    """A weight from what the manifest says; `make(name, shape, dtype)` gives each array."""
+    if described is None:
+        return None
+    kind = described["type"]
+    if kind == "array":
+        return make(name, tuple(described["shape"]), jnp.dtype(described["dtype"]))
+    if kind == "tuple":
+        return tuple(build(part, f"{name}/{i}", make) for i, part in enumerate(described["items"]))
+    if kind not in formats():
+        raise ValueError(f"load: {name} must be of a format of {', '.join(formats())}, got format={kind!r}")
+    parts = {key: build(part, f"{name}/{key}", make) for key, part in described.get("fields", {}).items()}
+    static = {key: from_json(part) for key, part in described.get("static", {}).items()}
+    names = {field.name for field in dataclasses.fields(formats()[kind])}
+    if names != parts.keys() | static.keys():
+        raise ValueError(f"load: {name} must have the fields of {kind}, got {[*parts, *static]}")
+    made: Any = object.__new__(formats()[kind])  # as when JAX rebuilds it: leaves may be shapes
+    for key, part in (parts | static).items():
+        object.__setattr__(made, key, part)
+    return made
+
+
+def to_json(value: Any) -> Any:
+    """A static value or a config as JSON."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return {"type": "dtype", "name": jnp.dtype(value).name}
+
+
+def from_json(value: Any, classes: tuple[type, ...] = ()) -> Any:
+    """The value that `to_json` wrote; `classes` are the dataclasses that a file may name here."""
+    if isinstance(value, list):
+        return tuple(from_json(part, classes) for part in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {key: from_json(part, classes) for key, part in value.items() if key != "type"}
+    kind = value.get("type")
+    if kind == "dtype":
+        return jnp.dtype(fields["name"])
+    made = next((cls for cls in classes if cls.__name__ == kind), None)
+    if made is None:
+        raise ValueError(f"load: the manifest names an unknown type, got type={kind!r}")
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(made)}
+    if unknown:
+        raise ValueError(f"load: {kind} has no field {', '.join(sorted(unknown))}: a newer version wrote it")
+    return made(**fields)

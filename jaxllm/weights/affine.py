@@ -1,0 +1,246 @@
+"""Affine codes by group: (code - zero) * scale, at 1 to 8 bits. What most rivals store, too.
+
+A [K, N] weight is cut along K into groups of `group` inputs of one output (the last may be shorter), each
+with a scale and a zero; group = K is one a column ("per channel"). The meaning is
+
+    w[k, n] = (codes[n, k] - zero[k // group, n]) * scale[k // group, n]           in float32
+
+`zero` is a float16 in units of codes (what least squares gives), or a whole code, packed at the width of the
+codes (what a grid through zero needs), or None for a symmetric grid about the middle code 2**(bits - 1).
+`scale` is float16, or an `Affine` of its own: codes, and a scale of scales for the same group of each `BLOCK`
+neighbouring outputs ("second order"; arXiv:2305.14314, section 3, calls it double quantization).
+
+    w = quantize(x, bits=4, group=32)        # round to nearest between the least and the greatest
+
+Bits a weight: bits + (16 + 16 | bits | 0) / group, more where K is no multiple of 32 (`packing.py` fills
+blocks up); scales of b bits take b + (16 + b) / BLOCK in place of the first 16, at least.
+Lossy: an error of at most half a scale inside the grid.
+Letters: K inputs, N outputs, G = ceil(K / group) groups.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Integer
+
+from jaxllm.ops.packing import Packed, pack, unpack
+from jaxllm.pytree import pytree, static
+
+
+def check_rows(who: str, rows: jax.Array) -> None:
+    """Raises ValueError where a weight is no number; traced ones cannot be looked at."""
+    if not isinstance(rows, jax.core.Tracer) and not bool(jnp.isfinite(rows).all()):
+        raise ValueError(f"{who}: weights must be finite, got NaN or infinity")
+
+
+# Least scale that is stored: float16's least normal number, so that no scale is lost to rounding.
+TINY = 2.0**-14
+BLOCK = 16  # outputs whose groups share a scale of scales
+
+
+@pytree
+class Affine:
+    """A [K, N] weight in affine codes."""
+
+    codes: Packed  # [N, K]
+    scale: "jax.Array | Affine"  # float16 (or a file's float type) [G, N], or an Affine [N, G]
+    zero: Any  # float16 [G, N], or Packed codes [G, N], or None
+    group: int = static()
+    shape: tuple[int, int] = static()  # (K, N)
+    dtype: object = static()  # numpy dtype: what it was quantized from
+
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
+    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+        """The weight's rows [N, K], one an output."""
+        (K, N), G = self.shape, -(-self.shape[0] // self.group)
+        codes = jnp.pad(unpack(self.codes), ((0, 0), (0, G * self.group - K))).astype(jnp.float32)
+        zero = zeros(self)
+        rows = (codes.reshape(N, G, self.group) - zero.T[:, :, None]) * scales(self).T[:, :, None]
+        return rows.reshape(N, -1)[:, :K].astype(dtype)
+
+    def specs(self, spec: P) -> "Affine":
+        """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
+        K, N = spec
+        G = None if self.shape[0] <= self.group else K  # one group cannot be cut: every device has it
+        zero = P(G, N, None) if isinstance(self.zero, Packed) else P(G, N)
+        places: dict[str, Any] = {
+            "codes": jax.tree.map(lambda _: P(N, K, None), self.codes),
+            "scale": P(G, N),
+            "zero": jax.tree.map(lambda _: zero, self.zero),
+        }
+        if isinstance(self.scale, Affine):  # small, and packed across outputs: whole on every device
+            places["scale"] = self.scale.specs(P(None, None))
+        return dataclasses.replace(self, **places)
+
+
+def scales(w: Affine) -> Float[Array, "G N"]:
+    """The scale of each group."""
+    return w.scale.as_rows() if isinstance(w.scale, Affine) else w.scale.astype(jnp.float32)
+
+
+def zeros(w: Affine) -> Float[Array, "G N"]:
+    """The zero of each group, in units of codes."""
+    if w.zero is None:
+        return jnp.full((-(-w.shape[0] // w.group), w.shape[1]), 2.0 ** (w.codes.bits - 1), jnp.float32)
+    return (unpack(w.zero) if isinstance(w.zero, Packed) else w.zero).astype(jnp.float32)
+
+
+def grouped(rows: Float[Array, "N K"], group: int) -> tuple[Float[Array, "N G g"], Float[Array, "G g"]]:
+    """Rows cut into groups, and 1 where a place is real, 0 where it fills up a short last group.
+
+    Filling places repeat the row's last weight, so that they change neither a least nor a greatest.
+    """
+    N, K = rows.shape
+    if not 1 <= group <= K:
+        raise ValueError(f"affine: group must be 1 to K, got {group=}, {K=}")
+    G = -(-K // group)
+    real = (jnp.arange(G * group) < K).astype(rows.dtype).reshape(G, group)
+    return jnp.pad(rows, ((0, 0), (0, G * group - K)), mode="edge").reshape(N, G, group), real
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group", "zero_code"), inline=True)
+def stored(
+    rows: Float[Array, "N K"],
+    scale: Float[Array, "N G"],
+    zero: Float[Array, "N G"] | None,
+    *,
+    bits: int,
+    group: int,
+    zero_code: bool = False,
+) -> tuple[Float[Array, "N G"], Float[Array, "N G"]]:
+    """Scale and zero, in float32, as they will be read back. Stored again they do not change.
+
+    A group whose range is next to nothing, or whose zero a float16 cannot hold, gets scale 1 and zero minus
+    its mean, so that code 0 is the mean (with `zero_code` or a symmetric grid: the least scale).
+    """
+    scale = jnp.maximum(scale.astype(jnp.float32), TINY).astype(jnp.float16).astype(jnp.float32)
+    if zero is None:
+        return scale, jnp.full(scale.shape, 2.0 ** (bits - 1), jnp.float32)
+    zero = zero.astype(jnp.float32)
+    if zero_code:
+        return scale, jnp.clip(jnp.round(zero), 0, 2**bits - 1)
+    g, real = grouped(rows.astype(jnp.float32), group)
+    mean = (g * real[None]).sum(-1) / real.sum(-1)[None]
+    flat = (jnp.max(g, -1) - jnp.min(g, -1) <= TINY) | ~(jnp.abs(zero) < 60000.0)
+    scale = jnp.where(flat, 1.0, scale)
+    return scale, jnp.where(flat, -mean, zero).astype(jnp.float16).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group", "dtype", "zero_code"), inline=True)
+def from_codes(
+    codes: Integer[Array, "N K"],
+    scale: Float[Array, "N G"],
+    zero: Float[Array, "N G"] | None,
+    *,
+    bits: int,
+    group: int,
+    dtype=jnp.float32,
+    zero_code: bool = False,
+) -> Affine:
+    """The format of given codes under a grid that `stored` gave; zero None for a symmetric one."""
+    (N, K), G = codes.shape, scale.shape[1]
+    if not 1 <= bits <= 8 or G != -(-K // group):
+        raise ValueError(f"affine: need G = ceil(K / group), bits 1 to 8, got {G=}, {K=}, {group=}, {bits=}")
+    kept: jax.Array | Packed | None = None
+    if zero is not None:
+        kept = pack(zero.T.astype(jnp.uint8), bits) if zero_code else zero.T.astype(jnp.float16)
+    return Affine(pack(codes, bits), scale.T.astype(jnp.float16), kept, group, (K, N), jnp.dtype(dtype))
+
+
+def encode(
+    rows: Float[Array, "N K"],
+    scale: Float[Array, "N G"],
+    zero: Float[Array, "N G"] | None,
+    *,
+    bits: int,
+    group: int,
+    dtype=jnp.float32,
+    zero_code: bool = False,
+    scale_bits: int | None = None,
+) -> Affine:
+    """Rounds scale and zero to what is stored, then every weight to the nearest code under those.
+
+    zero: in units of codes; None for a symmetric grid. zero_code: store it as a whole code, not a float16.
+    scale_bits: store the scales in codes of so many bits; the grid must then be symmetric or have zero codes.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"affine: bits must be 1 to 8, got {bits=}")
+    check_rows("affine", rows)
+    return _encode(
+        rows,
+        scale,
+        zero,
+        bits=bits,
+        group=group,
+        dtype=jnp.dtype(dtype),
+        zero_code=zero_code,
+        scale_bits=scale_bits,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("bits", "group", "dtype", "zero_code", "scale_bits"), inline=True
+)
+def _encode(rows, scale, zero, *, bits, group, dtype, zero_code, scale_bits) -> Affine:
+    scale, used = stored(rows, scale, zero, bits=bits, group=group, zero_code=zero_code)
+    second = None if scale_bits is None else coded_scales(scale, scale_bits)
+    if second is not None:
+        check_scale_bits("affine", scale_bits, zero is None or zero_code)
+        scale = second.as_rows().T
+    g, _ = grouped(rows.astype(jnp.float32), group)
+    codes = jnp.clip(jnp.round(g / scale[..., None] + used[..., None]), 0, 2**bits - 1)
+    codes = codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]].astype(jnp.uint8)
+    kept = None if zero is None else used
+    made = from_codes(codes, scale, kept, bits=bits, group=group, dtype=dtype, zero_code=zero_code)
+    return made if second is None else dataclasses.replace(made, scale=second)
+
+
+def coded_scales(scale: Float[Array, "N G"], bits: int) -> Affine:
+    """Positive scales as codes between 0 and the greatest of each `BLOCK` outputs, an Affine [N, G]."""
+    N, G = scale.shape
+    group = min(BLOCK, N)
+    g, _ = grouped(scale.T, group)  # [G, N / BLOCK, BLOCK]
+    step = jnp.maximum(g.max(-1) / (2**bits - 1), TINY).astype(jnp.float16).astype(jnp.float32)
+    codes = jnp.clip(jnp.round(g / step[..., None]), 1, 2**bits - 1)  # a scale of 0 has no codes
+    codes = codes.reshape(G, -1)[:, :N].astype(jnp.uint8)
+    return from_codes(codes, step, jnp.zeros_like(step), bits=bits, group=group, zero_code=True)
+
+
+def check_scale_bits(who: str, scale_bits: int | None, fixed_zero: bool) -> None:
+    """Raises ValueError for scales in codes under zeros that are relative to the exact scale."""
+    if scale_bits is None:
+        return
+    if not 2 <= scale_bits <= 8:
+        raise ValueError(f"{who}: scale_bits must be 2 to 8, got {scale_bits=}")
+    if not fixed_zero:
+        raise ValueError(f"{who}: scale_bits needs zero_code=True or a symmetric grid, got {scale_bits=}")
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric"), inline=True)
+def min_max(
+    rows: Float[Array, "N K"], *, bits: int, group: int, symmetric: bool = False, shrink=1.0
+) -> tuple[Float[Array, "N G"], Float[Array, "N G"] | None]:
+    """Scale and zero (in codes; None if symmetric) of the grid from the least to the greatest weight.
+
+    shrink: factors on the range, broadcast against [N, G]. The range always holds 0, so that a whole zero
+    code serves it (Any-Precision dossier 2.5: what GPTQ does).
+    """
+    g, _ = grouped(rows.astype(jnp.float32), group)
+    if symmetric:
+        half = 2.0 ** (bits - 1) - 1 if bits > 1 else 0.5
+        return jnp.maximum(jnp.abs(g).max(-1) * shrink / half, TINY), None
+    low, high = jnp.minimum(g.min(-1), 0) * shrink, jnp.maximum(g.max(-1), 0) * shrink
+    scale = jnp.maximum((high - low) / (2**bits - 1), TINY)
+    return scale, jnp.round(-low / scale)
+
+
+def quantize(
+    w: Float[Array, "K N"], *, bits: int, group: int, symmetric: bool = False, zero_code: bool = True
+) -> Affine:
+    """Round to nearest between each group's least and greatest weight."""
+    scale, zero = min_max(w.T, bits=bits, group=group, symmetric=symmetric)
+    return encode(w.T, scale, zero, bits=bits, group=group, dtype=w.dtype, zero_code=zero_code)

@@ -1,0 +1,82 @@
+"""A table of levels for each output, and codes into it, at 1 to 8 bits. Lossy.
+
+    w[k, n] = table[n, codes[n, k]]                                                     float16 levels
+
+Bits a weight: bits + 16 * 2**bits / K, so a table pays only where K is large (1,024 or more). The order of
+the levels carries no meaning here; formats that need it sorted say so.
+
+    w = encode(rows, table, bits=3)         # the nearest level of each row's table
+
+Letters: K inputs, N outputs, m = 2**bits levels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Integer
+
+from jaxllm.ops.packing import Packed, pack, unpack
+from jaxllm.pytree import pytree, static
+
+
+@pytree
+class Codebook:
+    """A [K, N] weight as codes into one table an output."""
+
+    codes: Packed  # [N, K]
+    table: jax.Array  # float16 [N, 2**bits]
+    shape: tuple[int, int] = static()  # (K, N)
+    dtype: object = static()  # numpy dtype: what it was quantized from
+
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
+    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+        """The weight's rows [N, K], one an output."""
+        return look_up(self.table, unpack(self.codes)).astype(dtype)
+
+    def specs(self, spec: P) -> "Codebook":
+        """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
+        K, N = spec
+        place = {"codes": P(N, K, None), "table": P(N, None)}
+        return jax.tree.map_with_path(lambda path, _: place[path[0].name], self)
+
+
+def look_up(table: Float[Array, "N m"], codes: Integer[Array, "N K"]) -> Float[Array, "N K"]:
+    """Each row's levels where its codes point, in the table's type.
+
+    A gather: in a decoding loop on a CPU a tree of selections over the bits takes three times as long.
+    """
+    return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=1)
+
+
+def nearest(rows: Float[Array, "N K"], table: Float[Array, "N m"]) -> Integer[Array, "N K"]:
+    """The code of each weight's nearest level; the lowest code of those equally near."""
+
+    def closer(i, best):
+        distance, code = best
+        here = jnp.abs(rows - jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1))
+        return jnp.minimum(distance, here), jnp.where(here < distance, i.astype(jnp.int32), code)
+
+    start = jnp.full(rows.shape, jnp.inf, rows.dtype), jnp.zeros(rows.shape, jnp.int32)
+    return jax.lax.fori_loop(0, table.shape[1], closer, start)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "dtype"), inline=True)
+def encode(
+    rows: Float[Array, "N K"], table: Float[Array, "N m"], *, bits: int, dtype=jnp.float32
+) -> Codebook:
+    """Rounds the table to float16 and every weight to the nearest level of it."""
+    table = table.astype(jnp.float16)
+    codes = nearest(rows.astype(jnp.float32), table.astype(jnp.float32))
+    return from_codes(codes, table, bits=bits, dtype=dtype)
+
+
+def from_codes(
+    codes: Integer[Array, "N K"], table: Float[Array, "N m"], *, bits: int, dtype=jnp.float32
+) -> Codebook:
+    """The format of given codes and levels."""
+    if not 1 <= bits <= 8 or table.shape != (codes.shape[0], 2**bits):
+        raise ValueError(f"codebook: table must be [N, 2**bits], got {table.shape=}, {codes.shape=}, {bits=}")
+    shape = (codes.shape[1], codes.shape[0])
+    return Codebook(pack(codes, bits), table.astype(jnp.float16), shape, jnp.dtype(dtype))

@@ -1,0 +1,185 @@
+"""A format: columns at 2 bits, a few at 4, a few single weights at 16 (arXiv:2311.16442v4).
+
+A weight [K, N] is cut into C = ceil(K / 16) column groups: 16 inputs, all outputs. With i an input of one:
+
+    2 bits   w[n, i] = (code - zero[n]) * (step[n] + step_zero[b]) * step_scale[b]
+             zero 2 bits, step 4 bits; step_zero 4 bits and step_scale float16 a block b of 16 outputs
+    4 bits   w[n, i] = (code - zero[n, g]) * scale[n, g]
+             zero 4 bits, scale float16, for each `group4` inputs g
+    16 bits  a residual added to one weight: float16 and a place of 16 bits
+
+Layout, with B = ceil(N / 16) blocks of outputs and n2 + n4 = C; code j of a word at bit 2 j or 4 j; None for
+what does not occur:
+
+    two [N, n2]        four [N, n4, 2]      order [C]: the column group at each place, both parts ascending
+    step [B, n2, 2]    zero [B, n2]         step_zero [B, ceil(n2 / 2)]      step_scale [B, n2]
+    four_scale [N, G]  four_zero [B, G, 2]  with G = ceil(16 n4 / group4)
+    outlier [O, m]     place [O, m]         m for R rows: row in block * 16 C + permuted input; unused: 0 at 0
+
+Letters: K inputs, N outputs, C column groups, n2 and n4 of them at 2 and 4 bits, *B any leading axes.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxllm.ops.dot import after, dot
+from jaxllm.ops.packing import from_words
+from jaxllm.pytree import pytree, static
+
+COLUMNS = 16  # inputs of a column group
+
+
+BLOCK = 16  # outputs that share a step scale
+
+
+Outliers = Literal["exclusive", "anywhere", "none"]
+
+
+@pytree
+class MixedColumns:
+    """A [K, N] weight in columns of 2 and of 4 bits, and sparse residuals."""
+
+    two: jax.Array | None  # uint32 [N, n2]
+    four: jax.Array | None  # uint32 [N, n4, 2]
+    step: jax.Array | None  # uint32 [B, n2, 2]: 16 codes of 4 bits, one an output
+    zero: jax.Array | None  # uint32 [B, n2]: 16 codes of 2 bits
+    step_zero: jax.Array | None  # uint8 [B, ceil(n2 / 2)]: two of 4 bits
+    step_scale: jax.Array | None  # float16 [B, n2]
+    four_scale: jax.Array | None  # float16 [N, G]
+    four_zero: jax.Array | None  # uint32 [B, G, 2]: 16 codes of 4 bits, one an output
+    order: jax.Array  # int16 (int32 where C > 32767) [C]
+    outlier: jax.Array | None  # float16 [O, m]
+    place: jax.Array | None  # uint16 [O, m]
+    group4: int = static()  # inputs of a 4-bit group, in the permuted order
+    shape: tuple[int, int] = static()  # (K, N)
+    dtype: object = static()  # numpy dtype: what it was quantized from
+
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
+    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+        """The weight's rows [N, K], one an output."""
+        K, N = self.shape
+        groups = permuted_rows(self).reshape(N, -1, COLUMNS)
+        return groups[:, jnp.argsort(self.order)].reshape(N, -1)[:, :K].astype(dtype)
+
+    def specs(self, spec: P) -> "MixedColumns":
+        """Where each leaf goes when the logical [K, N] axes are laid out as `spec`.
+
+        Always cut along N, in multiples of 16 outputs; where the weight is cut along K instead, N is cut over
+        those devices: the permuted columns of a shard would not be the shard of the inputs.
+        """
+        K, N = spec
+        axis = K if N is None else N
+
+        def place(path, leaf):
+            return P(None if path[0].name == "order" else axis, *[None] * (leaf.ndim - 1))
+
+        return jax.tree.map_with_path(place, self)
+
+
+def _by_output(codes, N: int):
+    """What blocks of 16 outputs hold, [B, n, 16], an output a row [N, n]."""
+    return jnp.swapaxes(codes, 1, 2).reshape(-1, codes.shape[1])[:N]
+
+
+@functools.partial(jax.jit, inline=True)
+def two_bit_steps(w: MixedColumns) -> tuple[Float[Array, "N n2"], Float[Array, "N n2"]]:
+    """The scale and the zero of each 2-bit group: exact in float32, and known without the codes."""
+    assert w.two is not None and w.step is not None and w.zero is not None and w.step_scale is not None
+    N, n2 = w.two.shape
+    step = _by_output(from_words(w.step, 4), N).astype(jnp.float32)
+    zero = _by_output(from_words(w.zero[..., None], 2), N).astype(jnp.float32)
+    shared = _halves(w.step_zero, n2).astype(jnp.float32)  # [B, n2]
+    of_block = lambda v: jnp.repeat(v, BLOCK, axis=0)[:N]  # noqa: E731
+    return (step + of_block(shared)) * of_block(w.step_scale.astype(jnp.float32)), zero
+
+
+def _halves(pairs, n: int):
+    """Two codes of 4 bits a byte, the first lower."""
+    return jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(pairs.shape[0], -1)[:, :n]
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
+    """The rows as they are stored, W = 16 C inputs in the order of `permute`."""
+    N, parts = w.shape[1], []
+    if w.two is not None:
+        scale, zero = two_bit_steps(w)
+        codes = from_words(w.two[..., None], 2).astype(jnp.float32)  # [N, n2, 16]
+        parts.append(((codes - zero[..., None]) * scale[..., None]).reshape(N, -1))
+    if w.four is not None and w.four_zero is not None and w.four_scale is not None:
+        codes = from_words(w.four, 4).astype(jnp.float32).reshape(N, -1)  # [N, 16 n4]
+        spread = lambda v: jnp.repeat(v, w.group4, axis=1)[:, : codes.shape[1]]  # noqa: E731
+        four_zero = _by_output(from_words(w.four_zero, 4), N).astype(jnp.float32)
+        scale = w.four_scale.astype(jnp.float32)
+        parts.append((codes - spread(four_zero)) * spread(scale))
+    rows = jnp.concatenate(parts, axis=1)
+    if w.outlier is not None:
+        rows = _in_blocks(rows, lambda flat: _add(flat, w.place, w.outlier))
+    return rows.astype(dtype)
+
+
+def _in_blocks(rows, change):
+    """`change` on the rows as [O, R * W], one line an outlier block."""
+    N, W = rows.shape
+    R = block_rows(W)
+    flat = jnp.pad(rows, ((0, -N % R), (0, 0))).reshape(-1, R * W)
+    return change(flat).reshape(-1, W)[:N]
+
+
+def _add(flat, place, values):
+    one = lambda line, at, v: line.at[at.astype(jnp.int32)].add(v.astype(jnp.float32))  # noqa: E731
+    return jax.vmap(one)(flat, place, values)
+
+
+def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
+    """The inputs in the order in which the weight stores them, zeros where a last column group is short."""
+    C = w.order.shape[0]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, C * COLUMNS - x.shape[-1])])
+    return x.reshape(*x.shape[:-1], C, COLUMNS)[..., w.order, :].reshape(*x.shape[:-1], -1)
+
+
+def matmul(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B N"]:
+    """`x @ w` in float32: one permutation of x instead of one of the weight."""
+    return dot(permute(x, w), permuted_rows(after(x, w), x.dtype))
+
+
+def block_rows(W: int) -> int:
+    """Rows of a block of outliers: 16, or as many as 16 bits can address a place in."""
+    if W > 2**16:
+        raise ValueError(f"mixed_two_bit: outliers need at most 65536 inputs, got {W=}")
+    return min(BLOCK, 2 ** ((2**16 // W).bit_length() - 1))
+
+
+def slots(K: int, N: int, four: int, *, outliers: float, where: Outliers) -> int:
+    """Places for outliers in each block: floor(outliers * R * K), no more than there are weights for them."""
+    if not outliers or where == "none":
+        return 0
+    C = -(-K // COLUMNS)
+    R = min(block_rows(C * COLUMNS), N)
+    free = C - four if where == "exclusive" else C
+    return min(int(outliers * R * K + 1e-9), R * free * COLUMNS)
+
+
+def stored_bits(
+    K: int, N: int, four: int, *, group4: int = 128, outliers: float = 0.0, where: Outliers = "exclusive"
+) -> int:
+    """Bits of a [K, N] weight with `four` column groups at 4 bits: all arrays, with what fills them up."""
+    C = -(-K // COLUMNS)
+    two, B, G = C - four, -(-N // BLOCK), -(-four * COLUMNS // group4)
+    bits = (32 * two + 64 * four) * N  # codes
+    bits += B * (two * (64 + 32 + 16) + 8 * -(-two // 2))  # step, zero, step_scale, step_zero
+    bits += G * (16 * N + 64 * B)  # four_scale, four_zero
+    bits += C * (16 if C < 2**15 else 32)  # order
+    m = slots(K, N, four, outliers=outliers, where=where)
+    return bits + (m * 32 * -(-N // block_rows(C * COLUMNS)) if m else 0)
+
+
+TWO = ("two", "step", "zero", "step_zero", "step_scale")
+
+
+FOUR = ("four", "four_scale", "four_zero")

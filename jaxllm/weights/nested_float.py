@@ -1,0 +1,196 @@
+"""A format: a float16 as two bytes, the upper of which is itself an 8-bit float weight (arXiv:2506.02024).
+
+Modes and exactness: `quant/methods/nested_fp.py`. Layout: upper float8_e4m3fn [N, K], lower uint8 [N, K],
+apart, so that fp8 streams one of them. 16 bits a weight. Letters: K inputs, N outputs.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float16, UInt8, UInt16
+
+from jaxllm.ops.dot import after, dot
+from jaxllm.pytree import pytree, static
+
+F8 = jnp.float8_e4m3fn
+
+
+LIMIT = 1.875  # eligible are the finite weights below
+
+
+TOP = 448.0  # greatest float8_e4m3fn
+
+
+SHIFTS = range(15)  # 1.875 * 2**14 is the last below float16's greatest, 65,504
+
+
+Mode = Literal["fp16", "fp8"]
+
+
+@pytree
+class NestedFloat:
+    """A [K, N] float16 weight in two bytes."""
+
+    upper: jax.Array  # float8_e4m3fn [N, K]
+    lower: jax.Array  # uint8 [N, K]
+    switch: jax.Array | None  # int32 scalar if mode is "traced"
+    mode: Literal["fp16", "fp8", "traced"] = static()
+    shift: int = static()  # stored is w * 2**-shift
+    dtype: object = static()  # numpy dtype: what it was quantized from
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The logical shape (K, N)."""
+        N, K = self.upper.shape
+        return K, N
+
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
+    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+        """The float16 weight's rows [N, K], one an output, whatever the mode."""
+        codes = jax.lax.bitcast_convert_type(self.upper, jnp.uint8)
+        if dtype == jnp.float16 and not self.shift:
+            return jax.lax.bitcast_convert_type(join(codes, self.lower), jnp.float16)
+        return _scaled(join_float32(codes, self.lower), self.shift).astype(dtype)
+
+    def specs(self, spec: P) -> "NestedFloat":
+        """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
+        K, N = spec
+        place = {"upper": P(N, K), "lower": P(N, K), "switch": P()}
+        return jax.tree.map_with_path(lambda path, _: place[path[0].name], self)
+
+
+def eligible(w: Float16[Array, "*B"]) -> jax.Array:
+    """Which weights the two bytes can hold: finite ones below 1.875 in size."""
+    return jnp.abs(w.astype(jnp.float32)) < LIMIT
+
+
+@functools.partial(jax.jit, inline=True)
+def split(w: Float16[Array, "*B"]) -> tuple[UInt8[Array, "*B"], UInt8[Array, "*B"]]:
+    """Upper and lower byte of eligible weights."""
+    # subtle: the cast gives NaN above 448, which 126 eligible weights reach, unless clipped before
+    upper = jnp.clip(w.astype(jnp.float32) * 256, -TOP, TOP).astype(F8)
+    lower = jax.lax.bitcast_convert_type(w, jnp.uint16) & 0xFF
+    return jax.lax.bitcast_convert_type(upper, jnp.uint8), lower.astype(jnp.uint8)
+
+
+def join(upper: UInt8[Array, "*B"], lower: UInt8[Array, "*B"]) -> UInt16[Array, "*B"]:
+    """The bits of the float16."""
+    sign = (upper.astype(jnp.uint16) & 0x80) << 8
+    return sign | _magnitude(upper.astype(jnp.uint16), lower.astype(jnp.uint16))
+
+
+def join_float32(upper: UInt8[Array, "*B"], lower: UInt8[Array, "*B"]) -> Float[Array, "*B"]:
+    """The float16 as a float32, without a step in 16 bits."""
+    u, low = upper.astype(jnp.uint32), lower.astype(jnp.uint32)
+    magnitude = _magnitude(u, low)
+    # subtle: subnormals go through whole numbers, as float32's own are flushed to 0 on many machines
+    normal = jax.lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
+    small = magnitude.astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+    value = jnp.where(magnitude >= 0x400, normal, small)
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32) | ((u & 0x80) << 24)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _magnitude(upper, lower):
+    """All bits but the sign: the overlap bit taken off the upper byte, its rounding goes with it."""
+    return ((((upper & 0x7F) << 7) - (lower & 0x80)) & 0x3F00) | lower
+
+
+def _scaled(w, shift: int):
+    return w * np.float32(2.0**shift) if shift else w
+
+
+def find_shift(w: Float16[Array, "*B"]) -> int | None:
+    """The least shift that makes all weights eligible and loses nothing; None if there is none."""
+    greatest, low = (float(x) for x in _extent(w)) if w.size else (0.0, 1.0)
+    shift = next((t for t in SHIFTS if greatest < LIMIT * 2**t), None)  # none for NaN
+    return shift if shift is not None and low >= 2**shift else None
+
+
+@jax.jit
+def _extent(w):
+    """The greatest weight in size, and the greatest 2**t (t <= 14) that divides every w / 2**-24."""
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16).astype(jnp.int32)
+    exponent, mantissa = (bits >> 10) & 0x1F, bits & 0x3FF
+    # The low bits of w / 2**-24.
+    whole = jnp.where(exponent > 0, (mantissa | 0x400) << jnp.clip(exponent - 1, 0, 14), mantissa)
+    divides = jnp.stack([((whole & (2**t - 1)) == 0).all() for t in SHIFTS])
+    return jnp.abs(w.astype(jnp.float32)).max(), 2 ** (divides.sum() - 1)
+
+
+def changed(rows: Float[Array, "N K"]) -> int:
+    """How many weights the cast to float16 changes."""
+    return int((rows.astype(jnp.float16).astype(jnp.float32) != rows.astype(jnp.float32)).sum())
+
+
+def encode(rows: Float[Array, "N K"], *, mode: Mode | jax.Array = "fp16", dtype=jnp.float16) -> NestedFloat:
+    """The rows, cast to float16, in two bytes; ValueError if some weight is not eligible at any shift."""
+    half = rows.astype(jnp.float16)
+    shift = find_shift(half)
+    if shift is None:
+        worst = float(jnp.abs(rows.astype(jnp.float32)).max())
+        raise ValueError(
+            f"nested_fp: weights must be finite, below 1.875 after a lossless shift, got {worst=}"
+        )
+    upper, lower = split(_scaled(half.astype(jnp.float32), -shift).astype(jnp.float16))
+    upper = jax.lax.bitcast_convert_type(upper, F8)
+    return with_mode(NestedFloat(upper, lower, None, "fp16", shift, jnp.dtype(dtype)), mode)
+
+
+def with_mode(tree, mode: Mode | jax.Array):
+    """A model or weight with each nested weight in this mode: a name, or a scalar (0 fp16, else fp8)."""
+    name: Literal["fp16", "fp8", "traced"]
+    if isinstance(mode, str):
+        if mode not in ("fp16", "fp8"):
+            raise ValueError(f"nested_fp: mode must be fp16, fp8 or an int32 scalar, got {mode=}")
+        name, switch = mode, None
+    else:
+        _check_switch(mode)
+        name, switch = "traced", mode
+
+    def turn(w):
+        return dataclasses.replace(w, switch=switch, mode=name) if isinstance(w, NestedFloat) else w
+
+    return jax.tree.map(turn, tree, is_leaf=lambda w: isinstance(w, NestedFloat))
+
+
+def _check_switch(switch) -> None:
+    if switch.ndim or not jnp.issubdtype(switch.dtype, jnp.integer):
+        raise ValueError(
+            f"nested_fp: a mode is for all rows, an int32 scalar, got {switch.shape=}, {switch.dtype=}"
+        )
+
+
+def matmul(x: Float[Array, "*B K"], w: NestedFloat) -> Float[Array, "*B N"]:
+    """`x @ w` in float32, in the mode of `w`."""
+    if w.mode == "fp16":
+        return _fp16(x, w)
+    if w.mode == "fp8":
+        return _fp8(x, w)
+    assert w.switch is not None
+    _check_switch(w.switch)
+    return jax.lax.cond(w.switch == 0, lambda: _fp16(x, w), lambda: _fp8(x, w))
+
+
+def _fp16(x, w: NestedFloat):
+    upper, lower = after(x, (w.upper, w.lower))
+    codes = after(x, jax.lax.bitcast_convert_type(upper, jnp.uint8))
+    upper = jax.lax.bitcast_convert_type(codes, F8)
+    return dot(x, dataclasses.replace(w, upper=upper, lower=lower).as_rows(x.dtype))
+
+
+def _fp8(x, w: NestedFloat):
+    upper = w.upper
+    if jax.default_backend() == "cpu":  # others multiply float8 as it is: nothing to take out of a loop
+        upper = after(x, jax.lax.bitcast_convert_type(after(x, upper), jnp.uint8))
+        upper = jax.lax.bitcast_convert_type(upper, F8)
+    x = x.astype(jnp.float32)
+    # A row of zeros has some finite scale; one of NaN or infinity becomes NaN.
+    scale = TOP / jnp.maximum(jnp.abs(x).max(-1, keepdims=True, initial=0.0), np.float32(2.0**-100))
+    y = dot(jnp.clip(x * scale, -TOP, TOP).astype(F8), upper)
+    return y * np.float32(2.0 ** (w.shift - 8)) / scale

@@ -1,0 +1,271 @@
+"""Rows in codes: how near they are, what they weigh, and that a cache of them is still a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxllm as jl
+from jaxllm import cache as kv
+from jaxllm.cache import coded as quantized
+from jaxllm.decoding import generate as generating
+from jaxllm.models import decoder, gpt, t5
+from jaxllm.models.decoder import TINY, Decoder
+
+B, K, H, D = 2, 2, 4, 16
+ONES = jnp.ones((B,), jnp.int32)
+
+
+def rows(shape, **options):
+    return quantized.zeros(shape, **{"bits": 4, "rotated": False, "dtype": jnp.float32} | options)
+
+
+def groups_of(x, group):
+    """x cut into groups along its last axis, the last filled up."""
+    more = -x.shape[-1] % group
+    return np.pad(x, ((0, 0), (0, 0), (0, more)), mode="edge").reshape(*x.shape[:2], -1, group)
+
+
+@pytest.mark.parametrize("bits, size, group", [(2, 64, 64), (4, 64, 64), (8, 64, 64), (4, 40, 16), (4, 7, 7)])
+def test_no_number_is_off_by_more_than_half_a_scale(bits, size, group):
+    x = np.asarray(jax.random.normal(jax.random.key(size), (5, size)))
+    x = np.stack([x, x * 1e-6, x * 5e3, 0 * x + 0.3, x + 100])  # plain, tiny, great, constant, far from 0
+    like = rows(x.shape, bits=bits, group=group)
+    held = jax.jit(lambda x: quantized.numbers(quantized.encode(x, like)))(x)
+    g = groups_of(x, group)
+    span = g.max(-1) - g.min(-1) + np.abs(g.min(-1)) * 2.0**-9  # low is rounded down by this at most
+    scale = np.maximum(span / (2**bits - 1) * (1 + 2.0**-9), 2.0**-14)
+    error = groups_of(np.abs(np.asarray(held) - x), group)
+    assert (error <= scale[..., None] / 2 * (1 + 1e-3) + np.abs(g) * 1e-6).all()
+
+
+def test_numbers_beyond_what_16_bits_hold_are_cut_off_and_nan_stays():
+    x = jnp.array([[[1e6, -1e6, 0.0, 5.0], [jnp.nan, 1.0, 2.0, 3.0]]])
+    got = quantized.numbers(quantized.encode(x, rows((1, 2, 4), bits=8)))
+    np.testing.assert_allclose(got[0, 0], [32000, -32000, 0, 0], atol=140)
+    assert jnp.isnan(got[0, 1]).any()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_row_is_its_grid_and_then_its_codes_lowest_first(bits):
+    top = 2**bits - 1
+    codes = np.arange(32) % (top + 1)
+    codes[:2] = 0, top  # the grid is then known
+    held = quantized.encode(jnp.asarray(codes, jnp.float32)[None, None], rows((1, 1, 32), bits=bits))
+    words = np.asarray(held.words)[0, 0]
+    assert len(words) == 1 + bits
+    assert words[0] & 0xFFFF == 0  # low is 0.0
+    scale = np.asarray([words[0] >> 16], np.uint16).view(np.float16)[0]
+    assert 1 <= scale <= 1.002
+    got = [int(word) >> at & top for word in words[1:] for at in range(0, 32, bits)]
+    assert got == codes.tolist()
+
+
+@pytest.mark.parametrize(
+    "bits, size, group, want", [(4, 64, None, 4.5), (8, 64, None, 8.5), (4, 128, 64, 4.5)]
+)
+def test_bits_a_number_are_those_of_codes_and_grids(bits, size, group, want):
+    cache = kv.dense.make(
+        3, windows=(None, 4), kv_heads=2, head_dim=size, rows=20, slack=1,
+        dtype=jnp.bfloat16, bits=bits, group=group,
+    )  # fmt: skip
+    numbers = 2 * 3 * 2 * (20 + 5) * size
+    assert kv.num_bytes(cache) == numbers * want / 8 + 4 * 3
+
+
+@pytest.mark.parametrize("bits, group, size", [(3, None, 8), (16, None, 8), (4, 9, 8), (4, 0, 8)])
+def test_rows_that_cannot_be_are_refused_in_one_line(bits, group, size):
+    with pytest.raises(ValueError, match="cache: bits must be 2, 4 or 8, group 1 to head_dim, got bits="):
+        rows((1, 1, size), bits=bits, group=group)
+
+
+def test_rotated_keys_score_as_the_keys_themselves():
+    keys = jax.random.split(jax.random.key(0), 2)
+    q, k = (jax.random.normal(key, (3, 7, D)) for key in keys)
+    held = quantized.encode(k, rows((3, 7, D), bits=8, rotated=True))
+    got = jnp.einsum("jtd,jsd->jts", quantized.turn(q, held), quantized.numbers(held))
+    plain = quantized.kept(k, held)
+    np.testing.assert_allclose(got, jnp.einsum("jtd,jsd->jts", q, plain), atol=1e-5)
+    np.testing.assert_allclose(got, jnp.einsum("jtd,jsd->jts", q, k), atol=0.2)
+
+
+def test_rotation_saves_keys_with_one_great_channel():
+    k = jax.random.normal(jax.random.key(0), (4, 50, 64)).at[..., 5].multiply(30.0)
+    error = [
+        float(jnp.abs(quantized.kept(k, rows(k.shape, rotated=rotated)) - k)[..., 6:].mean())
+        for rotated in (False, True)
+    ]
+    assert error[1] < 0.5 * error[0]
+
+
+# -- a cache of them
+
+
+def tokens(T, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=(B, T, n, D)), jnp.float32) for n in (H, K, K))
+
+
+def make(window=None, size=32, slack=0, **options):
+    options = {"bits": 4, "dtype": jnp.float32} | options
+    return kv.dense.make(B, windows=(window,), kv_heads=K, head_dim=D, rows=size, slack=slack, **options)
+
+
+@jax.jit
+def _feed(cache, k, v, lengths):
+    return kv.advance(kv.append(cache, 0, k, v, lengths), lengths)
+
+
+def feed(cache, k, v, lengths):
+    return _feed(cache, k, v, lengths)
+
+
+@jax.jit
+def read(cache, q, positions):
+    return kv.attend(q, kv.truncate(cache, positions), 0, positions[:, None], ONES, scale=0.3)
+
+
+@pytest.mark.parametrize("window, slack", [(None, 0), (4, 6)])
+def test_attending_reads_what_a_plain_cache_of_the_kept_numbers_would(window, slack):
+    _, k, v = tokens(20)
+    coded, plain = make(window, slack=slack), make(window, slack=slack, bits=None)
+    near = kv.kept(coded, 0, k, v)
+    assert kv.kept(None, 0, k, v)[0] is k and kv.kept(plain, 0, k, v)[1] is v
+    for cut in (slice(0, 9), slice(9, 14), slice(14, 19), slice(19, 20)):
+        n = jnp.array([cut.stop - cut.start, 1])  # ragged
+        coded, plain = feed(coded, k[:, cut], v[:, cut], n), feed(plain, *(x[:, cut] for x in near), n)
+        q = tokens(1, seed=cut.start)[0]
+        at = coded.lengths - 1
+        np.testing.assert_allclose(read(coded, q, at), read(plain, q, at), atol=1e-5)
+
+
+def test_truncate_select_and_grow_keep_rows_bit_for_bit():
+    _, k, v = tokens(9)
+    cache = feed(make(size=12), k, v, jnp.array([9, 5]))
+    fork = kv.select(cache, jnp.array([1, 0, 1]))
+    assert fork.lengths.tolist() == [5, 9, 5]
+    np.testing.assert_array_equal(fork.keys[0].words[K : 2 * K], cache.keys[0].words[:K])
+    wide = kv.dense.grow(cache, 20)
+    assert wide.keys[0].shape == (B * K, 20, D) and wide.rows == 20
+    np.testing.assert_array_equal(wide.values[0].words[:, :12], cache.values[0].words)
+    again = kv.append(kv.truncate(cache, 4 * ONES), 0, k[:, 4:5], v[:, 4:5], ONES)
+    np.testing.assert_array_equal(again.keys[0].words[:, 4], cache.keys[0].words[:, 4])  # rows stand alone
+
+
+def test_a_cache_survives_trees_jit_and_donation():
+    _, k, v = tokens(3)
+    cache = feed(make(), k, v, 3 * ONES)
+    same = jax.tree.map(lambda x: x, cache)
+    assert jax.tree.structure(same) == jax.tree.structure(cache)
+    assert jax.tree.map(lambda _: None, cache) is not None
+    want = kv.append(cache, 0, k, v, 3 * ONES)
+    step = jax.jit(lambda cache: kv.append(cache, 0, k, v, 3 * ONES), donate_argnums=0)
+    got = step(jax.tree.map(jnp.copy, cache))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# -- models
+
+
+CONFIGS = {
+    "full": dataclasses.replace(TINY, head_dim=16),
+    "windows": dataclasses.replace(TINY, head_dim=16, windows=(4, None), qk_norm=True),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: Decoder(config, rngs=nnx.Rngs(3)) for name, config in CONFIGS.items()}
+
+
+def assert_same_but_for_rounding(got, want, plain):
+    """Sums in another order may tip one number, or one float16 of a grid, to its neighbour: never many."""
+    assert float(jnp.abs(got - want).mean()) < 0.1 * float(jnp.abs(plain - want).mean())
+
+
+@pytest.mark.parametrize("name, bits", [("full", 8), pytest.param("windows", 4, marks=pytest.mark.slow)])
+def test_chunks_tokens_and_the_whole_text_give_the_same_logits(models, name, bits):
+    model = models[name]
+    text = jax.random.randint(jax.random.key(0), (2, 18), 0, 128)
+    run = jax.jit(lambda model, t, cache: model(t, cache))
+    want, _ = run(model, text, model.make_cache(2, 24, bits=bits))
+    plain, _ = run(model, text, model.make_cache(2, 24))
+    assert 1e-4 < float(jnp.abs(plain - want).max()) < (1.5 if bits == 4 else 0.1)
+    for cuts in ((7, 4, 4, 1, 1, 1), (1,) * 18):
+        cache, got, at = model.make_cache(2, 24, slack=8, bits=bits), [], 0
+        for T in cuts:
+            logits, cache = run(model, text[:, at : at + T], cache)
+            got.append(logits)
+            at += T
+        assert_same_but_for_rounding(jnp.concatenate(got, axis=1), want, plain)
+
+
+@pytest.mark.parametrize("name", ["windows"])
+def test_generation_streams_continues_and_does_not_depend_on_the_batch(models, name):
+    model = models[name]
+    prompts = [[1, 2, 3, 4, 5, 6], [7] * 5]
+    outs = jl.generate(model, None, prompts, max_new_tokens=6, kv_bits=4)
+    for prompt, out in zip(prompts, outs, strict=True):
+        stream = jl.stream(model, None, prompt, max_new_tokens=6, kv_bits=4)
+        assert [token.token_id for token in stream] == out.token_ids
+    _, cache = jax.jit(lambda m: m(jnp.array([[1, 2, 3]]), m.make_cache(1, 8, slack=8, bits=4)))(model)
+    before = jax.tree.map(np.asarray, cache)
+    again = jl.generate(model, None, [[4, 5, 6]], max_new_tokens=6, cache=cache)
+    assert again[0].token_ids == outs[0].token_ids
+    jax.tree.map(np.testing.assert_array_equal, cache, before)
+    with pytest.raises(ValueError, match="kv_bits must be None where a cache is given, got kv_bits=4"):
+        jl.generate(model, None, [[4]], cache=cache, kv_bits=4)
+
+
+def test_every_model_takes_a_cache_in_codes():
+    small = gpt.Gpt(gpt.TINY, rngs=nnx.Rngs(0))
+    text = jnp.array([[1, 2, 3, 4, 5, 6]])
+    run = jax.jit(lambda model, text, cache: model(text, cache))
+    want, _ = run(small, text, small.make_cache(1, 8, bits=8))
+    got, cache = run(small, text[:, :3], small.make_cache(1, 8, bits=8))
+    got = jnp.concatenate([got, run(small, text[:, 3:], cache)[0]], axis=1)
+    assert_same_but_for_rounding(got, want, run(small, text, small.make_cache(1, 8))[0])
+    both = t5.T5(t5.TINY, rngs=nnx.Rngs(0))
+    out = jl.generate(both, None, [[3, 4, 5]], max_new_tokens=4, kv_bits=8, stop_tokens=())
+    assert len(out[0].token_ids) == 4
+
+
+def test_perplexity_is_that_of_the_cached_model(models):
+    model = models["full"]
+    text = np.asarray(jax.random.randint(jax.random.key(1), (60,), 0, 128))
+    plain, coarse, fine = (jl.perplexity(model, text, context=20, kv_bits=bits) for bits in (None, 4, 8))
+    assert plain.tokens == coarse.tokens == fine.tokens
+    logits = jax.jit(lambda model, t: model(t, model.make_cache(1, 19, bits=4))[0])(model, text[None, :19])
+    logp = jax.nn.log_softmax(logits)[0, jnp.arange(19), text[1:20]]
+    first = jl.perplexity(model, text[:20], context=20, kv_bits=4)
+    np.testing.assert_allclose(first.nll_per_token, -logp.mean(), rtol=1e-4)
+    assert abs(fine.nll_per_token - plain.nll_per_token) < 2e-3
+    assert coarse.nll_per_token != plain.nll_per_token
+
+
+def test_a_decoding_loop_updates_the_codes_in_place(models, usual_compiler):
+    """Neither a copy of the cache nor a float32 one of more than a layer is held beside it."""
+    config = dataclasses.replace(TINY, layers=6, head_dim=32, context=1024)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    cache = jax.eval_shape(lambda: dataclasses.replace(model.make_cache(2, 1024, bits=4), empty=False))
+
+    def step(model, cache, tokens):
+        body = lambda _, state: model(state[1], state[0], logits="last")[::-1]  # noqa: E731
+
+        def one(i, state):
+            cache, logits = body(i, state)
+            return cache, jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, 8, one, (cache, tokens))
+
+    run = jax.jit(step, donate_argnums=1).lower(model, cache, jax.ShapeDtypeStruct((2, 1), jnp.int32))
+    memory = run.compile(compiler_options=usual_compiler).memory_analysis()
+    layer = 2 * config.kv_heads * 1024 * config.head_dim * 4  # keys of one layer in float32
+    assert memory.temp_size_in_bytes < 4 * layer
+
+
+def test_names_are_those_of_the_public_interface():
+    assert kv.CodedRows is quantized.CodedRows and decoder.kv is kv and generating.kv is kv

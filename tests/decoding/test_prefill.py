@@ -1,0 +1,66 @@
+"""A prepared text is the same after a stay on the disk, for its own model only."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxllm as jl
+from jaxllm.models import t5
+from jaxllm.models.decoder import TINY, Decoder
+
+CONFIG = dataclasses.replace(TINY, layers=3, windows=(None, 8, None), context=128)
+ROWS = [list(range(3, 43)), [5, 9, 2, 7] * 8]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_chunks_of_a_text_fill_the_cache_that_one_pass_fills(model, bits):
+    whole, parts = (jl.prefill(model, ROWS, slack=16, bits=bits, chunk=n) for n in (64, 12))
+    np.testing.assert_array_equal(whole.lengths, [40, 32])
+    forward = jax.jit(lambda cache: model(jnp.asarray([[8], [9]]), jl.cache.grow(cache, 66))[0])
+    np.testing.assert_allclose(forward(parts), forward(whole), atol=2e-2 if bits else 1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("ratio", [None, 0.3])
+def test_a_saved_cache_comes_back_bit_for_bit(model, tmp_path, bits, ratio):
+    cache = jl.prefill(model, ROWS, slack=16, bits=bits)
+    if ratio is not None:
+        cache = jl.eviction.evict(cache, jl.eviction.random_scores(model, ROWS), ratio=ratio)
+    jl.cache.save(cache, tmp_path / "prepared", model)
+    again = jl.cache.load(tmp_path / "prepared", model)
+    assert jax.tree.structure(again) == jax.tree.structure(cache)
+    jax.tree.map(np.testing.assert_array_equal, again, cache)
+    outs = [jl.generate(model, None, [[8], [9]], max_new_tokens=3, cache=c) for c in (cache, again)]
+    assert outs[0] == outs[1]
+
+
+def test_another_model_damage_and_a_place_that_is_taken_are_one_line(model, tmp_path):
+    cache = jl.prefill(model, ROWS)
+    jl.cache.save(cache, tmp_path / "a", model)
+    with pytest.raises(FileExistsError, match="the output must not exist yet"):
+        jl.cache.save(cache, tmp_path / "a", model)
+    with pytest.raises(ValueError, match="it holds another model's keys"):
+        jl.cache.load(tmp_path / "a", Decoder(CONFIG, rngs=nnx.Rngs(1)))
+    with pytest.raises(FileNotFoundError, match=r"cache\.json must be in the directory"):
+        jl.cache.load(tmp_path / "b", model)
+    meta = json.loads((tmp_path / "a" / "cache.json").read_text())
+    del meta["arrays"]["lengths"]
+    (tmp_path / "a" / "cache.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="cannot be opened with this model: 'lengths'"):
+        jl.cache.load(tmp_path / "a", model)
+    with pytest.raises(ValueError, match=r"prefill: rows must have 1 to 128 tokens, got \[0\]"):
+        jl.prefill(model, [[]])
+    with pytest.raises(ValueError, match=r"prefill: token ids must lie in \[0, 128\), got token=128"):
+        jl.prefill(model, [[128]])
+    with pytest.raises(ValueError, match="prefill: the model must be a decoder alone, got T5"):
+        jl.prefill(t5.T5(t5.TINY, rngs=nnx.Rngs(0)), [[1]])

@@ -1,0 +1,198 @@
+"""Weighted k-means on a line: against brute force and an exact solver, on edge rows, whatever the batch."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.quant.methods import curvature
+from jaxllm.quant.methods import k_means as k_means_module
+from jaxllm.quant.methods.curvature import importance
+from jaxllm.quant.methods.k_means import k_means, lloyd_step, objective, row_keys, running_sums
+from jaxllm.quant.methods.squeeze_llm import SqueezeLlm
+from jaxllm.quant.statistics import Stats
+
+N, K = 8, 96
+
+
+def example(n=N, k=K, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = jnp.asarray(rng.standard_t(4, (n, k)) * 0.02, jnp.float32)
+    return rows, jnp.asarray(rng.chisquare(1, (n, k)) * 1e-7, jnp.float32)
+
+
+def loss(rows, weights, codes, table):
+    """J of each row, in float64."""
+    rows, weights, table = (np.asarray(a, np.float64) for a in (rows, weights, table))
+    return (weights * (rows - np.take_along_axis(table, np.asarray(codes), 1)) ** 2).sum(1)
+
+
+def least(x, f, m):
+    """The least J of one row of any partition of its sorted places into m intervals, in float64."""
+    order = np.argsort(x)
+    x, f = np.asarray(x, np.float64)[order], np.asarray(f, np.float64)[order]
+
+    def cost(s, e):
+        mean = (f[s:e] * x[s:e]).sum() / f[s:e].sum() if e > s else 0.0
+        return (f[s:e] * (x[s:e] - mean) ** 2).sum()
+
+    k = len(x)
+    borders = itertools.combinations_with_replacement(range(k + 1), m - 1)
+    return min(sum(cost(s, e) for s, e in zip((0, *b), (*b, k), strict=True)) for b in borders)
+
+
+@pytest.fixture(scope="module")
+def solved():
+    rows, fisher = example()
+    weights, keys = importance(rows, fisher), row_keys(0, "up", N)
+    return rows, weights, keys, k_means(rows, weights, keys, bits=3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_exact_solver_equals_brute_force(seed):
+    rows, fisher = example(4, 9, seed)
+    weights = importance(rows, fisher)
+    got = loss(rows, weights, *k_means(rows, weights, row_keys(0, "", 4), bits=2, exact=True))
+    want = [least(x, f, 4) for x, f in zip(rows, weights, strict=True)]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-14)
+
+
+def test_the_heuristic_never_beats_the_exact_solver_and_comes_near_it(solved):
+    rows, weights, keys, (codes, table) = solved
+    exact = loss(rows, weights, *k_means(rows, weights, keys, bits=3, exact=True))
+    ratio = loss(rows, weights, codes, table) / exact
+    assert (ratio > 1 - 1e-5).all() and ratio.mean() < 1.1
+
+
+def test_codes_and_levels_ascend_with_the_weights_and_each_code_is_the_nearest(solved):
+    rows, _, _, (codes, table) = solved
+    by_value = np.take_along_axis(np.asarray(codes), np.argsort(rows, axis=1), 1)
+    assert (np.diff(by_value, axis=1) >= 0).all() and (np.diff(table, axis=1) >= 0).all()
+    distance = np.abs(np.asarray(rows)[..., None] - np.asarray(table)[:, None])
+    own = np.take_along_axis(distance, np.asarray(codes)[..., None], 2)[..., 0]
+    assert (own <= distance.min(-1) + 1e-8).all()
+
+
+def test_each_level_is_the_weighted_mean_of_its_weights(solved):
+    rows, weights, _, (codes, table) = solved
+    for n, c in itertools.product(range(N), range(8)):
+        of = np.asarray(codes[n]) == c
+        if of.any():
+            want = np.average(np.asarray(rows[n], np.float64)[of], weights=np.asarray(weights[n])[of])
+            np.testing.assert_allclose(table[n, c], want, rtol=1e-5, atol=1e-8)
+
+
+def test_lloyds_step_never_raises_the_objective():
+    rows, fisher = example()
+    x, f = jax.lax.sort((rows / 0.02, importance(rows, fisher)), num_keys=1)
+    c = jnp.sort(jax.random.uniform(jax.random.key(0), (N, 8), minval=-2, maxval=2), axis=1)
+    sums = jax.jit(jax.vmap(running_sums))(x, f)
+    value = jax.jit(jax.vmap(objective))
+    step = jax.jit(jax.vmap(lloyd_step))
+    before = value(x, f, c)
+    for _ in range(12):
+        c = step(x, sums, c)
+        now = value(x, f, c)
+        assert (now <= before * (1 + 1e-6)).all()
+        before = now
+
+
+def test_a_light_cluster_behind_a_heavy_one_keeps_its_mean():
+    x = jnp.concatenate([jnp.linspace(-1.0, -0.9, 48), jnp.linspace(0.9, 1.0, 48)])
+    f = jnp.concatenate([jnp.full(48, 1e8), jnp.full(48, 0.1)]) * jnp.linspace(0.5, 1.0, 96)
+    sums = jax.jit(running_sums)(x, f)
+    part = sums[:, 96] - sums[:, 48]
+    want = (np.asarray(f[48:], np.float64).sum(), (np.asarray(f, np.float64) * np.asarray(x))[48:].sum())
+    np.testing.assert_allclose(part[:2] + part[2:], want, rtol=1e-5)
+    plain = jnp.cumsum(f)
+    assert abs(float(plain[-1] - plain[47]) / want[0] - 1) > 0.1  # what the pairs are for
+
+
+def test_a_row_depends_neither_on_the_rows_beside_it_nor_on_how_many_go_at_once(solved, monkeypatch):
+    rows, weights, keys, (codes, table) = solved
+    monkeypatch.setattr(k_means_module, "AT_ONCE", 2 * 8 * K)
+    part, levels = k_means(rows[3:], weights[3:], keys[3:], bits=3)
+    assert (part == codes[3:]).all() and (levels == table[3:]).all()
+
+
+def test_the_same_seed_and_name_give_the_same_weights_and_others_do_not():
+    a, b, c = (jax.random.key_data(row_keys(s, name, 4)) for s, name in [(0, "a"), (0, "b"), (1, "a")])
+    assert (a == jax.random.key_data(row_keys(0, "a", 9))[:4]).all()
+    assert (a != b).any(1).all() and (a != c).any(1).all()
+
+
+def edge_rows():
+    """Rows named for what is odd about them, with their Fisher information."""
+    rng = np.random.default_rng(3)
+    w, one = rng.normal(size=K) * 0.02, np.ones(K)
+    huge = w.copy()
+    huge[7] = 1000.0
+    only = np.zeros(K)
+    only[5] = 1.0
+    return {
+        "constant": (np.full(K, 0.25), one),
+        "zero": (np.zeros(K), one),
+        "five values": (rng.choice([-1.0, -0.5, 0.0, 0.25, 2.0], K), one),
+        "one huge": (huge, one),
+        "no fisher": (w, np.zeros(K)),
+        "fisher in one place": (w, only),
+        "fisher of tiny scale": (w, one * 1e-36),
+        "fisher of many scales": (w, 10.0 ** rng.uniform(-12, 0, K)),
+    }
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_edge_rows_are_finite_and_no_worse_than_rounding_to_their_range(exact):
+    names, pairs = zip(*edge_rows().items(), strict=True)
+    rows, fisher = (jnp.asarray(np.stack(a), jnp.float32) for a in zip(*pairs, strict=True))
+    stored = SqueezeLlm(bits=3, exact=exact).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
+    error = np.abs(np.asarray(stored.as_rows() - rows))
+    assert np.isfinite(error).all()
+    worst = dict(zip(names, error.max(1), strict=True))
+    for name in ("constant", "zero", "five values"):
+        assert worst[name] == 0, name
+    assert worst["one huge"] < 0.06  # the outlier has its own level
+    assert error[names.index("fisher in one place"), 5] <= 2e-5
+    for name in ("no fisher", "fisher of tiny scale", "fisher in one place"):
+        assert worst[name] < 0.04, name
+
+
+def test_fisher_counts_only_up_to_a_factor():
+    rows, fisher = example()
+    a, b = (
+        SqueezeLlm(bits=3).solve(rows, Stats(fisher=f), name="up", dtype=jnp.float32)
+        for f in (fisher, fisher * 2.0**20)
+    )
+    assert (a.codes.words == b.codes.words).all() and (a.table == b.table).all()
+
+
+def test_pruned_weights_do_not_count():
+    rows = jnp.where(jnp.arange(K) % 3 == 0, 0.0, example()[0])
+    weights = importance(rows, jnp.ones_like(rows))
+    assert (weights[:, ::3] == curvature.FLOOR).all()
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_rows_shorter_than_their_table_are_stored_to_half_precision(k):
+    rows, fisher = example(3, k)
+    stored = SqueezeLlm(bits=3).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
+    np.testing.assert_allclose(stored.as_rows(), rows, rtol=1e-3, atol=1e-7)
+
+
+def test_wrong_options_and_statistics_are_refused():
+    rows, fisher = example(2, 4)
+    with pytest.raises(ValueError, match="SqueezeLlm: bits must be 1 to 8, got bits=9"):
+        SqueezeLlm(bits=9)
+    with pytest.raises(ValueError, match="restarts=0"):
+        SqueezeLlm(restarts=0)
+    with pytest.raises(ValueError, match="SqueezeLlm: calibration must give fisher"):
+        SqueezeLlm().solve(rows, Stats(), name="", dtype=jnp.float32)
+    solve = SqueezeLlm().solve
+    with pytest.raises(ValueError, match=r"as the weight, got fisher\.shape=\(2, 3\)"):
+        solve(rows, Stats(fisher=fisher[:, :3]), name="", dtype=jnp.float32)
+    with pytest.raises(ValueError, match="not negative"):
+        solve(rows, Stats(fisher=-fisher), name="", dtype=jnp.float32)
+    with pytest.raises(ValueError, match="finite"):
+        solve(rows.at[0, 0].set(jnp.nan), Stats(fisher=fisher), name="", dtype=jnp.float32)

@@ -1,0 +1,233 @@
+"""The recipe from texts to a directory that ships, on a tiny budget; and how its benchmark reads a text."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import jaxllm as jl
+from jaxllm.training.pico import exercises
+from jaxllm.training.pico import recipe as pico
+
+
+def write_texts(root):
+    """Texts laid out as the shared data, of made-up words."""
+    rng = np.random.default_rng(0)
+    letters = list("abcdefghijklmnoprstuvwy")
+    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(700)]
+    say = lambda count: " ".join(rng.choice(words, count)) + "."  # noqa: E731
+    stories = [say(20) + "\n<|endoftext|>\n" for _ in range(60)]
+    sums = [json.dumps({"question": say(8), "answer": f"{i}+2={i + 2}"}) for i in range(60)]
+    files = {
+        "text/tinyshakespeare.txt": "".join(say(8) + "\n" for _ in range(300)),
+        "text/wikitext-2/valid.txt": "".join(f" = {words[i]} = \n {say(40)} \n" for i in range(30)),
+        "text/tinystories/tinystories_sample.txt": "".join(stories[:5]),
+        "eval/gsm8k/train.jsonl": "\n".join(sums) + "\n",
+        "stories.txt": "".join(stories[5:]),
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def train(data):
+    """Runs the command with a tiny budget; gives the directory it wrote."""
+
+    def run(out, *more):
+        texts = ["--data", str(data), "--stories", str(data / "stories.txt"), "--member", "draft"]
+        budget = ["--steps", "1", "--warmup", "0", "--length", "32", "--batch", "1"]
+        pico.main([*texts, *budget, "--save-every", "1", "--out", str(out), *more])
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def draft(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return train(folder / "draft", "--checkpoint", str(folder / "draft.ckpt"))
+
+
+def test_the_directory_holds_bfloat16_weights_a_tokenizer_and_a_card(draft):
+    names = {path.name for path in draft.iterdir()}
+    assert {"README.md", "config.json", "history.json", "loss.png", "tokenizer.json"} <= names
+    assert not draft.with_name("draft.partial").exists()
+    with safe_open(draft / "model.safetensors", framework="numpy") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+    model, tokenizer = jl.load(draft)
+    assert sum(x.size for x in jax.tree.leaves(model)) == 301_536
+    assert model.config.stop_tokens == (tokenizer.eos_token_id,) == (1,)
+    assert tokenizer("a b").input_ids[0] == 0
+
+
+def test_the_card_tells_what_was_run_and_no_path_of_the_machine(draft, data):
+    card = (draft / "README.md").read_text()
+    for told in ["301,536", "wired as induction heads", "CC-BY-SA", "CDLA-Sharing", "seed 1", "1 steps"]:
+        assert told in card
+    assert str(data) not in card and str(draft.parent) not in card
+    assert f"--data {data.name} --stories stories.txt" in card and "--out draft" in card
+    (run,) = json.loads((draft / "history.json").read_text())["runs"]
+    assert len(run["losses"]) == run["steps"] == 1
+    assert (draft / "loss.png").stat().st_size < 60_000
+
+
+def test_a_run_that_is_complete_writes_the_same_weights_again(train, draft):
+    again = train(draft.with_name("again"), "--checkpoint", str(draft.with_name("draft.ckpt")))
+    assert (again / "model.safetensors").read_bytes() == (draft / "model.safetensors").read_bytes()
+    assert (again / "tokenizer.json").read_bytes() == (draft / "tokenizer.json").read_bytes()
+
+
+def test_a_run_can_start_from_a_directory_and_learn_from_a_teacher(train, draft):
+    taught = train(draft.with_name("taught"), "--init", str(draft), "--teacher", str(draft),
+                   "--steps", "3", "--stop", "1", "--note", "A word more.")  # fmt: skip
+    before, after = (json.loads((f / "history.json").read_text())["runs"] for f in (draft, taught))
+    assert len(after) == 2 and after[0] == before[0] and len(after[1]["losses"]) == 1
+    assert 0 < after[0]["read"]["stories"] == after[1]["read"]["stories"] < 0.1
+    assert (after[1]["start"], after[1]["teacher"]) == ("draft", "draft")
+    card = (taught / "README.md").read_text()
+    assert "wired as induction heads" in card and "1 steps of 3 planned" in card
+    assert "\nA word more.\n" in card
+    assert "next-token distribution of `draft`" in card
+    old, new = (jl.load(folder)[0].layers[0].mlp.up.w for folder in (draft, taught))
+    assert (old.get_value().rows != new.get_value().rows).any()
+
+
+def test_only_a_model_of_the_member_can_be_started_from(draft, data, tmp_path):
+    with pytest.raises(ValueError, match="init must be a companion"):
+        pico.main(["--data", str(data), "--member", "companion", "--steps", "2", "--warmup", "1",
+                   "--init", str(draft), "--out", str(tmp_path / "out")])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_exists_is_not_written_to(train, draft):
+    with pytest.raises(FileExistsError, match="out must not exist"):
+        train(draft)
+
+
+def test_shards_stay_below_their_limit(draft, tmp_path, monkeypatch):
+    monkeypatch.setattr(pico, "SHARD_BYTES", 250_000)
+    tokenizer = pico.get_tokenizer(draft, [])
+    model = pico.load_model(draft)
+    pico.export(model, tokenizer, tmp_path / "out")
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2 and max(path.stat().st_size for path in shards) <= 250_000
+    for a, b in zip(*(jax.tree.leaves(m) for m in (model, pico.load_model(tmp_path / "out"))), strict=True):
+        assert (a == b).all()
+
+
+@pytest.mark.parity
+def test_transformers_computes_the_same_logits(draft, torch):
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(str(draft), dtype=torch.float32).eval()
+    ids = np.random.default_rng(0).integers(3, 1024, (2, 24)).astype(np.int32)
+    logits, _ = jl.load(draft, dtype="float32")[0](jnp.asarray(ids))
+    with torch.no_grad():
+        want = other(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    assert np.abs(np.asarray(logits) - want).max() < 1e-4 * np.abs(want).max()
+    assert other.generation_config.eos_token_id == 1
+
+
+def test_every_member_has_the_size_its_card_claims():
+    from jaxllm.models.decoder import Decoder
+
+    count = lambda config: sum(  # noqa: E731
+        x.size for x in jax.tree.leaves(jax.eval_shape(lambda: Decoder(config, rngs=pico.nnx.Rngs(0))))
+    )
+    sizes = {name: count(config) / 1e6 for name, config in pico.MEMBERS.items()}
+    assert (
+        3 <= sizes["target"] <= 5 and round(sizes["draft"], 1) == 0.3 and round(sizes["companion"], 1) == 0.5
+    )
+    assert sum(sizes.values()) * 2 < 11  # megabytes of bfloat16
+
+
+@pytest.fixture(scope="module")
+def benchmark(root):
+    sys.path.insert(0, str(root / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location("pico_benchmark", root / "benchmarks" / "pico.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(root / "benchmarks"))
+    return module
+
+
+@pytest.mark.parametrize("length", [2, 9, 10, 23, 40])
+@pytest.mark.parametrize("stride", [4, 8])
+def test_windows_predict_every_token_of_a_document_once(benchmark, length, stride):
+    ids = np.arange(100, 100 + length)
+    found = [
+        row[1 + known :]
+        for row, known in benchmark.windows(ids, 8, stride)
+        if len(row) <= 9 and row[0] == 100 and known <= 8 - stride
+    ]
+    assert np.concatenate(found).tolist() == ids[1:].tolist()
+
+
+def test_the_benchmark_draws_what_training_cannot(benchmark):
+    ours = benchmark.generator(0, 0).integers(0, 2**62)
+    seeds = [[benchmark.SEED, 0, 0, 2], [benchmark.SEED, 0, 0, 0], [1, 0, 0, 2], [benchmark.SEED, 0]]
+    assert all(np.random.default_rng(seed).integers(0, 2**62) != ours for seed in seeds)
+
+
+def test_a_document_is_scored_as_the_model_scores_it(benchmark, draft):
+    model, tokenizer = jl.load(draft, dtype="float32")
+    ids = np.random.default_rng(1).integers(3, 1024, 30)
+    ids[0] = 0
+    rows = list(benchmark.windows(ids, 20, 10))
+    logp, best = benchmark.read_through(model, rows, benchmark.tqdm(disable=True))
+    logits, _ = model(jnp.asarray(ids[None, :20], jnp.int32))
+    want = np.asarray(jax.nn.log_softmax(logits[0]))
+    np.testing.assert_allclose(logp[:20], want[np.arange(20), ids[1:21]], rtol=1e-4, atol=1e-4)
+    assert (best[:20] == want.argmax(-1)).all() and len(logp) == len(best) == 29
+
+
+def test_a_model_that_copies_is_judged_perfect_and_one_that_errs_is_not(benchmark, draft, monkeypatch):
+    words = exercises.Words.of(jl.load(draft)[1])
+    known = {}
+
+    def generate(model, tokenizer, prompts, *, max_new_tokens, stop_tokens):
+        return [type("Out", (), {"token_ids": known[tuple(p)][:n]})
+                for p, n in zip(prompts, max_new_tokens, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(benchmark.jl, "generate", generate)
+    cases = [
+        exercises.repeat(benchmark.generator(0, i), words, 20, prompt=exercises.REPEAT_ALL[0])
+        for i in range(3)
+    ]
+    for one in cases:
+        known[tuple(one.tokens[: one.prompt_length].tolist())] = one.answer.tolist()
+    bar = benchmark.tqdm(disable=True)
+    assert benchmark.repeats(None, words, cases, bar, 2)["tokens_right"] == 1
+    first = known[tuple(cases[0].tokens[: cases[0].prompt_length].tolist())]
+    del first[5]  # all that follows is out of step
+    found = benchmark.repeats(None, words, cases, bar, 2)
+    assert found["whole_right"] == pytest.approx(2 / 3) and found["tokens_right"] < 49 / 63
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_judges_the_goals(benchmark, draft, data, tmp_path):
+    for name in benchmark.MEMBERS:
+        (tmp_path / name).symlink_to(draft)
+    texts = ["--data", str(data), "--stories", str(data / "stories.txt")]
+    few = ["--cases", "2", "--natural", "1", "--batch", "2"]
+    benchmark.main(["--models", str(tmp_path), *texts, *few, "--out", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out" / "pico.json").read_text())
+    assert report["agreement"]["draft"]["mean"] == 1 and len(report["goals"]) == 2 + 5
+    assert {"32", "32, 8 questions"} <= set(report["exercises"]["target"]["lookup"])
+    for entry in report["text"].values():
+        assert {"target", "witten_bell_2", "witten_bell_5_all", "gzip"} <= set(entry["bits_per_byte"])
+    assert "| draft |" in (tmp_path / "out" / "pico.md").read_text()

@@ -1,0 +1,263 @@
+"""What holds for every format: products, trees, files, meshes, and the memory of a decoding loop."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import jaxllm as jl
+from jaxllm.decoding import loop, run
+from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit
+from jaxllm.quant.quantize import quantize
+from jaxllm.quant.statistics import Stats
+from jaxllm.weights import affine, codebook
+from jaxllm.weights.dense import Dense
+from jaxllm.weights.matmul import FORMATS, bits_per_weight, dequantize, has_rows, matmul, num_bytes, take
+from jaxllm.weights.permuted import Permuted
+
+# The heads, and the inputs of `o` and `down`, are split over four devices: whole blocks of 32 codes.
+CONFIG = dataclasses.replace(TINY, width=128, heads=4, kv_heads=4, head_dim=32, ffn=256, context=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A method that is only a format: no calibration, any numbers."""
+
+    make: object
+    wants = frozenset()
+
+    def solve(self, rows, stats, *, name, dtype):
+        return self.make(rows)
+
+
+def ones(rows):
+    K = rows.shape[1]
+    return Stats(hessian_diag=jnp.ones(K), thresholds=jnp.linspace(3.0, 0.01, K), tokens=64)
+
+
+def table(rows, bits):
+    return jnp.linspace(-0.3, 0.3, 2**bits)[None] * jnp.ones((rows.shape[0], 1))
+
+
+FORMS = {
+    "affine4": lambda rows: affine.quantize(rows.T, bits=4, group=32),
+    "affine3": lambda rows: affine.quantize(rows.T, bits=3, group=32, zero_code=False),
+    "affine8": lambda rows: affine.quantize(rows.T, bits=8, group=rows.shape[1], symmetric=True),
+    "affine2, coded scales": lambda rows: jl.Rtn(bits=2, group=32, scale_bits=6).solve(
+        rows, Stats(), name="w", dtype=jnp.float32
+    ),
+    "awq": lambda rows: jl.Awq(bits=4, group=32).solve(
+        rows, Stats(mean=jnp.ones(rows.shape[1]), sample=jnp.eye(rows.shape[1])), name="w", dtype=jnp.float32
+    ),
+    "codebook3": lambda rows: codebook.encode(rows, table(rows, 3), bits=3),
+    "any_precision": lambda rows: jl.AnyPrecision(parent_bits=5, seed_bits=3).solve(
+        rows, Stats(fisher=jnp.ones(rows.shape), tokens=64), name="w", dtype=jnp.float32
+    ),
+    "nested_fp": lambda rows: jl.NestedFp().solve(rows, Stats(), name="w", dtype=jnp.float32),
+    "nested_fp8": lambda rows: jl.NestedFp(mode="fp8").solve(rows, Stats(), name="w", dtype=jnp.float32),
+    "mixed_two_bit": lambda rows: MixedTwoBit().solve(rows, ones(rows), name="w", dtype=jnp.float32),
+    "dec_dec": lambda rows: jl.DecDec(base=jl.Rtn(bits=3, group=32)).solve(
+        rows, ones(rows), name="w", dtype=jnp.float32
+    ),
+}
+FORMS["rotated"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine4"]), activation_bits=8).solve(
+    rows, Stats(), name="w", dtype=jnp.float32
+)
+FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), activation_bits=4).solve(
+    rows, Stats(), name="w", dtype=jnp.float32
+)
+FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
+# what these multiply by depends on x: their own tests say how
+OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
+# an embedding can be stored so
+WITH_ROWS = {"affine4", "affine3", "affine8", "codebook3", "any_precision", "nested_fp", "nested_fp8"}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """One weight in every format, [K, N] = [128, 64]."""
+    rows = 0.1 * jax.random.normal(jax.random.key(0), (64, 128))
+    return rows, {name: make(rows) for name, make in FORMS.items()}
+
+
+def test_every_format_is_tried_here(weights):
+    assert {type(w) for w in weights[1].values()} | {Dense} == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_product_is_that_of_the_dequantized_weight(weights, name):
+    w = weights[1][name]
+    assert w.shape == (128, 64) and dequantize(w).shape == (128, 64) and w.dtype == jnp.float32
+    for batch in ((1,), (2, 3), (9,)):
+        x = jax.random.normal(jax.random.key(1), (*batch, 128))
+        got = jax.jit(matmul)(x, w)
+        assert got.shape == (*batch, 64) and got.dtype == jnp.float32
+        if name not in OWN_PRODUCT:
+            np.testing.assert_allclose(got, x @ dequantize(w), rtol=1e-4, atol=1e-4)
+        else:
+            np.testing.assert_allclose(got, x @ weights[0].T, atol=1.0)
+    half = matmul(jnp.ones((3, 128), jnp.bfloat16), w)
+    assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_single_rows_are_those_of_the_whole(weights, name):
+    w = weights[1][name]
+    index = jnp.asarray([[5, 0, 63], [7, 7, 31]])
+    assert has_rows(w) == (name in WITH_ROWS)
+    if not has_rows(w):
+        with pytest.raises(TypeError, match=f"rows of {type(w).__name__} cannot be read alone"):
+            take(w, index)
+        return
+    got = jax.jit(take)(w, index)
+    assert got.dtype == w.dtype
+    np.testing.assert_array_equal(got, w.as_rows(jnp.float32)[index])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bits_are_those_of_all_arrays_held(weights, name):
+    w = weights[1][name]
+    assert num_bytes(w) == sum(x.nbytes for x in jax.tree.leaves(w))
+    assert bits_per_weight(w) == 8 * num_bytes(w) / math.prod(w.shape)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_weight_survives_trees_vmap_and_donation(weights, name):
+    w = weights[1][name]
+    same = jax.tree.map(lambda x: x, w)
+    assert jax.tree.structure(same) == jax.tree.structure(w)
+    assert jax.tree.map(lambda _: None, w) is not None  # rebuilt around anything
+    if name != "dec_dec":  # its rows may lie in host memory, which vmap would have to move
+        stacked = jax.tree.map(lambda x: jnp.stack([x, x]), w)
+        x = jax.random.normal(jax.random.key(2), (2, 3, 128))
+        got = jax.vmap(matmul)(x, stacked)
+        np.testing.assert_allclose(got[1], matmul(x[1], w), rtol=1e-5, atol=1e-5)
+    copy = jax.tree.map(jnp.copy, w)
+    out = jax.jit(lambda w: w, donate_argnums=0)(copy)
+    jax.tree.map(np.testing.assert_array_equal, out, w)
+
+
+def everything(method, name):
+    """All linears of the blocks by a method, and the embedding where the format can be read row by row."""
+    return [(r"\.|^embedding$" if name in WITH_ROWS else r"\.", method)]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model in every format."""
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    cache = {}
+
+    def make(name):
+        if name not in cache:
+            cache[name] = quantize(model, everything(Fixed(FORMS[name]), name), progress=False)
+        return cache[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_quantized_model_comes_back_from_disk_bit_for_bit(models, tmp_path, name):
+    model = models(name)
+    jl.save(model, tmp_path / "out")
+    again, _ = jl.load(tmp_path / "out")
+    assert jax.tree.structure(nnx.state(again)) == jax.tree.structure(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+
+
+def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path):
+    jl.save(models("affine4"), tmp_path / "out")
+    file = tmp_path / "out" / "manifest.json"
+    whole = json.loads(file.read_text())
+    for damage, message in (
+        (lambda w: w["fields"].pop("zero"), "layers.0.mlp.up.w must have the fields of Affine"),
+        (lambda w: w["fields"].update(zero=None), "weights and manifest.json must name the same arrays"),
+        (lambda w: w["fields"]["scale"].update(shape=[1, 1]), "layers.0.mlp.up.w/scale must be"),
+        (lambda w: w.update(type="Affinity"), "layers.0.mlp.up.w must be of a format of"),
+    ):
+        broken = copy.deepcopy(whole)
+        damage(broken["weights"]["layers.0.mlp.up.w"])
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=message) as caught:
+            jl.load(tmp_path / "out")
+        assert "\n" not in str(caught.value)
+
+
+QUICK = ("affine4", "nested_fp")  # the others compile longer: with the slow tests
+
+
+def some_slow(*names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name",
+    some_slow(*QUICK, "any_precision", "mixed_two_bit", "dec_dec", "codebook3", "rotated", "rotated, whole"),
+)
+def test_tensor_parallel_generation_gives_the_tokens_of_one_device(models, name):
+    model = models(name)
+    prompts = [[1, 2, 3, 4, 5], [9, 8, 7], [3] * 9, [100]]
+    want = jl.generate(model, None, prompts, max_new_tokens=8)
+    split = jl.shard(model, jl.make_mesh(data=2, model=4))
+    got = jl.generate(split, None, prompts, max_new_tokens=8)
+    assert [o.token_ids for o in got] == [o.token_ids for o in want]
+
+
+def test_what_a_mesh_cannot_split_is_one_line():
+    w = affine.quantize(jnp.ones((96, 64)), bits=4, group=48)
+    assert w.specs(P("model", None)).scale == P("model", None)
+    model = quantize(
+        Decoder(dataclasses.replace(CONFIG, ffn=96), rngs=nnx.Rngs(0)),
+        Fixed(FORMS["affine4"]),
+        progress=False,
+    )
+    with pytest.raises(ValueError, match=r"the mesh must divide layers\.0\.mlp\.down\.w"):
+        jl.shard(model, jl.make_mesh(model=4))
+
+
+@pytest.mark.parametrize("name", some_slow(*FORMS))
+def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
+    """XLA:CPU would take dequantization out of the loop and hold every layer in float32."""
+    blocks = []
+    for layers in (2, 6):
+        config = dataclasses.replace(
+            TINY, layers=layers, width=256, heads=8, kv_heads=8, head_dim=32, ffn=512, vocab=256
+        )
+        shapes = ((256, 256), (256, 512), (512, 256))
+        one = {(K, N): FORMS[name](jnp.full((N, K), 0.01)) for K, N in shapes}
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        method = Fixed(lambda rows, one=one: one[rows.shape[::-1]])
+        model = quantize(model, everything(method, name), progress=False)
+        request, state = jax.eval_shape(_started, model)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        memory = (
+            loop._decode.lower(model, request, state, step)
+            .compile(compiler_options=usual_compiler)
+            .memory_analysis()
+        )
+        block = 4 * (4 * 256 * 256 + 3 * 256 * 512)  # float32 bytes of one block's linears
+        blocks.append(memory.temp_size_in_bytes / block)
+    assert blocks[1] - blocks[0] < 4 * 0.1  # what four more blocks take
+    assert blocks[0] < 1.5
+
+
+def _started(model):
+    """A run of one request about to enter the loop."""
+    request = loop._Request(
+        budgets=jnp.ones((1,), jnp.int32),
+        keys=run._keys(0, 1),
+        stop_tokens=jnp.zeros((1,), jnp.int32),
+        plan=jl.Sampler().plan(),
+        memory=None,
+    )
+    tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
+    logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
+    return request, loop._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)

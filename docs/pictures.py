@@ -147,16 +147,16 @@ def quality_at_bits(mode: str) -> plt.Figure:
 def kept_by_head() -> np.ndarray:
     """The part of a list's pairs that each layer and head of pico keeps, of 30 % in all [L, K]."""
     import jaxllm as jl
-    from jaxllm.cache.paged import kept_positions
-    from jaxllm.training.exercises import Words, list_end, lookup
+    from jaxllm.cache.repack import kept_positions
+    from jaxllm.training.pico.exercises import Words, list_end, lookup
 
     model, tokenizer = jl.load()
     words = Words.of(tokenizer)
     tokens = lookup(np.random.default_rng(3), words, 48, value_tokens=1).tokens
     ids = tokens[: list_end(tokens, words)].tolist()
-    cache = jl.cache.prefill(model, [ids])
-    scores = jl.cache.kvzip_scores(model, cache, [ids[1:]], tokenizer=tokenizer, prefix=1)
-    small = jl.cache.evict(cache, scores, ratio=0.3, prefix=1)
+    cache = jl.prefill(model, [ids])
+    scores = jl.eviction.kvzip_scores(model, cache, [ids[1:]], tokenizer=tokenizer, prefix=1)
+    small = jl.eviction.evict(cache, scores, ratio=0.3, prefix=1)
     return np.array([[len(head) / len(ids) for head in layer[0]] for layer in kept_positions(small)])
 
 

@@ -16,20 +16,21 @@ import pytest
 
 import jaxllm as jl
 from jaxllm import cache as kv
-from jaxllm.quant.affine import Affine
-from jaxllm.quant.any_precision import BitPlanes
-from jaxllm.quant.awq import Scaled
+from jaxllm import eviction
+from jaxllm.models.linears import linear_weights
 from jaxllm.quant.calibrate import Calibration, calibrate
-from jaxllm.quant.codebook import Codebook
-from jaxllm.quant.dec_dec import HostResidual
-from jaxllm.quant.dense import Dense
-from jaxllm.quant.methods import Budget, read_recipe
-from jaxllm.quant.mixed_two_bit import MixedColumns
-from jaxllm.quant.nested_fp import NestedFloat
-from jaxllm.quant.permuted import Permuted
-from jaxllm.quant.rotate import Rotated
-from jaxllm.quant.source import linear_weights
+from jaxllm.quant.recipe import Budget, read_recipe
 from jaxllm.training.trainer import train
+from jaxllm.weights.affine import Affine
+from jaxllm.weights.bit_planes import BitPlanes
+from jaxllm.weights.codebook import Codebook
+from jaxllm.weights.dense import Dense
+from jaxllm.weights.host_residual import HostResidual
+from jaxllm.weights.mixed_columns import MixedColumns
+from jaxllm.weights.nested_float import NestedFloat
+from jaxllm.weights.permuted import Permuted
+from jaxllm.weights.rotated import Rotated
+from jaxllm.weights.scaled import Scaled
 
 OLD = Path(__file__).parent / "files_of_0_1_0"
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2, 8, 1]] * 4  # what they were made of
@@ -107,11 +108,11 @@ def test_a_cache_still_knows_whose_keys_it_holds(gpt):
 
 
 def test_gates_and_heads_score_as_they_did(decoder, gpt, known):
-    gates = kv.load_gates(OLD / "gates")
-    assert isinstance(gates, kv.FastGate)
-    np.testing.assert_allclose(kv.prefill_scored(gpt, ROWS[:2], gates)[1], known["gates/scores"], atol=1e-2)
-    assert isinstance(kv.load_gates(OLD / "gates_zap"), kv.ZapGate)
-    np.testing.assert_array_equal(kv.load_heads(OLD / "heads", model=decoder), known["heads"])
+    gates = eviction.load_gates(OLD / "gates")
+    assert isinstance(gates, eviction.FastGate)
+    np.testing.assert_allclose(jl.prefill_scored(gpt, ROWS[:2], gates)[1], known["gates/scores"], atol=1e-2)
+    assert isinstance(eviction.load_gates(OLD / "gates_zap"), eviction.ZapGate)
+    np.testing.assert_array_equal(eviction.load_heads(OLD / "heads", model=decoder), known["heads"])
 
 
 def test_a_calibration_is_of_its_model_and_is_not_measured_again(gpt, known, tmp_path):

@@ -124,8 +124,8 @@ def test_a_folders_docstring_names_each_of_its_modules_and_no_other(root):
     for path in modules(root).values():
         if path.name != "__init__.py" or path.parent.name in ("jaxllm", "pallas_kernels"):
             continue
-        text = ast.get_docstring(ast.parse(path.read_text("utf-8")), clean=False) or ""
-        named = set(re.findall(r"^    (\w+/?)  ", text, re.M))
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        named = set(re.findall(r"^ *(\w+/?)  ", text, re.M))
         there = {file.stem for file in path.parent.glob("*.py") if file.name != "__init__.py"}
         there |= {f"{inner.parent.name}/" for inner in path.parent.glob("*/__init__.py")}
         if named != there:

@@ -8,7 +8,8 @@ itself, which takes half a minute. The same input gives the same bytes.
 
 import ast
 import functools
-import re
+import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,26 @@ ROOT = DOCS.parent
 PACKAGES = ("jaxllm", "checkpoints_convert", "pallas_kernels")
 INK = {"light": "#2b2f33", "dark": "#d6d9dc"}
 FAINT = {"light": "#d0d4d8", "dark": "#4a4f55"}
+MEANING = {
+    "cli": "one file a command",
+    "training": "the trainer, pico, gates",
+    "jaxllm": "what a user types",
+    "quant": "methods, calibration, whole models",
+    "measure": "perplexity, choices, bytes",
+    "load": "the door for every source",
+    "native": "the directory that save writes",
+    "decoding": "prefill, the loop, sampling",
+    "checkpoints_convert": "other people's files",
+    "eviction": "who stays in a cache",
+    "models": "one forward pass a file",
+    "cache": "how keys and values are stored",
+    "sharding": "where leaves go on a mesh",
+    "storage": "directories, manifests",
+    "weights": "how a weight is stored; matmul",
+    "ops": "functions on plain arrays",
+    "pallas_kernels": "kernels, when they come",
+    "pytree": "frozen dataclasses",
+}
 FILL = {"light": "#eef1f4", "dark": "#22272d"}
 
 
@@ -88,16 +109,19 @@ def floors() -> list[list[str]]:
 def tower(mode: str) -> plt.Figure:
     """Boxes in rows: a room imports only rooms in rows below its own."""
     rows = floors()
-    figure, axes = plt.subplots(figsize=(7, 0.42 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(rows)), layout="constrained")
     for y, rooms in enumerate(rows):
-        width = min(3.0, 9.0 / len(rooms))
         for i, room in enumerate(rooms):
-            x = (i - (len(rooms) - 1) / 2) * width
-            box = {"boxstyle": "round,pad=0.1", "facecolor": FILL[mode], "edgecolor": FAINT[mode]}
-            place = (x - width / 2 + 0.2, y - 0.25)
-            axes.add_patch(matplotlib.patches.FancyBboxPatch(place, width - 0.4, 0.5, **box))
-            name = "the public names" if room == "jaxllm" else room
-            axes.text(x, y, name, ha="center", va="center", fontsize=9)
+            x = (i - (len(rooms) - 1) / 2) * 3.1
+            box = {
+                "boxstyle": "round,pad=0,rounding_size=0.1",
+                "facecolor": FILL[mode],
+                "edgecolor": FAINT[mode],
+            }
+            axes.add_patch(matplotlib.patches.FancyBboxPatch((x - 1.45, y - 0.38), 2.9, 0.76, **box))
+            name = "jaxllm: the public names" if room == "jaxllm" else room
+            axes.text(x, y + 0.13, name, ha="center", va="center", fontsize=9, fontweight="bold")
+            axes.text(x, y - 0.18, MEANING[room], ha="center", va="center", fontsize=7)
     axes.set(xlim=(-4.6, 4.6), ylim=(-0.6, len(rows) - 0.4))
     axes.axis("off")
     return figure
@@ -106,35 +130,27 @@ def tower(mode: str) -> plt.Figure:
 # -- quality at bits
 
 
-def table(page: Path, heading: str, first: str) -> list[list[str]]:
-    """The cells of the table below `heading` whose first column is headed `first`."""
-    text = page.read_text("utf-8").split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    lines = text[text.index(f"| {first} ") :].splitlines()
-    rows = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows[:1] + rows[2:]
+SHOWN = ("RTN", "AWQ", "GPTQ", "DASH-Q", "SqueezeLLM", "LNQ, guided", "2/4/16-bit")
 
 
 def quality_at_bits(mode: str) -> plt.Figure:
-    """Perplexity at stored bits, a line a method."""
+    """Perplexity at stored bits, a line a method, from the run behind the page of results."""
+    run = json.loads((DOCS / "results" / "quantization.json").read_text("utf-8"))
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    shown = ("round to nearest", "AWQ", "GPTQ", "DASH-Q", "SqueezeLLM", "LNQ, guided", "2/4/16-bit")
-    colours = plt.get_cmap("tab10").colors
-    for (name, *cells), colour in zip(
-        (row for row in table(DOCS / "measured_before.md", "Quantization", "method") if row[0] in shown),
-        colours,
-        strict=False,
-    ):
-        points = [map(float, re.findall(r"[\d.]+", cell)) for cell in cells if cell]
-        perplexity, bits = zip(*points, strict=True)
-        axes.plot(bits, perplexity, marker="o", markersize=4, linewidth=1.4, color=colour, label=name)
-    axes.axhline(15.99, color=FAINT[mode], linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(2.2, 15.9, "as it is, in 16 bits", va="top", fontsize=8)
-    axes.set(xlabel="stored bits a weight", ylabel="perplexity", yscale="log", ylim=(15.1, 36))
-    axes.set_yticks([16, 18, 20, 25, 30, 35], labels=["16", "18", "20", "25", "30", "35"])
+    for name, colour in zip(SHOWN, plt.get_cmap("tab10").colors, strict=False):
+        points: dict[float, list[float]] = {}
+        for r in run["results"]:
+            if (r["what"], r["name"]) == ("methods", name):
+                points.setdefault(r["bits_per_weight"], []).append(r["perplexity"])
+        bits = sorted(points)
+        means = [statistics.mean(points[b]) for b in bits]
+        axes.plot(bits, means, marker="o", markersize=4, linewidth=1.4, color=colour, label=name)
+    exact = run["given"]["perplexity"]
+    axes.axhline(exact, color=FAINT[mode], linewidth=1, linestyle=(0, (4, 3)))
+    axes.text(2.2, exact, "as it is, in 16 bits", va="bottom", fontsize=8)
+    axes.set(xlabel="stored bits a weight", ylabel="perplexity", yscale="log")
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9)
     return figure

@@ -31,7 +31,8 @@ MEANING = {
     "jaxllm": "what a user types",
     "quant": "methods, calibration, whole models",
     "measure": "perplexity, choices, bytes",
-    "load": "the door for every source",
+    "demo": "a report on the shipped model",
+    "files": "the door for every file",
     "native": "the directory that save writes",
     "decoding": "prefill, the loop, sampling",
     "checkpoints_convert": "other people's files",
@@ -78,11 +79,14 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            start = [path.parent.name] * node.level + [node.module] * bool(
+                node.module
+            )  # "." in the stub only
             for alias in node.names:
-                inner = ROOT / node.module.replace(".", "/") / alias.name
+                inner = ROOT.joinpath(*".".join(start).split("."), alias.name)
                 is_module = inner.is_dir() or inner.with_suffix(".py").exists()
-                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
+                found.add(".".join([*start, alias.name] if is_module else start))
     return {name for name in found if name.split(".")[0] in PACKAGES}
 
 
@@ -90,7 +94,9 @@ def floors() -> list[list[str]]:
     """The rooms by how many others they stand on, one above another; the lowest first."""
     below: dict[str, set[str]] = {}
     for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
+        for path in sorted((ROOT / package).rglob("*.py*")):
+            if path.suffix not in (".py", ".pyi"):  # the stub holds the public names
+                continue
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             room = room_of(module)
             below.setdefault(room, set()).update(room_of(name) for name in imports(path))

@@ -6,6 +6,7 @@ are written as plain text with indented code; `as_rst` turns them into what Sphi
 
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import jaxllm
@@ -68,7 +69,9 @@ def paragraph_as_rst(lines: list[str]) -> list[str]:
     """One paragraph of a docstring: code, a listing in columns, items, arguments, or sentences."""
     in_columns = sum(bool(COLUMNS.search(line)) for line in lines) > len(lines) / 2
     if in_columns or all(line.startswith("    ") for line in lines):
-        return ["::", "", *(f"    {line}" for line in lines), ""]
+        indented = textwrap.indent(textwrap.dedent("\n".join(lines)), "   ").splitlines()
+        language = "text" if in_columns else "python"
+        return [f".. code-block:: {language}", "   :force:", "", *indented, ""]
     out: list[str] = []
     arguments = bool(ARGUMENT.match(lines[0]))  # until a sentence about errors
     for line in lines:

@@ -1,15 +1,17 @@
 """Which rows of a cache stay when it must get smaller: scores by any method, one rule that spends a budget.
 
-cache = jl.prefill(model, [ids])
-small = evict(cache, kvzip_scores(model, cache, [ids], tokenizer=tokenizer), ratio=0.3)
+    cache = jl.prefill(model, [ids])
+    small = evict(cache, kvzip_scores(model, cache, [ids], tokenizer=tokenizer), ratio=0.3)
 
-budget              from scores to what stays: ratios, tokens, thresholds; ties; evicting again
-running_budget      a budget that holds while a text grows
-kvzip               KVzip's scores: attention while the context is repeated
-baselines           H2O, SnapKV, TOVA, expected attention, StreamingLLM, random
-attention_per_key   how much attention keys receive, block by block
-gates               Fast KVzip's and KVzap's gates: scores from the pass that reads a text
-heads               scores of whole heads, kept in a file
+The files:
+
+    budget              from scores to what stays: ratios, tokens, thresholds; ties; evicting again
+    running_budget      a budget that holds while a text grows
+    kvzip               KVzip's scores: attention while the context is repeated
+    baselines           H2O, SnapKV, TOVA, expected attention, StreamingLLM, random
+    attention_per_key   how much attention keys receive, block by block
+    gates               Fast KVzip's and KVzap's gates: scores from the pass that reads a text
+    heads               scores of whole heads, kept in a file
 """
 
 from jaxllm.eviction.baselines import (

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mixed_ablations import ByRule, OneOfFour, at_random, by_range, by_weight_and_hessian
+
 import jaxllm as jl
 
 SEQUENCES = (2, 4, 8, 32, 128)
@@ -117,19 +119,19 @@ def in_dec_dec(args) -> Iterator[Job]:
 
 
 def in_ablations(args) -> Iterator[Job]:
-    variants: dict[str, dict[str, Any]] = {
-        "columns by gain, outliers at 2 bits": {},
-        "columns by weight x Hessian": {"selection": "weight_hessian"},
-        "columns by range": {"selection": "range"},
-        "columns at random": {"selection": "random"},
-        "outliers anywhere": {"where": "anywhere"},
-        "no outliers": {"where": "none"},
-        "grids from the range": {"fit": "paper"},
-        "one of every four columns": {"per_block": True},
-    }
     for seed in args.seeds:
-        for name, options in variants.items():
-            yield Job("ablations", f"2/4/16: {name}", None, jl.MixedTwoBit(**options, seed=seed), seed)
+        variants = {
+            "columns by gain, outliers at 2 bits": jl.MixedTwoBit(seed=seed),
+            "columns by weight x Hessian": ByRule(rule=by_weight_and_hessian, seed=seed),
+            "columns by range": ByRule(rule=by_range, seed=seed),
+            "columns at random": ByRule(rule=at_random, seed=seed),
+            "outliers anywhere": jl.MixedTwoBit(where="anywhere", seed=seed),
+            "no outliers": jl.MixedTwoBit(where="none", seed=seed),
+            "grids from the range": jl.MixedTwoBit(fit="paper", seed=seed),
+            "one of every four columns": OneOfFour(seed=seed),
+        }
+        for name, method in variants.items():
+            yield Job("ablations", f"2/4/16: {name}", None, method, seed)
         for group in (20, 32, 64):
             for name, method in affine(2, group).items():
                 if name in ("RTN", "RTN, clipped", "GPTQ", "DASH-Q, whole zero"):

@@ -1,4 +1,14 @@
-"""The paper's interleaved words of 2/4/16-bit weights (arXiv:2311.16442v4), an exact import and export."""
+"""The paper's interleaved words of 2/4/16-bit weights (arXiv:2311.16442v4), an exact import and export.
+
+Two of three neighbouring groups at 2 bits have 3 bits for their steps there, so a weight for this layout is
+fitted under these limits:
+
+    w = MixedTwoBit().solve(rows, stats, name=name, dtype=dtype, mask=mask, step_limits=step_limits(mask))
+    words = to_interleaved(w)
+
+Letters: K inputs, N outputs, C = ceil(K / 16) column groups, n2 and n4 of them at 2 and 4 bits, B = ceil(N /
+16) blocks of outputs.
+"""
 
 import dataclasses
 import functools
@@ -9,14 +19,14 @@ import numpy as np
 
 from jaxllm.ops.packing import from_words, to_words
 from jaxllm.weights.mixed_columns import (
-    BLOCK,
     COLUMNS,
     FOUR,
+    OUTPUTS_PER_BLOCK,
     TWO,
     MixedColumns,
-    _by_output,
-    _halves,
     block_rows,
+    by_output,
+    nibbles,
 )
 
 
@@ -47,6 +57,12 @@ class Interleaved:
     dtype: object
 
 
+def step_limits(mask: np.ndarray) -> np.ndarray:
+    """The greatest step [C] that the layout has bits for; `mask` [C] says which groups are at 4 bits."""
+    place = np.cumsum(~mask) - 1  # among the groups at 2 bits
+    return np.where((place % 3 < 2) & ~mask, 7, 15)
+
+
 def pack_words(zero: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Words of 16 bits from zeros and steps [..., 3]; the first two steps below 8."""
     z, s = zero.astype(np.uint16), step.astype(np.uint16)
@@ -70,19 +86,22 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
     side_index[order[n2:]] = np.arange(n4)
     main = np.zeros((C, N), np.uint32)
     side = np.zeros((n4, N), np.uint32)
-    words, zeros = np.zeros((-(-n2 // 3), N), np.uint16), np.zeros((-(-n2 // 3), -(-N // BLOCK)), np.uint16)
+    words, zeros = (
+        np.zeros((-(-n2 // 3), N), np.uint16),
+        np.zeros((-(-n2 // 3), -(-N // OUTPUTS_PER_BLOCK)), np.uint16),
+    )
     scales = np.zeros((0, zeros.shape[1]), np.float16)
     if w.two is not None:
-        assert w.step is not None and w.zero is not None
+        assert w.step is not None and w.zero is not None and w.step_zero is not None
         main[order[:n2]] = np.asarray(w.two).T
-        step = np.asarray(_by_output(from_words(w.step, 4), N))
-        zero = np.asarray(_by_output(from_words(w.zero[..., None], 2), N))
-        shared = np.asarray(_halves(w.step_zero, n2))
+        step = np.asarray(by_output(from_words(w.step, 4), N))
+        zero = np.asarray(by_output(from_words(w.zero[..., None], 2), N))
+        shared = np.asarray(nibbles(w.step_zero, n2))
         narrow = np.arange(n2) % 3 < 2
         worst = max(step[:, narrow].max(initial=0), shared[:, narrow].max(initial=0))
         if worst > 7:
             raise ValueError(
-                f"to_interleaved: two of three steps must fit 3 bits (metadata='334'), got step={worst}"
+                f"to_interleaved: two of three steps must fit 3 bits (step_limits), got step={worst}"
             )
         words = pack_words(_threes(zero), _threes(step)).T
         three = _threes(shared).astype(np.uint16)
@@ -93,7 +112,7 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
         assert w.four_zero is not None
         main[order[n2:]], side[:] = np.moveaxis(np.asarray(w.four), 2, 0).swapaxes(1, 2)
         four_scale = np.asarray(w.four_scale).T
-        four_zero = np.asarray(_by_output(from_words(w.four_zero, 4), N)).T.astype(np.uint8)
+        four_zero = np.asarray(by_output(from_words(w.four_zero, 4), N)).T.astype(np.uint8)
     values, columns, row_starts, spare = _to_rows(w, order, N)
     return Interleaved(
         main=main,
@@ -120,9 +139,13 @@ def from_interleaved(layout: Interleaved) -> MixedColumns:
     wide = layout.side_index >= 0
     order = np.argsort(wide, kind="stable")
     n4 = int(wide.sum())
-    n2, B = C - n4, -(-N // BLOCK)
+    n2, B = C - n4, -(-N // OUTPUTS_PER_BLOCK)
     fields: dict[str, Any] = dict.fromkeys((*TWO, *FOUR, "outlier", "place"))
-    by_block = lambda v: np.pad(v, ((0, B * BLOCK - N), (0, 0))).reshape(B, BLOCK, -1).swapaxes(1, 2)  # noqa: E731
+
+    def by_block(v: np.ndarray) -> np.ndarray:  # [N, n] -> [B, n, 16]
+        v = np.pad(v, ((0, B * OUTPUTS_PER_BLOCK - N), (0, 0)))
+        return v.reshape(B, OUTPUTS_PER_BLOCK, -1).swapaxes(1, 2)
+
     if n2:
         zero, step = (v.swapaxes(0, 1).reshape(N, -1)[:, :n2] for v in unpack_words(layout.words))
         three = np.stack([layout.zeros & 7, layout.zeros >> 4 & 7, layout.zeros >> 8 & 15], axis=-1)
@@ -169,6 +192,7 @@ def _to_rows(w: MixedColumns, order: np.ndarray, N: int):
 
 
 def _from_rows(layout: Interleaved, order: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals and their places by outlier block, from compressed rows."""
     W = order.size * COLUMNS
     R = block_rows(W)
     row = np.repeat(np.arange(N), np.diff(layout.row_starts))

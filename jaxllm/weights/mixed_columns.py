@@ -20,22 +20,23 @@ Letters: K inputs, N outputs, C column groups, n2 and n4 of them at 2 and 4 bits
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped, UInt8, UInt16, UInt32
 
 from jaxllm.ops.dot import after, dot
 from jaxllm.ops.packing import from_words
 from jaxllm.pytree import pytree, static
 
 COLUMNS = 16  # inputs of a column group
-
-
-BLOCK = 16  # outputs that share a step scale
-
+OUTPUTS_PER_BLOCK = 16  # outputs that share a step scale
+# The fields of the two parts.
+TWO = ("two", "step", "zero", "step_zero", "step_scale")
+FOUR = ("four", "four_scale", "four_zero")
 
 Outliers = Literal["exclusive", "anywhere", "none"]
 
@@ -81,7 +82,7 @@ class MixedColumns:
         return jax.tree.map_with_path(place, self)
 
 
-def _by_output(codes, N: int):
+def by_output(codes: UInt32[Array, "B n 16"], N: int) -> UInt32[Array, "N n"]:
     """What blocks of 16 outputs hold, [B, n, 16], an output a row [N, n]."""
     return jnp.swapaxes(codes, 1, 2).reshape(-1, codes.shape[1])[:N]
 
@@ -89,17 +90,20 @@ def _by_output(codes, N: int):
 @functools.partial(jax.jit, inline=True)
 def two_bit_steps(w: MixedColumns) -> tuple[Float[Array, "N n2"], Float[Array, "N n2"]]:
     """The scale and the zero of each 2-bit group: exact in float32, and known without the codes."""
-    assert w.two is not None and w.step is not None and w.zero is not None and w.step_scale is not None
+    assert w.two is not None and w.step is not None and w.zero is not None
+    assert w.step_zero is not None and w.step_scale is not None
     N, n2 = w.two.shape
-    step = _by_output(from_words(w.step, 4), N).astype(jnp.float32)
-    zero = _by_output(from_words(w.zero[..., None], 2), N).astype(jnp.float32)
-    shared = _halves(w.step_zero, n2).astype(jnp.float32)  # [B, n2]
-    of_block = lambda v: jnp.repeat(v, BLOCK, axis=0)[:N]  # noqa: E731
-    return (step + of_block(shared)) * of_block(w.step_scale.astype(jnp.float32)), zero
+    step = by_output(from_words(w.step, 4), N).astype(jnp.float32)
+    zero = by_output(from_words(w.zero[..., None], 2), N).astype(jnp.float32)
+    shared = nibbles(w.step_zero, n2).astype(jnp.float32)  # [B, n2]
+    step_zero, step_scale = (
+        jnp.repeat(v, OUTPUTS_PER_BLOCK, axis=0)[:N] for v in (shared, w.step_scale.astype(jnp.float32))
+    )
+    return (step + step_zero) * step_scale, zero
 
 
-def _halves(pairs, n: int):
-    """Two codes of 4 bits a byte, the first lower."""
+def nibbles(pairs: UInt8[Array, "B _"], n: int) -> UInt8[Array, "B n"]:
+    """The first n codes of 4 bits, two a byte, the first lower."""
     return jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(pairs.shape[0], -1)[:, :n]
 
 
@@ -113,17 +117,20 @@ def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
         parts.append(((codes - zero[..., None]) * scale[..., None]).reshape(N, -1))
     if w.four is not None and w.four_zero is not None and w.four_scale is not None:
         codes = from_words(w.four, 4).astype(jnp.float32).reshape(N, -1)  # [N, 16 n4]
-        spread = lambda v: jnp.repeat(v, w.group4, axis=1)[:, : codes.shape[1]]  # noqa: E731
-        four_zero = _by_output(from_words(w.four_zero, 4), N).astype(jnp.float32)
-        scale = w.four_scale.astype(jnp.float32)
-        parts.append((codes - spread(four_zero)) * spread(scale))
+        four_zero = by_output(from_words(w.four_zero, 4), N).astype(jnp.float32)
+        zero, scale = (
+            jnp.repeat(v, w.group4, axis=1)[:, : codes.shape[1]]
+            for v in (four_zero, w.four_scale.astype(jnp.float32))
+        )
+        parts.append((codes - zero) * scale)
     rows = jnp.concatenate(parts, axis=1)
-    if w.outlier is not None:
-        rows = _in_blocks(rows, lambda flat: _add(flat, w.place, w.outlier))
+    outlier, place = w.outlier, w.place
+    if outlier is not None and place is not None:
+        rows = in_outlier_blocks(rows, lambda flat: _add(flat, place, outlier))
     return rows.astype(dtype)
 
 
-def _in_blocks(rows, change):
+def in_outlier_blocks(rows: Shaped[Array, "N W"], change: Callable) -> Shaped[Array, "N W"]:
     """`change` on the rows as [O, R * W], one line an outlier block."""
     N, W = rows.shape
     R = block_rows(W)
@@ -131,9 +138,11 @@ def _in_blocks(rows, change):
     return change(flat).reshape(-1, W)[:N]
 
 
-def _add(flat, place, values):
-    one = lambda line, at, v: line.at[at.astype(jnp.int32)].add(v.astype(jnp.float32))  # noqa: E731
-    return jax.vmap(one)(flat, place, values)
+def _add(flat: Float[Array, "O RW"], place: UInt16[Array, "O m"], values: Float[Array, "O m"]):
+    def add(line, at, value):
+        return line.at[at.astype(jnp.int32)].add(value.astype(jnp.float32))
+
+    return jax.vmap(add)(flat, place, values)
 
 
 def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
@@ -151,8 +160,8 @@ def matmul(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B N"]:
 def block_rows(W: int) -> int:
     """Rows of a block of outliers: 16, or as many as 16 bits can address a place in."""
     if W > 2**16:
-        raise ValueError(f"mixed_two_bit: outliers need at most 65536 inputs, got {W=}")
-    return min(BLOCK, 2 ** ((2**16 // W).bit_length() - 1))
+        raise ValueError(f"mixed_columns: outliers need at most 65536 inputs, got {W=}")
+    return min(OUTPUTS_PER_BLOCK, 2 ** ((2**16 // W).bit_length() - 1))
 
 
 def slots(K: int, N: int, four: int, *, outliers: float, where: Outliers) -> int:
@@ -170,16 +179,10 @@ def stored_bits(
 ) -> int:
     """Bits of a [K, N] weight with `four` column groups at 4 bits: all arrays, with what fills them up."""
     C = -(-K // COLUMNS)
-    two, B, G = C - four, -(-N // BLOCK), -(-four * COLUMNS // group4)
+    two, B, G = C - four, -(-N // OUTPUTS_PER_BLOCK), -(-four * COLUMNS // group4)
     bits = (32 * two + 64 * four) * N  # codes
     bits += B * (two * (64 + 32 + 16) + 8 * -(-two // 2))  # step, zero, step_scale, step_zero
     bits += G * (16 * N + 64 * B)  # four_scale, four_zero
     bits += C * (16 if C < 2**15 else 32)  # order
     m = slots(K, N, four, outliers=outliers, where=where)
     return bits + (m * 32 * -(-N // block_rows(C * COLUMNS)) if m else 0)
-
-
-TWO = ("two", "step", "zero", "step_zero", "step_scale")
-
-
-FOUR = ("four", "four_scale", "four_zero")

@@ -4,28 +4,14 @@ Paper: J. Li et al., "Fast and Efficient 2-bit LLM Inference on GPU: 2/4/16-bit 
 Asynchronous Dequantization" (ICCAD 2024, arXiv:2311.16442v4). No official code and no formula for the choice
 of columns was found; what follows is a reconstruction from its figures, checked against its bit counts.
 
-A weight [K, N] is cut into C = ceil(K / 16) column groups: 16 inputs, all outputs. With i an input of one:
-
-    2 bits   w[n, i] = (code - zero[n]) * (step[n] + step_zero[b]) * step_scale[b]
-             zero 2 bits, step 4 bits; step_zero 4 bits and step_scale float16 a block b of 16 outputs
-    4 bits   w[n, i] = (code - zero[n, g]) * scale[n, g]
-             zero 4 bits, scale float16, for each `group4` inputs g
-    16 bits  a residual added to one weight: float16 and a place of 16 bits
+The format, its layout and letters: `weights/mixed_columns.py`.
 
 Ours differs. Columns get 4 bits by what that gains: the fall of the squared error, weighted by the inputs'
 second moments, over all layers of a model (`gains`, `allocate`). Zero and step are searched, given the
 block's step scale, not derived from the range (`fit="paper"` does that). Outliers are stored as residuals,
 the same number for every block of outputs, so that the format splits evenly over N. And the columns lie in a
 permuted order, those at 2 bits first, so that both parts are plain arrays; the paper's interleaved words are
-an import and export.
-
-Layout, with B = ceil(N / 16) blocks of outputs and n2 + n4 = C; code j of a word at bit 2 j or 4 j; None for
-what does not occur:
-
-    two [N, n2]        four [N, n4, 2]      order [C]: the column group at each place, both parts ascending
-    step [B, n2, 2]    zero [B, n2]         step_zero [B, ceil(n2 / 2)]      step_scale [B, n2]
-    four_scale [N, G]  four_zero [B, G, 2]  with G = ceil(16 n4 / group4)
-    outlier [O, m]     place [O, m]         m for R rows: row in block * 16 C + permuted input; unused: 0 at 0
+an import and export (`checkpoints_convert/quantized/two_bit_words.py`).
 
 `stored_bits` gives the exact size, fillings included; with r = n4 / C and p outliers a weight it is about
 2 (1 - r) + 4 r + (1 - r) (6 / 16 + 20 / 256) + r * 20 / group4 + 32 p.
@@ -38,46 +24,46 @@ Letters: K inputs, N outputs, C column groups, n2 and n4 of them at 2 and 4 bits
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.ops.packing import to_words
 from jaxllm.quant.methods.two_bit_fit import (
     Fit,
+    Groups,
+    Live,
     Steps,
-    _better,
-    _error,
-    _grouped,
-    _limits,
-    _of_block,
+    better_steps,
+    column_groups,
     fit_four,
     fit_two,
+    group_scale,
+    squared_error,
     two_values,
 )
 from jaxllm.quant.statistics import Stats, need
 from jaxllm.weights.affine import check_rows
 from jaxllm.weights.mixed_columns import (
-    BLOCK,
     COLUMNS,
     FOUR,
+    OUTPUTS_PER_BLOCK,
     TWO,
     MixedColumns,
     Outliers,
-    _in_blocks,
     block_rows,
+    in_outlier_blocks,
     slots,
     stored_bits,
 )
 
-Selection = Literal["gain", "weight_hessian", "range", "random"]
-Metadata = Literal["4", "334"]
-
+Mask = Bool[Array, " C"]  # which column groups are at 4 bits
+Columns = Float[Array, "C i"]
+Wide = tuple[Array, Array, Array, Array]  # what `fit_four` gives, groups of `mask` first
 
 # -- what it costs (2.6)
 
@@ -122,9 +108,6 @@ def allocate(
     return masks
 
 
-# -- fitting: g [N, C, 16] weights, h [C, 16] second moments, live [N, C, 16] where a weight counts
-
-
 # -- the method
 
 
@@ -133,17 +116,13 @@ class MixedTwoBit:
     """2 bits, 4 for the columns that gain most, single weights at 16; `target_bits` a weight, all counted.
 
     outliers: their share of all weights, where: "exclusive" (of the weights at 2 bits), "anywhere", "none".
-    per_block: the best one of every four consecutive column groups, whatever the target (the paper's figure).
-    metadata: "334" keeps two of three steps within 3 bits, as the paper's words need (`to_interleaved`).
+    fit: "search" the zeros and steps of least error, or derive them from the range as the "paper" does.
     """
 
     target_bits: float = 2.91
     outliers: float = 0.002
     where: Outliers = "exclusive"
-    selection: Selection = "gain"
     fit: Fit = "search"
-    metadata: Metadata = "4"
-    per_block: bool = False
     group4: int = 128
     seed: int = 0
 
@@ -154,9 +133,7 @@ class MixedTwoBit:
             raise ValueError(f"MixedTwoBit: group4 must be a multiple of {COLUMNS}, got {self.group4=}")
         choices = {
             "where": ("exclusive", "anywhere", "none"),
-            "selection": ("gain", "weight_hessian", "range", "random"),
             "fit": ("search", "paper"),
-            "metadata": ("4", "334"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -175,43 +152,39 @@ class MixedTwoBit:
     def gains(self, rows: Float[Array, "N K"], stats: Stats, *, name: str = "") -> tuple[np.ndarray, float]:
         """What 4 bits gain in each column group [C], and what they cost there, in bits.
 
-        "gain": the fall of the weighted squared error, as a share of the layer's weighted squared weights, so
-        that layers compare. At 4 bits groups are neighbours in the matrix, not yet in the permuted order.
+        A gain is the fall of the weighted squared error as a share of the layer's weighted squared weights,
+        so that layers compare. At 4 bits groups are neighbours in the matrix, not yet in the permuted order.
         """
         N, K = rows.shape
         C = -(-K // COLUMNS)
         g, h, live = self._check(rows, stats)
         cost = (stored_bits(K, N, C, **self._size) - stored_bits(K, N, 0, **self._size)) / C
         energy = jnp.sum(h[None] * jnp.square(g[:N]), axis=(0, 2))
-        match self.selection:
-            case "range":
-                low, high = _limits(g[:N], live[:N])
-                gain = (high - low).sum(axis=0)
-            case "random":
-                key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name.encode()))
-                gain = jax.random.uniform(key, (C,))
-            case "weight_hessian":
-                gain = energy / jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
-            case _:
-                two = fit_two(g, h, live, jnp.full(C, 15.0), fit=self.fit).error[:N].sum(axis=0)
-                values = fit_four(g, h, live, group4=self.group4, fit=self.fit)[3]
-                off = jnp.where(live, h[None] * jnp.square(g - values), 0.0)[:N]
-                gain = (two - off.sum(axis=(0, 2))) / jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
+        two = fit_two(g, h, live, jnp.full(C, 15.0), fit=self.fit).error[:N].sum(axis=0)
+        values = fit_four(g, h, live, group4=self.group4, fit=self.fit)[3]
+        off = jnp.where(live, h[None] * jnp.square(g - values), 0.0)[:N]
+        gain = (two - off.sum(axis=(0, 2))) / jnp.maximum(energy.sum(), jnp.finfo(jnp.float32).tiny)
         return np.asarray(gain), cost
 
     def allocate(
         self, gains: Mapping[str, tuple[np.ndarray, float]], sizes: Mapping[str, tuple[int, int]]
     ) -> dict[str, np.ndarray]:
         """For each weight which column groups get 4 bits: `target_bits` over all of them. sizes: (K, N)."""
-        if self.per_block:
-            return {name: _one_of_four(np.asarray(values)) for name, (values, _) in gains.items()}
         return allocate(gains, sizes, target_bits=self.target_bits, **self._size)
 
     def solve(
-        self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype, mask: np.ndarray | None = None
+        self,
+        rows: Float[Array, "N K"],
+        stats: Stats,
+        *,
+        name: str,
+        dtype,
+        mask: np.ndarray | None = None,
+        step_limits: np.ndarray | None = None,
     ) -> MixedColumns:
         """The weight with 4 bits where `mask` [C] says; by itself at `target_bits` if None.
 
+        step_limits: the greatest step of each column group [C], where a layout has fewer than 4 bits for it.
         Holds about eight arrays of [N, K].
         """
         N, K = rows.shape
@@ -225,7 +198,7 @@ class MixedTwoBit:
         spare = slots(K, N, four, outliers=self.outliers, where=self.where)
         # the last block of outliers may be short of rows, and takes its share
         short = int(self.outliers * (N % block_rows(mask.size * COLUMNS)) * K + 1e-9) if spare else 0
-        top = jnp.asarray(np.where(_narrow(mask, self.metadata), 7.0, 15.0), jnp.float32)
+        top = jnp.asarray(np.full(mask.size, 15) if step_limits is None else step_limits, jnp.float32)
         columns = jnp.asarray(mask)
         fits = functools.partial(_fits, g, h, top=top, mask=columns, fit=self.fit, group4=self.group4)
         steps, wide = fits(live=live)
@@ -235,7 +208,7 @@ class MixedTwoBit:
                 g, h, live, columns, steps, wide, short, spare=spare, N=N, within=self.where == "exclusive"
             )
             again, wide_again = fits(live=live & ~out)
-            steps = _better(again, _measured(g, h, live & ~out, steps))
+            steps = better_steps(again, _measured(g, h, live & ~out, steps))
             wide = wide_again if self.where == "anywhere" else wide
         return _store(
             g,
@@ -258,38 +231,39 @@ class MixedTwoBit:
                 f"MixedTwoBit: hessian_diag must be [K], got {stats.hessian_diag.shape=}, {rows.shape=}"
             )
         check_rows("MixedTwoBit", rows)
-        return _grouped(rows, stats.hessian_diag)
-
-
-def _narrow(mask: np.ndarray, metadata: Metadata) -> np.ndarray:
-    """Column groups whose step has 3 bits: two of every three at 2 bits."""
-    place = np.cumsum(~mask) - 1
-    return (place % 3 < 2) & ~mask & (metadata == "334")
-
-
-def _one_of_four(gain: np.ndarray) -> np.ndarray:
-    """The best of every four consecutive column groups; none of fewer than four at the end."""
-    mask = np.zeros(gain.size, bool)
-    best = gain[: gain.size // 4 * 4].reshape(-1, 4).argmax(axis=1)
-    mask[np.arange(best.size) * 4 + best] = True
-    return mask
+        return column_groups(rows, stats.hessian_diag)
 
 
 @functools.partial(jax.jit, static_argnames=("fit", "group4"))
-def _fits(g, h, live, top, mask, *, fit: Fit, group4: int):
+def _fits(
+    g: Groups, h: Columns, live: Live, top: Float[Array, " C"], mask: Mask, *, fit: Fit, group4: int
+) -> tuple[Steps, Wide]:
     """Every column group at 2 bits, and at 4 bits those of `mask` first, where they are cut into groups."""
     first = jnp.argsort(~mask, stable=True)
     only = (live & mask[None, :, None])[:, first]
     return fit_two(g, h, live, top, fit=fit), fit_four(g[:, first], h[first], only, group4=group4, fit=fit)
 
 
-def _values(g, mask, steps: Steps, wide):
+def _values(g: Groups, mask: Mask, steps: Steps, wide: Wide) -> Groups:
+    """Every weight as its column group will have it."""
     back = jnp.argsort(jnp.argsort(~mask, stable=True))
     return jnp.where(mask[None, :, None], wide[3][:, back], two_values(g, steps)[1])
 
 
 @functools.partial(jax.jit, static_argnames=("spare", "N", "within"))
-def _outliers(g, h, live, mask, steps: Steps, wide, short, *, spare: int, N: int, within: bool):
+def _outliers(
+    g: Groups,
+    h: Columns,
+    live: Live,
+    mask: Mask,
+    steps: Steps,
+    wide: Wide,
+    short: int | jax.Array,
+    *,
+    spare: int,
+    N: int,
+    within: bool,
+) -> Live:
     """Where the weights of greatest weighted error are. short: how many of a last block with fewer rows."""
     may = live & ~mask[None, :, None] if within else live
     score = jnp.where(may, h[None] * jnp.square(g - _values(g, mask, steps, wide)), 0.0)
@@ -297,13 +271,25 @@ def _outliers(g, h, live, mask, steps: Steps, wide, short, *, spare: int, N: int
 
 
 @functools.partial(jax.jit, static_argnames=("four", "spare", "group4", "shape", "dtype"))
-def _store(g, steps: Steps, wide, out, mask, *, four: int, spare: int, group4: int, shape, dtype):
+def _store(
+    g: Groups,
+    steps: Steps,
+    wide: Wide,
+    out: Live | None,
+    mask: Mask,
+    *,
+    four: int,
+    spare: int,
+    group4: int,
+    shape: tuple[int, int],
+    dtype,
+) -> MixedColumns:
     """The format of what was fitted: the one part that is compiled for each number of columns at 4 bits."""
     N, order = shape[1], jnp.argsort(mask, stable=True)
     two = _two(g, steps, order[: mask.size - four], N) if four < mask.size else dict.fromkeys(TWO)
     wider = _four(wide, four, group4, N) if four else dict.fromkeys(FOUR)
     outlier, place = None, None
-    if spare:
+    if out is not None:
         rest = jnp.where(out, g - _values(g, mask, steps, wide), 0.0)
         outlier, place = _sparse(rest[:N, order], spare)
     order = order.astype(jnp.int16 if mask.size < 2**15 else jnp.int32)
@@ -313,13 +299,14 @@ def _store(g, steps: Steps, wide, out, mask, *, four: int, spare: int, group4: i
 
 
 @jax.jit
-def _measured(g, h, live, steps: Steps) -> Steps:
+def _measured(g: Groups, h: Columns, live: Live, steps: Steps) -> Steps:
     """The same steps with the error that they have where `live`."""
-    scale = (steps.step + _of_block(steps.shared)) * _of_block(steps.scale)
-    return dataclasses.replace(steps, error=_error(g, h[None], live, scale, steps.zero, 3))
+    return dataclasses.replace(
+        steps, error=squared_error(g, h[None], live, group_scale(steps), steps.zero, 3)
+    )
 
 
-def _highest(score, spare: int, short):
+def _highest(score: Groups, spare: int, short: int | jax.Array) -> Live:
     """Where the `spare` highest scores above 0 of each outlier block are; of a short last block `short`."""
     N, C, _ = score.shape
     whole = N // block_rows(C * COLUMNS)
@@ -331,15 +318,16 @@ def _highest(score, spare: int, short):
         taken = (best > 0) & (rank < jnp.where(block < whole, spare, short))
         return jax.vmap(lambda line, i, t: line.at[i].set(t))(jnp.zeros(flat.shape, bool), at, taken)
 
-    return _in_blocks(score.reshape(N, -1), mark).reshape(score.shape)
+    return in_outlier_blocks(score.reshape(N, -1), mark).reshape(score.shape)
 
 
-def _two(g, steps: Steps, order, N: int) -> dict[str, jax.Array]:
+def _two(g: Groups, steps: Steps, order: Int[Array, " n2"], N: int) -> dict[str, jax.Array]:
+    """The fields of the part at 2 bits."""
     real = (jnp.arange(g.shape[0]) < N)[:, None]  # what fills up the last block is stored as 0
 
     def by_block(v):  # [16 B, n2] -> [B, n2, 16]
         v = jnp.where(real, v[:, order], 0.0).astype(jnp.uint32)
-        return jnp.swapaxes(v.reshape(-1, BLOCK, order.size), 1, 2)
+        return jnp.swapaxes(v.reshape(-1, OUTPUTS_PER_BLOCK, order.size), 1, 2)
 
     codes = two_values(g, steps)[0][:N, order]
     shared = jnp.pad(steps.shared[:, order].astype(jnp.uint8), ((0, 0), (0, order.size % 2)))
@@ -352,11 +340,12 @@ def _two(g, steps: Steps, order, N: int) -> dict[str, jax.Array]:
     }
 
 
-def _four(wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
+def _four(wide: Wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
+    """The fields of the part at 4 bits."""
     scale, zero, codes, _ = wide
     G = -(-four * COLUMNS // group4)
     real = (jnp.arange(zero.shape[0]) < N)[:, None]
-    zero = jnp.where(real, zero[:, :G], 0.0).astype(jnp.uint32).reshape(-1, BLOCK, G)
+    zero = jnp.where(real, zero[:, :G], 0.0).astype(jnp.uint32).reshape(-1, OUTPUTS_PER_BLOCK, G)
     return {
         "four": to_words(codes[:N, :four], 4),
         "four_scale": scale[:N, :G].astype(jnp.float16),
@@ -364,7 +353,7 @@ def _four(wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
     }
 
 
-def _sparse(rest, spare: int) -> tuple[jax.Array, jax.Array]:
+def _sparse(rest: Groups, spare: int) -> tuple[jax.Array, jax.Array]:
     """Values and places of what is not 0, by place; zeros at place 0 fill up each block."""
     N, C, _ = rest.shape
     W = C * COLUMNS
@@ -372,6 +361,3 @@ def _sparse(rest, spare: int) -> tuple[jax.Array, jax.Array]:
     flat = flat.reshape(-1, block_rows(W) * W)
     used, at = jax.lax.top_k((flat != 0).astype(jnp.float32), spare)
     return jnp.take_along_axis(flat, at, axis=1), jnp.where(used > 0, at, 0).astype(jnp.uint16)
-
-
-# -- the paper's layout (3.1)

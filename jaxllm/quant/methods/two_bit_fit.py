@@ -1,7 +1,13 @@
 """The fit of one 2/4/16-bit weight: zeros, steps and scales of its columns at 2 and at 4 bits.
 
-What the symbols mean: `weights/mixed_columns.py`. Letters: N outputs, C column groups of 16 inputs, B blocks
-of 16 outputs.
+What the symbols mean: `weights/mixed_columns.py`. A fit minimizes the squared error weighted by the inputs'
+second moments, over g, h and live:
+
+    g     [N, C, 16]   the weights
+    h     [C, 16]      second moments of the inputs, relative to their mean
+    live  [N, C, 16]   where a weight counts
+
+Letters: N outputs (a multiple of 16), C column groups of 16 inputs, B = N / 16 blocks of outputs.
 """
 
 import functools
@@ -9,53 +15,64 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxllm.pytree import pytree
-from jaxllm.weights.mixed_columns import BLOCK, COLUMNS
+from jaxllm.weights.mixed_columns import COLUMNS, OUTPUTS_PER_BLOCK
 
-LEAST = 2.0**-24  # float16's least number: a step scale is never 0
-
-
+MIN_STEP_SCALE = 2.0**-24  # float16's least number: a step scale is never 0
 ROUNDS = 2  # times that the step scales are fitted again
 
-
 Fit = Literal["search", "paper"]
+Groups = Float[Array, "N C i"]  # i = 16 inputs, or those of a group at 4 bits
+Moments = Float[Array, "1 C i"]
+Live = Bool[Array, "N C i"]
+PerGroup = Float[Array, "N C"]
+PerBlock = Float[Array, "B C"]
+StepLimits = Float[Array, "1 C"]
 
 
 @pytree
 class Steps:
     """Metadata of every column group as if it were at 2 bits."""
 
-    step: jax.Array  # [N, C]: 0 .. 15
-    zero: jax.Array  # [N, C]: 0 .. 3
-    shared: jax.Array  # [B, C]: step_zero, 1 .. 15
-    scale: jax.Array  # [B, C]: step_scale, a float16 in float32
-    error: jax.Array  # [N, C]: weighted squared error
+    step: PerGroup  # 0 .. 15
+    zero: PerGroup  # 0 .. 3
+    shared: PerBlock  # step_zero, 1 .. 15
+    scale: PerBlock  # step_scale, a float16 in float32
+    error: PerGroup  # weighted squared error
 
 
-def _of_block(v):
-    return jnp.repeat(v, BLOCK, axis=0)
+def group_scale(steps: Steps) -> PerGroup:
+    """The scale of each group."""
+    return (steps.step + over_outputs(steps.shared)) * over_outputs(steps.scale)
 
 
-def _limits(g, live):
+def over_outputs(v: Shaped[Array, "B C"]) -> Shaped[Array, "N C"]:
+    """What a block has, for each of its 16 outputs."""
+    return jnp.repeat(v, OUTPUTS_PER_BLOCK, axis=0)
+
+
+def limits(g: Groups, live: Live) -> tuple[PerGroup, PerGroup]:
     """Least and greatest weight that counts, widened to hold 0."""
     some = jnp.where(live, g, 0.0)
     return some.min(axis=-1, initial=0.0), some.max(axis=-1, initial=0.0)
 
 
-def _codes(g, scale, zero, top):
+def _codes(g: Groups, scale: PerGroup, zero: PerGroup, top: int) -> Groups:
+    """The nearest code 0 .. top of each weight."""
     return jnp.clip(jnp.round(g / scale[..., None]) + zero[..., None], 0, top)
 
 
-def _error(g, h, live, scale, zero, top):
+def squared_error(g: Groups, h: Moments, live: Live, scale: PerGroup, zero: PerGroup, top: int) -> PerGroup:
+    """What rounding to codes 0 .. top costs each group."""
     off = g - (_codes(g, scale, zero, top) - zero[..., None]) * scale[..., None]
     return jnp.sum(jnp.where(live, h * jnp.square(off), 0.0), axis=-1)
 
 
-def _search_scale(g, h, live):
+def _search_scale(g: Groups, h: Moments, live: Live) -> PerGroup:
     """The scale of least error among 12 shares of the range for each of the 4 zeros."""
-    low, high = _limits(g, live)
+    low, high = limits(g, live)
 
     def closer(i, best):
         error, scale = best
@@ -64,37 +81,40 @@ def _search_scale(g, h, live):
         below = jnp.where(zero > 0, -low / jnp.maximum(zero, 1), 0.0)
         above = jnp.where(zero < 3, high / jnp.maximum(3 - zero, 1), 0.0)
         share = 1.0 - 0.06 * (i // 4).astype(jnp.float32)
-        trial = jnp.maximum(jnp.maximum(below, above) * share, LEAST)
-        here = _error(g, h, live, trial, jnp.broadcast_to(zero, trial.shape), 3)
+        trial = jnp.maximum(jnp.maximum(below, above) * share, MIN_STEP_SCALE)
+        here = squared_error(g, h, live, trial, jnp.broadcast_to(zero, trial.shape), 3)
         return jnp.minimum(error, here), jnp.where(here < error, trial, scale)
 
     start = jnp.full(low.shape, jnp.inf), jnp.zeros(low.shape)
     return jax.lax.fori_loop(0, 48, closer, start)[1]
 
 
-def _second_order(scale, top):
+def _second_order(scale: PerGroup, top: StepLimits) -> tuple[PerBlock, PerBlock]:
     """step_zero and step_scale of each block of 16 outputs.
 
     The scale is at least half of what the greatest step needs, so that step_zero never exceeds `top` (2.3);
     step_zero is at least 1, so that no group's scale is 0.
     """
-    blocks = scale.reshape(-1, BLOCK, scale.shape[1])
+    blocks = scale.reshape(-1, OUTPUTS_PER_BLOCK, scale.shape[1])
     least, most = blocks.min(axis=1), blocks.max(axis=1)
     second = _half(jnp.maximum((most - least) / top, most / (2 * top)))
     return jnp.clip(jnp.round(least / second), 1, top), second
 
 
-def _half(scale):
-    return jnp.clip(scale, LEAST, 65504.0).astype(jnp.float16).astype(jnp.float32)
+def _half(scale: jax.Array) -> jax.Array:
+    """The nearest float16 above 0, in float32."""
+    return jnp.clip(scale, MIN_STEP_SCALE, 65504.0).astype(jnp.float16).astype(jnp.float32)
 
 
-def _search_steps(g, h, live, shared, second, top) -> Steps:
+def _search_steps(
+    g: Groups, h: Moments, live: Live, shared: PerBlock, second: PerBlock, top: StepLimits
+) -> Steps:
     """The best of all steps and zeros under given step scales."""
-    base, unit = _of_block(shared), _of_block(second)
+    base, unit = over_outputs(shared), over_outputs(second)
 
     def closer(i, best):
         step, zero = (i // 4).astype(jnp.float32), (i % 4).astype(jnp.float32)
-        here = _error(g, h, live, (step + base) * unit, jnp.broadcast_to(zero, base.shape), 3)
+        here = squared_error(g, h, live, (step + base) * unit, jnp.broadcast_to(zero, base.shape), 3)
         better = (here < best[0]) & (step <= top)
         return tuple(jnp.where(better, new, old) for new, old in zip((here, step, zero), best, strict=True))
 
@@ -103,22 +123,36 @@ def _search_steps(g, h, live, shared, second, top) -> Steps:
     return Steps(step, zero, shared, second, error)
 
 
-def _paper_steps(g, h, live, scale, shared, second, top) -> Steps:
+def _paper_steps(
+    g: Groups,
+    h: Moments,
+    live: Live,
+    scale: PerGroup,
+    shared: PerBlock,
+    second: PerBlock,
+    top: StepLimits,
+) -> Steps:
     """The step nearest to the range's scale, and the zero that the range has under that step."""
-    base, unit = _of_block(shared), _of_block(second)
+    base, unit = over_outputs(shared), over_outputs(second)
     step = jnp.clip(jnp.round(scale / unit) - base, 0, top)
     used = (step + base) * unit
-    zero = jnp.clip(jnp.round(-_limits(g, live)[0] / used), 0, 3)
-    return Steps(step, zero, shared, second, _error(g, h, live, used, zero, 3))
+    zero = jnp.clip(jnp.round(-limits(g, live)[0] / used), 0, 3)
+    return Steps(step, zero, shared, second, squared_error(g, h, live, used, zero, 3))
 
 
 @jax.jit
-def _better(new: Steps, old: Steps) -> Steps:
+def better_steps(new: Steps, old: Steps) -> Steps:
     """Of each block the steps with the lesser error."""
-    total = lambda s: s.error.reshape(-1, BLOCK, s.error.shape[1]).sum(axis=1)  # noqa: E731
-    pick = total(new) < total(old)
-    choose = lambda a, b: jnp.where(pick if a.shape == pick.shape else _of_block(pick), a, b)  # noqa: E731
+    pick = _block_sum(new.error) < _block_sum(old.error)
+
+    def choose(a, b):
+        return jnp.where(pick if a.shape == pick.shape else over_outputs(pick), a, b)
+
     return jax.tree.map(choose, new, old)
+
+
+def _block_sum(v: PerGroup) -> PerBlock:
+    return v.reshape(-1, OUTPUTS_PER_BLOCK, v.shape[1]).sum(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="fit")
@@ -137,7 +171,7 @@ def fit_two(
     """
     h, top = h[None], top[None]
     if fit == "paper":
-        low, high = _limits(g, live)
+        low, high = limits(g, live)
         scale = (high - low) / 3
         shared, second = _second_order(scale, top)
         return _paper_steps(g, h, live, scale, shared, second, top)
@@ -145,21 +179,21 @@ def fit_two(
     steps = _search_steps(g, h, live, shared, second, top)
 
     def again(_, steps: Steps) -> Steps:
-        size = steps.step + _of_block(steps.shared)
-        scale = size * _of_block(steps.scale)
+        size = steps.step + over_outputs(steps.shared)
+        scale = size * over_outputs(steps.scale)
         units = (_codes(g, scale, steps.zero, 3) - steps.zero[..., None]) * size[..., None]
         weight = jnp.where(live, h, 0.0)
-        blocks = lambda v: v.sum(axis=-1).reshape(-1, BLOCK, v.shape[1]).sum(axis=1)  # noqa: E731
-        above, below = blocks(weight * units * g), blocks(weight * units * units)
+        above = _block_sum((weight * units * g).sum(axis=-1))
+        below = _block_sum((weight * units * units).sum(axis=-1))
         second = _half(jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), steps.scale))
-        return _better(_search_steps(g, h, live, steps.shared, second, top), steps)
+        return better_steps(_search_steps(g, h, live, steps.shared, second, top), steps)
 
     return jax.lax.fori_loop(0, ROUNDS, again, steps)
 
 
 def two_values(g: Float[Array, "N C 16"], steps: Steps) -> tuple[Array, Array]:
     """Codes and values of every group at 2 bits."""
-    scale = (steps.step + _of_block(steps.shared)) * _of_block(steps.scale)
+    scale = group_scale(steps)
     codes = _codes(g, scale, steps.zero, 3)
     return codes, (codes - steps.zero[..., None]) * scale[..., None]
 
@@ -182,13 +216,13 @@ def fit_four(
         )
 
     wide, weight, real = cut(g), cut(h)[None], cut(live)
-    low, high = _limits(wide, real)
+    low, high = limits(wide, real)
 
     def closer(i, best):
         share = 1.0 - 0.03 * i.astype(jnp.float32)
         scale = _half((high - low) / 15 * share)
         zero = jnp.clip(jnp.round(-low * share / scale), 0, 15)
-        here = _error(wide, weight, real, scale, zero, 15)
+        here = squared_error(wide, weight, real, scale, zero, 15)
         better = here < best[0]
         return tuple(jnp.where(better, new, old) for new, old in zip((here, scale, zero), best, strict=True))
 
@@ -196,16 +230,21 @@ def fit_four(
     _, scale, zero = jax.lax.fori_loop(0, 16 if fit == "search" else 1, closer, start)
     codes = _codes(wide, scale, zero, 15)
     values = (codes - zero[..., None]) * scale[..., None]
-    uncut = lambda v: v.reshape(N, -1)[:, : C * COLUMNS].reshape(N, C, COLUMNS)  # noqa: E731
+
+    def uncut(v):  # [N, G, group4] -> [N, C, 16]
+        return v.reshape(N, -1)[:, : C * COLUMNS].reshape(N, C, COLUMNS)
+
     return scale, zero, uncut(codes), uncut(values)
 
 
 @jax.jit
-def _grouped(rows, diagonal):
+def column_groups(
+    rows: Float[Array, "N K"], diagonal: Float[Array, " K"]
+) -> tuple[Float[Array, "M C 16"], Float[Array, "C 16"], Bool[Array, "M C 16"]]:
     """g, h, live of rows [N, K]: outputs filled up by the last, inputs by weights that do not count."""
     N, K = rows.shape
     C = -(-K // COLUMNS)
-    wide = jnp.pad(rows.astype(jnp.float32), ((0, -N % BLOCK), (0, 0)), mode="edge")
+    wide = jnp.pad(rows.astype(jnp.float32), ((0, -N % OUTPUTS_PER_BLOCK), (0, 0)), mode="edge")
     g = jnp.pad(wide, ((0, 0), (0, C * COLUMNS - K))).reshape(-1, C, COLUMNS)
     live = jnp.broadcast_to((jnp.arange(C * COLUMNS) < K).reshape(1, C, COLUMNS), g.shape)
     # relative, with a little for inputs never seen, so that their weights are rounded to something near

@@ -1,7 +1,10 @@
 """Columns at 2 and 4 bits and residuals at 16 in one matrix, every bit counted (arXiv:2311.16442)."""
 
 import dataclasses
+import importlib
 import itertools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 from checkpoints_convert.quantized import two_bit_words
 from checkpoints_convert.quantized.two_bit_words import from_interleaved, to_interleaved
 from jaxllm.ops.packing import from_words, to_words
-from jaxllm.quant.methods import mixed_two_bit as mixed
 from jaxllm.quant.methods import two_bit_fit
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit, allocate
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import mixed_columns
 from jaxllm.weights.mixed_columns import MixedColumns, stored_bits
 
+BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
 N, K = 48, 192  # 12 column groups, 3 blocks of outputs
 matmul = jax.jit(mixed_columns.matmul)
 values = jax.jit(MixedColumns.as_rows)
@@ -39,6 +42,12 @@ def mask_of(*groups, size=12):
 
 def solve(rows, stats, mask=None, **options):
     return MixedTwoBit(**options).solve(rows, stats, name="a", dtype=rows.dtype, mask=mask)
+
+
+def solve_for_words(rows, stats, mask, **options):
+    limits = two_bit_words.step_limits(mask)
+    method = MixedTwoBit(**options)
+    return method.solve(rows, stats, name="a", dtype=rows.dtype, mask=mask, step_limits=limits)
 
 
 def error(w, rows, stats):
@@ -86,7 +95,7 @@ def test_codes_in_words_come_back_the_first_lowest(bits):
 )
 def test_the_papers_layout_is_a_lossless_round_trip(n, k, groups, p):
     rows, stats = example(n, k)
-    w = solve(rows, stats, mask_of(*groups, size=-(-k // 16)), outliers=p, metadata="334")
+    w = solve_for_words(rows, stats, mask_of(*groups, size=-(-k // 16)), outliers=p)
     layout = to_interleaved(w)
     C = -(-k // 16)
     assert layout.main.shape == (C, n) and layout.side.shape == (len(groups), n)
@@ -99,7 +108,7 @@ def test_the_papers_layout_is_a_lossless_round_trip(n, k, groups, p):
 
 def test_the_papers_layout_reads_as_its_figure_says(layer):
     """A reference written from the figure: main and side words, 16-bit metadata, compressed rows."""
-    w = solve(*layer, mask_of(1, 4, 5), outliers=0.02, metadata="334")
+    w = solve_for_words(*layer, mask_of(1, 4, 5), outliers=0.02)
     p = to_interleaved(w)
     want = np.zeros((N, K), np.float32)
     at_two = 0
@@ -250,14 +259,23 @@ def test_the_weight_survives_tree_maps_and_vmap(w):
 # -- which columns
 
 
-def test_per_block_gives_one_of_every_four_groups_the_best(layer):
+@pytest.fixture(scope="module")
+def ablations():
+    sys.path.insert(0, BENCHMARKS)
+    try:
+        return importlib.import_module("mixed_ablations")
+    finally:
+        sys.path.remove(BENCHMARKS)
+
+
+def test_one_of_every_four_groups_is_the_best(layer, ablations):
     rows, stats = layer
-    method = MixedTwoBit(per_block=True)
+    method = ablations.OneOfFour()
     gain, cost = method.gains(rows, stats)
     mask = method.allocate({"a": (gain, cost)}, {"a": (K, N)})["a"]
     assert mask.reshape(-1, 4).sum(1).tolist() == [1, 1, 1]
     assert (mask.reshape(-1, 4).argmax(1) == gain.reshape(-1, 4).argmax(1)).all()
-    assert mixed._one_of_four(np.arange(6.0)).tolist() == [False] * 3 + [True, False, False]
+    assert ablations.one_of_four(np.arange(6.0)).tolist() == [False] * 3 + [True, False, False]
 
 
 @pytest.mark.parametrize("fit", ["search", "paper"])
@@ -285,11 +303,17 @@ def energy(rows, stats):
     return float((h * np.square(np.asarray(rows))).sum())
 
 
-def test_every_rule_of_selection_gives_a_number_a_group_and_gain_is_the_best(layer):
+def test_every_rule_of_selection_gives_a_number_a_group_and_gain_is_the_best(layer, ablations):
     rows, stats = layer
+    options = {"outliers": 0.0, "group4": 16}
+    methods = {
+        "gain": MixedTwoBit(**options),
+        "weight_hessian": ablations.ByRule(rule=ablations.by_weight_and_hessian, **options),
+        "range": ablations.ByRule(rule=ablations.by_range, **options),
+        "random": ablations.ByRule(rule=ablations.at_random, **options),
+    }
     got = {}
-    for rule in ("gain", "weight_hessian", "range", "random"):
-        method = MixedTwoBit(selection=rule, outliers=0.0, group4=16)
+    for rule, method in methods.items():
         gain, _ = method.gains(rows, stats, name="a")
         assert gain.shape == (12,)
         mask = mask_of(*np.argsort(-gain, kind="stable")[:3])
@@ -344,13 +368,11 @@ def test_a_layer_alone_meets_the_target():
 def test_requantized_codes_are_at_most_as_wrong_as_the_first_ones(layer):
     """With the second-order scale known, rounding again cannot lose (2.3); nor can the search."""
     rows, stats = layer
-    g, h, live = two_bit_fit._grouped(rows, stats.hessian_diag)
+    g, h, live = two_bit_fit.column_groups(rows, stats.hessian_diag)
     top = jnp.full(12, 15.0)
     steps = two_bit_fit.fit_two(g, h, live, top, fit="paper")
-    scale = np.asarray(
-        (steps.step + two_bit_fit._of_block(steps.shared)) * two_bit_fit._of_block(steps.scale)
-    )[..., None]
-    low, high = (np.asarray(v) for v in two_bit_fit._limits(g, live))
+    scale = np.asarray(two_bit_fit.group_scale(steps))[..., None]
+    low, high = (np.asarray(v) for v in two_bit_fit.limits(g, live))
     first = np.maximum((high - low) / 3, 1e-9)[..., None]
     zero, g = np.asarray(steps.zero)[..., None], np.asarray(g)
     old_codes = np.clip(np.round(g / first) + zero, 0, 3)
@@ -365,20 +387,20 @@ def test_requantized_codes_are_at_most_as_wrong_as_the_first_ones(layer):
 def test_four_bit_steps_cost_about_one_percent_of_error(kind, four, narrow):
     rng = np.random.default_rng(0)
     w = rng.normal(size=(128, 256)) if kind == "gaussian" else rng.standard_t(4, (128, 256))
-    g, h, live = two_bit_fit._grouped(jnp.asarray(w.astype(np.float32)), jnp.ones(256))
-    low, high = two_bit_fit._limits(g, live)
+    g, h, live = two_bit_fit.column_groups(jnp.asarray(w.astype(np.float32)), jnp.ones(256))
+    low, high = two_bit_fit.limits(g, live)
     scale = (high - low) / 3
     exact = float(
-        two_bit_fit._error(g, h[None], live, scale, jnp.clip(jnp.round(-low / scale), 0, 3), 3).sum()
+        two_bit_fit.squared_error(g, h[None], live, scale, jnp.clip(jnp.round(-low / scale), 0, 3), 3).sum()
     )
     for tops, bound in ((np.full(16, 15.0), four), (np.where(np.arange(16) % 3 < 2, 7.0, 15.0), narrow)):
         steps = two_bit_fit.fit_two(g, h, live, jnp.asarray(tops, jnp.float32), fit="paper")
         assert float(steps.error.sum()) <= bound * exact
 
 
-@pytest.mark.parametrize("metadata", ["4", "334"])
+@pytest.mark.parametrize("solve", [solve, solve_for_words])
 @pytest.mark.parametrize("fit", ["search", "paper"])
-def test_odd_groups_have_no_nan_and_errors_within_reach(fit, metadata):
+def test_odd_groups_have_no_nan_and_errors_within_reach(fit, solve):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(32, 64)).astype(np.float32) * 0.02
     rows[:, :16] = 0.5  # constant
@@ -389,7 +411,7 @@ def test_odd_groups_have_no_nan_and_errors_within_reach(fit, metadata):
     rows[20, 3] = 1e-6
     for diagonal in (np.zeros(64), np.ones(64), np.where(np.arange(64) < 20, 0, 5)):
         stats = Stats(hessian_diag=jnp.asarray(diagonal.astype(np.float32)))
-        w = solve(jnp.asarray(rows), stats, mask_of(3, size=4), fit=fit, metadata=metadata, outliers=0.0)
+        w = solve(jnp.asarray(rows), stats, mask_of(3, size=4), fit=fit, outliers=0.0)
         got = np.asarray(values(w))
         assert np.isfinite(got).all() and (got[3, 16:] == 0).all() and (got[21:] == 0).all()
         reach = rows[:16].reshape(16, 4, 16)
@@ -470,9 +492,7 @@ def test_nonsense_is_refused_in_one_line(layer):
         ({"outliers": 1.5}, "outliers must be 0 to 1"),
         ({"group4": 24}, "group4 must be a multiple of 16"),
         ({"where": "here"}, "where must be one of"),
-        ({"selection": "best"}, "selection must be one of"),
         ({"fit": "fast"}, "fit must be one of"),
-        ({"metadata": "3"}, "metadata must be one of"),
     ):
         wrong = object.__new__(MixedTwoBit)  # beneath the tests' type check
         for field in dataclasses.fields(MixedTwoBit):

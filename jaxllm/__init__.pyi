@@ -3,7 +3,7 @@
 from . import cache, eviction
 from .decoding.generate import Token, chat, generate, stream
 from .decoding.prefill import prefill, prefill_held, prefill_scored
-from .decoding.run import Completion
+from .decoding.run import Completion, Timings
 from .decoding.sampling import Sampler
 from .files import load, save
 from .measure import perplexity, report_bytes, score_choices
@@ -42,6 +42,7 @@ __all__ = [
     "Rtn",
     "Sampler",
     "SqueezeLlm",
+    "Timings",
     "Token",
     "cache",
     "calibrate",

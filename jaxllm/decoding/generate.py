@@ -12,10 +12,11 @@ Letters: B requests (rounded up), T prompt tokens (rounded up), N new tokens (ro
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 from jaxllm.cache import Cache
-from jaxllm.decoding.run import Completion, Prompt, _Run
+from jaxllm.decoding.run import Completion, Prompt, Timings, _Run
 from jaxllm.decoding.sampling import Sampler
 from jaxllm.eviction.running_budget import Hold
 
@@ -46,6 +47,7 @@ def generate(
     kv_bits: int | None = None,
     hold: Hold | None = None,
     logprobs: bool = False,
+    timings: bool = False,
 ) -> list[Completion]:
     """What the model writes after each prompt. Greedy by default; the same seed gives the same tokens.
 
@@ -60,9 +62,11 @@ def generate(
     hold: keeps the cache within a budget while the text grows, up to the model's context (lossy;
       `eviction/gates.py`). A cache given with it must be an evicted one to which nothing was added.
     logprobs: also give each token's log-probability.
+    timings: also give the seconds of the two parts; between them the host waits for the device.
 
     Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
     """
+    begin = time.perf_counter()
     run = _Run(
         model,
         tokenizer,
@@ -76,13 +80,14 @@ def generate(
         hold,
         logprobs,
     )
+    first = run.wait() if timings else begin
     if not stop:
         run.advance(run.longest)
-        return run.completions(())
-    while not run.ended():
+    while stop and not run.ended():
         run.advance(BLOCK)
         run.end_at(stop)
-    return run.completions(stop)
+    seconds = Timings(prefill_s=first - begin, decode_s=run.wait() - first) if timings else None
+    return run.completions(stop, seconds)
 
 
 def stream(

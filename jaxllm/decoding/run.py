@@ -4,6 +4,7 @@ Letters: B requests (rounded up), T prompt tokens (rounded up), N new tokens (ro
 """
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -23,6 +24,14 @@ Prompt = str | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds that the batch of a completion took on a wall clock, compilation included where there was any."""
+
+    prefill_s: float  # from the call until the first token of every request is there
+    decode_s: float  # from then until the last token of every request is there
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
     """What a model wrote after one prompt."""
 
@@ -31,6 +40,7 @@ class Completion:
     logprobs: list[float] | None  # natural logs, of the unfiltered distribution
     finish_reason: Literal["stop", "length"]
     prompt_ids: list[int]
+    timings: Timings | None = dataclasses.field(default=None, compare=False)  # where asked for
 
 
 class _Run:
@@ -129,6 +139,11 @@ class _Run:
             self.state = _decode(self.model, self.request, self.state, self.state.step + some)
             steps, self.room = steps - some, self.room - some
 
+    def wait(self) -> float:
+        """Waits for the tokens made so far; the time on `perf_counter` then."""
+        jax.block_until_ready(self.state.token)
+        return time.perf_counter()
+
     def ended(self) -> bool:
         """Whether no request can go on."""
         return not bool(_alive(self.request, self.state).any())
@@ -153,7 +168,7 @@ class _Run:
             counts[i], stopped[i] = least, True
         self.state = dataclasses.replace(self.state, counts=jnp.asarray(counts), stopped=jnp.asarray(stopped))
 
-    def completions(self, stop: Sequence[str]) -> list[Completion]:
+    def completions(self, stop: Sequence[str], timings: Timings | None = None) -> list[Completion]:
         """What has been made so far."""
         state = self.state
         counts, stopped, tokens, logprobs = jax.device_get(
@@ -172,6 +187,7 @@ class _Run:
                     logprobs=None if logprobs is None else logprobs[i, :count].tolist(),
                     finish_reason="stop" if stopped[i] else "length",
                     prompt_ids=list(prompt),
+                    timings=timings,
                 )
             )
         return outs

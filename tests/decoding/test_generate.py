@@ -1,6 +1,7 @@
 """Generation equals choosing token after token from whole forward passes, however it is batched or cut."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,16 @@ def test_greedy_tokens_and_logprobs_are_those_of_whole_passes(model, greedy):
 
 def test_each_request_gets_its_own_number_of_tokens(greedy):
     assert [len(o.token_ids) for o in greedy] == [20, 10, 15]
+
+
+def test_timings_are_of_the_parts_of_a_call_and_change_no_token(model, greedy):
+    assert all(out.timings is None for out in greedy)
+    begin = time.perf_counter()
+    outs = jl.generate(model, None, PROMPTS, max_new_tokens=[20, 10, 15], logprobs=True, timings=True)
+    whole = time.perf_counter() - begin
+    assert outs == greedy and len({id(out.timings) for out in outs}) == 1
+    seconds = outs[0].timings
+    assert seconds.prefill_s > 0 and seconds.decode_s > 0 and seconds.prefill_s + seconds.decode_s <= whole
 
 
 def test_a_stream_gives_the_same_tokens_one_at_a_time(model, greedy):

@@ -18,8 +18,10 @@ from jaxllm.cache.coded import CodedRows
 from jaxllm.cache.dense import DenseCache, Rows
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.storage.directory import new_directory
+from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 
 META, ARRAYS = "cache.json", "arrays.npz"
+FINGERPRINTS = {2: fingerprint_of_first_numbers, 3: fingerprint}  # by the version of the file
 
 
 def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
@@ -27,13 +29,11 @@ def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
 
     Raises FileExistsError where `path` exists, OSError when the disk is full.
     """
-    from jaxllm.storage.fingerprint import fingerprint
-
     paged = isinstance(cache, PagedCache)
     tail = cache.tail if isinstance(cache, PagedCache) else cache
     meta: dict[str, Any] = {
         "format": "jaxllm cache",
-        "version": 2,
+        "version": 3,
         "model": fingerprint(model),
         "windows": list(tail.windows),
         "rows": tail.rows,
@@ -55,16 +55,14 @@ def load(path: str | Path, model) -> DenseCache | PagedCache:
 
     Raises FileNotFoundError where there is none, ValueError for another model's or one that is damaged.
     """
-    from jaxllm.storage.fingerprint import fingerprint
-
     path = Path(path)
     if not (path / META).is_file():
         raise FileNotFoundError(f"cache.load: {META} must be in the directory, got {str(path)!r}")
     try:
         meta = json.loads((path / META).read_text("utf-8"))
-        if meta["format"] != "jaxllm cache" or meta["version"] != 2:
+        if meta["format"] != "jaxllm cache" or meta["version"] not in FINGERPRINTS:
             raise ValueError("it is of another version")
-        if meta["model"] != fingerprint(model):
+        if meta["model"] != FINGERPRINTS[meta["version"]](model):
             raise ValueError("it holds another model's keys")
         with np.load(path / ARRAYS) as stored:
             arrays = {

@@ -36,9 +36,13 @@ from jaxllm.quant.stages import stages as stages_of
 from jaxllm.quant.statistics import WANTS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, Sums
 from jaxllm.quant.text import Text
-from jaxllm.storage.fingerprint import fingerprint
+from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 
-META = "calibration.json"
+META, VERSION = "calibration.json", 2
+FINGERPRINTS = {
+    1: fingerprint_of_first_numbers,
+    2: fingerprint,
+}  # by the version of the file; the first wrote none
 
 
 class Calibration(Mapping[str, Stats]):
@@ -50,10 +54,17 @@ class Calibration(Mapping[str, Stats]):
         if not file.is_file():
             raise FileNotFoundError(f"calibration: {META} must be in the directory, got path={self.path}")
         meta = json.loads(file.read_text())
-        self.want, self.fingerprint, self.text = frozenset(meta["want"]), meta["fingerprint"], meta["text"]
+        self._version = meta.get("version", 1)
+        if self._version not in FINGERPRINTS:
+            raise ValueError(f"calibration: version must be at most {VERSION}, got {self._version}")
+        self.want, self._fingerprint, self.text = frozenset(meta["want"]), meta["fingerprint"], meta["text"]
         self.groups, self._inputs, self._tokens = meta["groups"], meta["inputs"], meta["tokens"]
         if temporary:  # the directory goes with the handle
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def is_of(self, model) -> bool:
+        """Whether this model was measured."""
+        return self._fingerprint == FINGERPRINTS[self._version](model)
 
     def __getitem__(self, name: str) -> Stats:
         found: dict[str, Any] = {}
@@ -100,6 +111,7 @@ def calibrate(
     linears = linears_by_name(model)
     check(linears, want, groups, text)
     meta = {
+        "version": VERSION,
         "fingerprint": fingerprint(model),
         "text": text.digest(),
         "want": sorted(want),
@@ -123,7 +135,7 @@ def calibrate(
 
 def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     """Measures block by block what the directory does not hold yet."""
-    if _claim(folder, meta):
+    if _claim(folder, meta, model):
         return
     want = frozenset(meta["want"])
     if want & OF_OUTPUT:
@@ -164,12 +176,16 @@ def check(linears: dict[str, LinearInfo], want: frozenset[str], groups: int, tex
         )
 
 
-def _claim(folder: Path, meta: dict[str, Any]) -> bool:
+def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
     """Whether the directory is complete; raises ValueError when it belongs to another run."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (META, f"{META}.begun"):
         if (folder / name).is_file():
-            if json.loads((folder / name).read_text()) != meta:
+            begun = json.loads((folder / name).read_text())
+            if "version" not in begun:  # the first version began it
+                meta = {key: value for key, value in meta.items() if key != "version"}
+                meta["fingerprint"] = fingerprint_of_first_numbers(model)
+            if begun != meta:
                 raise ValueError(
                     "calibrate: path must be new or hold the same model, text and wishes, "
                     f"got path={str(folder)!r}"

@@ -7,19 +7,30 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
+
+
+def _run(model, method: str, source: list[Any], *, version: int) -> list[Any] | dict[str, Any]:
+    """What tells a run from another, as a version of its file has it."""
+    if version == 1:
+        return [method, fingerprint_of_first_numbers(model), *source]
+    return {"version": version, "method": method, "model": fingerprint(model), "source": source}
+
 
 class _Kept:
     """Finished blocks of a run, a file each."""
 
-    def __init__(self, path: str | Path, run: list[Any]):
+    def __init__(self, path: str | Path, model, method: str, source: list[Any]):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "run.json"
         if not file.is_file():
             if any(self.path.iterdir()):
                 raise ValueError(f"quantize: checkpoint must be new or empty, got {str(path)!r}")
-            file.write_text(json.dumps(run))
-        elif json.loads(file.read_text()) != run:
+            file.write_text(json.dumps(_run(model, method, source, version=2)))
+        begun = json.loads(file.read_text())
+        version = 1 if isinstance(begun, list) else 2  # the first version wrote a list
+        if begun != _run(model, method, source, version=version):
             raise ValueError(
                 f"quantize: checkpoint must hold the same model, method and text, got {str(path)!r}"
             )

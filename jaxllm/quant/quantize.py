@@ -74,7 +74,7 @@ def quantize(
         progress=progress,
     )
     masks = _allocate(plan, weights, source)
-    kept = None if checkpoint is None else _Kept(checkpoint, [repr(method), *source.identity()])
+    kept = None if checkpoint is None else _Kept(checkpoint, model, repr(method), source.identity())
     variables = linear_variables(model) if consume else {}
     tables = {".".join(map(str, path)) for path, m in nnx.iter_modules(model) if isinstance(m, Embedding)}
     new: dict[str, Any] = {}

@@ -26,7 +26,6 @@ from jaxllm.quant.stages import linears_by_name, stages
 from jaxllm.quant.statistics import Method, Stats
 from jaxllm.quant.sums import OF_OUTPUT, Sums
 from jaxllm.quant.text import Text
-from jaxllm.storage import fingerprint
 
 
 class Source:
@@ -80,16 +79,16 @@ class Source:
             gradients.gradients(model, self.text, self.folder, groups=self.groups, want=self.want, bar=bar)
 
     def identity(self) -> list[Any]:
-        """What tells these statistics from others': the model, the text, and how it goes through."""
+        """What tells these statistics from another text's: the text, and how it goes through."""
         text = None if self.text is None else self.text.digest()
         given = None if self.given is None else self.given.text
-        return [fingerprint.fingerprint(self.model), text, given, self.sequential, self.sample]
+        return [text, given, self.sequential, self.sample]
 
     def _check(self, given: Calibration) -> None:
         missing = self.want - given.want
         if missing:
             raise ValueError(f"quantize: the calibration must hold {', '.join(sorted(missing))}")
-        if given.fingerprint != fingerprint.fingerprint(self.model):
+        if not given.is_of(self.model):
             raise ValueError("quantize: the calibration must be of this model, got another's")
         if "guided_hessian" in self.want and given.groups != self.groups:
             raise ValueError(f"quantize: groups must be the calibration's {given.groups}, got {self.groups}")

@@ -1,10 +1,12 @@
 """What a model computes: one file an architecture, made of the same layers.
 
-decoder   Llama, Mistral, Qwen, Gemma, Phi: one forward pass
-gpt       GPT-2, minGPT, OPT and the shapes of GPT-3
-t5        T5: an encoder, and a decoder that sees the source
-layers    linear, embedding, norms, and the tap methods see through
-rope      rotary positions and their published extensions
-inputs    token ids checked, filled up and rounded up before a model reads them
-linears   a model's linears by name
+decoder         Llama, Mistral, Qwen, Gemma, Phi: one forward pass
+gpt             GPT-2, minGPT, OPT and the shapes of GPT-3
+t5              T5: an encoder, and a decoder that sees the source
+language_model  what all of them offer beside the forward pass: type, windows, cache
+attention       self-attention of a chunk with what a cache holds before it
+layers          linear, embedding, norms, and the tap methods see through
+rope            rotary positions and their published extensions
+inputs          token ids checked, filled up and rounded up before a model reads them
+linears         a model's linears by name
 """

@@ -25,10 +25,22 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
-from jaxllm.cache import Cache, DenseCache
-from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, Tap, below, chunk, last_token, see
+from jaxllm.cache import Cache
+from jaxllm.models.attention import cached_attention
+from jaxllm.models.language_model import LanguageModel
+from jaxllm.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RmsNorm,
+    Tap,
+    below,
+    chunk,
+    last_token,
+    see,
+    split_heads,
+)
 from jaxllm.models.rope import Rope, rotate
-from jaxllm.ops.attention import causal_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,12 +104,17 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs, dtype):
         c = config
-        make = lambda K, N, bias: Linear(K, N, bias=bias, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
-        self.q = make(c.width, c.heads * c.head_dim, c.qkv_bias)
-        self.k = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
-        self.v = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
-        self.o = make(c.heads * c.head_dim, c.width, c.out_bias)
-        norm = lambda: RmsNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)  # noqa: E731
+
+        def linear(K: int, N: int, bias: bool) -> Linear:
+            return Linear(K, N, bias=bias, std=K**-0.5, rngs=rngs, dtype=dtype)
+
+        def norm() -> RmsNorm:
+            return RmsNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
+
+        self.q = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
+        self.k = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o = linear(c.heads * c.head_dim, c.width, c.out_bias)
         self.q_norm = norm() if c.qk_norm else None
         self.k_norm = norm() if c.qk_norm else None
         self.rope = c.local_rope if window is not None and c.local_rope is not None else c.rope
@@ -111,28 +128,32 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         cache: Cache | None,
         index: int,
-        positions,
-        lengths,
-        tap,
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        tap: Tap | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)  # noqa: E731
-        q = heads(self.q(x, below(tap, "q")))  # [B, T, H, E]
-        k = heads(self.k(x, below(tap, "k")))  # [B, T, K, E]
-        v = heads(self.v(x, below(tap, "v")))  # [B, T, K, E]
+        q = split_heads(self.q(x, below(tap, "q")), self.head_dim)  # [B, T, H, E]
+        k = split_heads(self.k(x, below(tap, "k")), self.head_dim)  # [B, T, K, E]
+        v = split_heads(self.v(x, below(tap, "v")), self.head_dim)  # [B, T, K, E]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        last = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
-        cos, sin = self.rope.angles(self.head_dim, positions, last + 1)
+        end = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0] + 1
+        cos, sin = self.rope.angles(self.head_dim, positions, end)
         q = see(tap, "queries", rotate(q, cos, sin))
         k = see(tap, "keys", rotate(k, cos, sin))
         v = see(tap, "values", v)
-        if cache is not None:
-            cache = kv.append(cache, index, k, v, lengths)
-        if cache is None or cache.empty:  # before it is advanced: the first chunk
-            k, v = kv.kept(cache, index, k, v)
-            y = causal_attention(q, k, v, scale=self.scale, window=self.window, softcap=self.softcap)
-        else:
-            y = kv.attend(q, cache, index, positions, lengths, scale=self.scale, softcap=self.softcap)
+        y, cache = cached_attention(
+            q,
+            k,
+            v,
+            cache,
+            index,
+            positions,
+            lengths,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+        )
         return self.o(y.reshape(*x.shape[:2], -1), below(tap, "o")), cache
 
 
@@ -140,10 +161,13 @@ class Mlp(nnx.Module):
     """The gated feed-forward part of one layer (arXiv:2002.05202)."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
-        make = lambda K, N: Linear(K, N, bias=config.mlp_bias, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
-        self.gate = make(config.width, config.ffn)
-        self.up = make(config.width, config.ffn)
-        self.down = make(config.ffn, config.width)
+
+        def linear(K: int, N: int) -> Linear:
+            return Linear(K, N, bias=config.mlp_bias, std=K**-0.5, rngs=rngs, dtype=dtype)
+
+        self.gate = linear(config.width, config.ffn)
+        self.up = linear(config.width, config.ffn)
+        self.down = linear(config.ffn, config.width)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
@@ -155,9 +179,10 @@ class Block(nnx.Module):
     """One layer."""
 
     def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs, dtype):
-        norm = lambda: RmsNorm(  # noqa: E731
-            config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
-        )
+
+        def norm() -> RmsNorm:
+            return RmsNorm(config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+
         self.attention_norm = norm()
         self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
         self.attention_post_norm = norm() if config.post_norms else None
@@ -188,51 +213,28 @@ class Block(nnx.Module):
         return see(tap, "out", x), cache
 
 
-class Decoder(nnx.Module):
+class Decoder(LanguageModel):
     """A language model of the Llama line: a pytree whose leaves are its weights."""
 
     SHARDING = SHARDING
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+
+        def head() -> Linear:
+            return Linear(config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype)
+
         self.config = config
         self.embedding = Embedding(config.vocab, config.width, std=config.width**-0.5, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
             [Block(config, config.window(i), rngs=rngs, dtype=dtype) for i in range(config.layers)]
         )
         self.norm = RmsNorm(config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
-        head = lambda: Linear(  # noqa: E731
-            config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype
-        )
         self.head = None if config.tied else head()
-
-    @property
-    def dtype(self):
-        """The type of activations: that of the embedding."""
-        return self.embedding.table.get_value().dtype
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """How far back each layer sees; None: all of the text."""
-        return tuple(self.config.window(i) for i in range(self.config.layers))
-
-    def make_cache(
-        self, batch: int, rows: int, *, slack: int = 0, dtype=None, bits: int | None = None
-    ) -> DenseCache:
-        """An empty cache for `rows` tokens a request.
-
-        slack: the longest chunk after the first, or rollback, that layers with a window must survive.
-        bits: of the codes that hold keys and values, 2, 4 or 8; None holds them as they are.
-        """
-        return kv.dense.make(
-            batch,
-            windows=self.windows,
-            kv_heads=self.config.kv_heads,
-            head_dim=self.config.head_dim,
-            rows=rows,
-            slack=slack,
-            dtype=self.dtype if dtype is None else dtype,
-            bits=bits,
-        )
+        return self.config.windows or super().windows
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads."""

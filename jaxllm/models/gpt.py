@@ -30,9 +30,21 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
-from jaxllm.cache import Cache, DenseCache
-from jaxllm.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Tap, below, chunk, last_token, see
-from jaxllm.ops.attention import causal_attention
+from jaxllm.cache import Cache
+from jaxllm.models.attention import cached_attention
+from jaxllm.models.language_model import LanguageModel
+from jaxllm.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Tap,
+    below,
+    chunk,
+    last_token,
+    see,
+    split_heads,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,10 +156,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs, dtype):
         c = config
-        make = lambda: Linear(  # noqa: E731
-            c.width, c.width, bias=c.bias, std=c.width**-0.5, rngs=rngs, dtype=dtype
-        )
-        self.q, self.k, self.v, self.o = make(), make(), make(), make()
+
+        def linear() -> Linear:
+            return Linear(c.width, c.width, bias=c.bias, std=c.width**-0.5, rngs=rngs, dtype=dtype)
+
+        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
         self.head_dim = c.head_dim
         self.scale = c.scale(layer)
 
@@ -156,22 +169,15 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         cache: Cache | None,
         index: int,
-        positions,
-        lengths,
-        tap,
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        tap: Tap | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)  # noqa: E731
         # the names under which every model shows what its cache is given; nothing is turned here
-        q = see(tap, "queries", heads(self.q(x, below(tap, "q"))))  # [B, T, H, E]
-        k = see(tap, "keys", heads(self.k(x, below(tap, "k"))))  # [B, T, H, E]
-        v = see(tap, "values", heads(self.v(x, below(tap, "v"))))  # [B, T, H, E]
-        if cache is not None:
-            cache = kv.append(cache, index, k, v, lengths)
-        if cache is None or cache.empty:  # before it is advanced: the first chunk
-            k, v = kv.kept(cache, index, k, v)
-            y = causal_attention(q, k, v, scale=self.scale)
-        else:
-            y = kv.attend(q, cache, index, positions, lengths, scale=self.scale)
+        q = see(tap, "queries", split_heads(self.q(x, below(tap, "q")), self.head_dim))  # [B, T, H, E]
+        k = see(tap, "keys", split_heads(self.k(x, below(tap, "k")), self.head_dim))  # [B, T, H, E]
+        v = see(tap, "values", split_heads(self.v(x, below(tap, "v")), self.head_dim))  # [B, T, H, E]
+        y, cache = cached_attention(q, k, v, cache, index, positions, lengths, scale=self.scale)
         return self.o(y.reshape(*x.shape[:2], -1), below(tap, "o")), cache
 
 
@@ -179,9 +185,12 @@ class Mlp(nnx.Module):
     """The feed-forward part of one layer."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
-        make = lambda K, N: Linear(K, N, bias=config.bias, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
-        self.up = make(config.width, config.ffn)
-        self.down = make(config.ffn, config.width)
+
+        def linear(K: int, N: int) -> Linear:
+            return Linear(K, N, bias=config.bias, std=K**-0.5, rngs=rngs, dtype=dtype)
+
+        self.up = linear(config.width, config.ffn)
+        self.down = linear(config.ffn, config.width)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
@@ -223,7 +232,7 @@ class Block(nnx.Module):
         return see(tap, "out", x), cache
 
 
-class Gpt(nnx.Module):
+class Gpt(LanguageModel):
     """A language model of the GPT line: a pytree whose leaves are its weights."""
 
     SHARDING = SHARDING
@@ -236,41 +245,15 @@ class Gpt(nnx.Module):
         self.positions = Embedding(
             config.context + config.position_offset, width, std=width**-0.5, rngs=rngs, dtype=dtype
         )
-        make = lambda K, N: Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
-        self.project_in = None if config.embedding_width is None else make(narrow, width)
+
+        def linear(K: int, N: int) -> Linear:
+            return Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)
+
+        self.project_in = None if config.embedding_width is None else linear(narrow, width)
         self.layers = nnx.List([Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.layers)])
         self.norm = LayerNorm(width, eps=config.norm_eps, dtype=dtype) if config.final_norm else None
-        self.project_out = None if config.embedding_width is None else make(width, narrow)
-        self.head = None if config.tied else make(narrow, config.vocab)
-
-    @property
-    def dtype(self):
-        """The type of activations: that of the embedding."""
-        return self.embedding.table.get_value().dtype
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """How far back each layer sees; None: all of the text."""
-        return (None,) * self.config.layers
-
-    def make_cache(
-        self, batch: int, rows: int, *, slack: int = 0, dtype=None, bits: int | None = None
-    ) -> DenseCache:
-        """An empty cache for `rows` tokens a request.
-
-        slack: is for layers with a window, and there are none.
-        bits: of the codes that hold keys and values, 2, 4 or 8; None holds them as they are.
-        """
-        return kv.dense.make(
-            batch,
-            windows=self.windows,
-            kv_heads=self.config.heads,
-            head_dim=self.config.head_dim,
-            rows=rows,
-            slack=slack,
-            dtype=self.dtype if dtype is None else dtype,
-            bits=bits,
-        )
+        self.project_out = None if config.embedding_width is None else linear(width, narrow)
+        self.head = None if config.tied else linear(narrow, config.vocab)
 
     def embed(
         self,

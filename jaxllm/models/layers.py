@@ -39,6 +39,11 @@ def last_token(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Arr
     return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
 
+def split_heads(x: Float[Array, "B T N"], head_dim: int) -> Float[Array, "B T H E"]:
+    """A linear's outputs cut into heads."""
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+
 Tap = Callable[[str, jax.Array], jax.Array]
 
 

@@ -33,8 +33,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import DenseCache
-from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, Tap, below, chunk, last_token, see
-from jaxllm.ops.attention import DistanceBias, attention, by_head, causal_attention
+from jaxllm.models.attention import cached_attention
+from jaxllm.models.language_model import LanguageModel
+from jaxllm.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RmsNorm,
+    Tap,
+    below,
+    chunk,
+    last_token,
+    see,
+    split_heads,
+)
+from jaxllm.ops.attention import DistanceBias, attention, by_head
 from jaxllm.pytree import pytree
 
 
@@ -174,24 +187,27 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
         c, inner = config, config.heads * config.head_dim
-        make = lambda K, N, std: Linear(K, N, std=std, rngs=rngs, dtype=dtype)  # noqa: E731
-        self.q = make(c.width, inner, (c.width * c.head_dim) ** -0.5)
-        self.k = make(c.width, inner, c.width**-0.5)
-        self.v = make(c.width, inner, c.width**-0.5)
-        self.o = make(inner, c.width, inner**-0.5)
+
+        def linear(K: int, N: int, std: float) -> Linear:
+            return Linear(K, N, std=std, rngs=rngs, dtype=dtype)
+
+        self.q = linear(c.width, inner, (c.width * c.head_dim) ** -0.5)
+        self.k = linear(c.width, inner, c.width**-0.5)
+        self.v = linear(c.width, inner, c.width**-0.5)
+        self.o = linear(inner, c.width, inner**-0.5)
         self.head_dim = c.head_dim
 
     # the names under which every model shows what its cache is given; nothing is turned here
     def queries(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
-        q = self.q(x, below(tap, "q")).reshape(*x.shape[:2], -1, self.head_dim)
+        q = split_heads(self.q(x, below(tap, "q")), self.head_dim)
         return see(tap, "queries", q)
 
     def keys(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
-        k = self.k(x, below(tap, "k")).reshape(*x.shape[:2], -1, self.head_dim)
+        k = split_heads(self.k(x, below(tap, "k")), self.head_dim)
         return see(tap, "keys", k)
 
     def values(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
-        v = self.v(x, below(tap, "v")).reshape(*x.shape[:2], -1, self.head_dim)
+        v = split_heads(self.v(x, below(tap, "v")), self.head_dim)
         return see(tap, "values", v)
 
     def out(self, y: Float[Array, "B T H E"], tap: Tap | None) -> Float[Array, "B T D"]:
@@ -202,10 +218,13 @@ class Mlp(nnx.Module):
     """The feed-forward part of one layer, with a gate or without."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
-        make = lambda K, N: Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)  # noqa: E731
-        self.gate = make(config.width, config.ffn) if config.gated else None
-        self.up = make(config.width, config.ffn)
-        self.down = make(config.ffn, config.width)
+
+        def linear(K: int, N: int) -> Linear:
+            return Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)
+
+        self.gate = linear(config.width, config.ffn) if config.gated else None
+        self.up = linear(config.width, config.ffn)
+        self.down = linear(config.ffn, config.width)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
@@ -281,7 +300,10 @@ class Block(nnx.Module):
     """One layer of the decoder."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
-        norm = lambda: RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)  # noqa: E731
+
+        def norm() -> RmsNorm:
+            return RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+
         self.attention_norm = norm()
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
         self.cross_norm = norm()
@@ -310,71 +332,37 @@ class Block(nnx.Module):
         part, t = self.attention, below(tap, "attention")
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
-        if cache is not None:
-            cache = kv.append(cache, index, k, v, lengths)
-        if cache is None or cache.empty:  # before it is advanced: the first chunk
-            k, v = kv.kept(cache, index, k, v)
-            y = causal_attention(q, k, v, scale=1.0, bias=bias)
-        else:
-            y = kv.attend(q, cache, index, positions, lengths, scale=1.0, bias=bias)
+        y, cache = cached_attention(q, k, v, cache, index, positions, lengths, scale=1.0, bias=bias)
         x = add(x, part.out(y, t))
 
         part, t = self.cross, below(tap, "cross")
         q = part.queries(self.cross_norm(x), t)
         keys, values = memory.keys[index], memory.values[index]
-        there = jnp.arange(keys.shape[1])[None, :] < memory.lengths[:, None]  # [B, S]
-        y = attention(q, keys, values, there[:, None], scale=1.0)
+        mask = jnp.arange(keys.shape[1])[None, :] < memory.lengths[:, None]  # [B, S]
+        y = attention(q, keys, values, mask[:, None], scale=1.0)
         x = add(x, part.out(y, t))
 
         x = add(x, self.mlp(self.mlp_norm(x), below(tap, "mlp")))
         return see(tap, "out", x), cache
 
 
-class T5(nnx.Module):
+class T5(LanguageModel):
     """An encoder and a decoder, whose are `layers` and the cache: a pytree of weights."""
 
     SHARDING = SHARDING
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+
+        def head() -> Linear:
+            return Linear(config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype)
+
         self.config = config
         self.embedding = Embedding(config.vocab, config.width, std=1.0, rngs=rngs, dtype=dtype)
         self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
         self.relative = RelativeBias(config, causal=True, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)])
         self.norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
-        head = lambda: Linear(  # noqa: E731
-            config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype
-        )
         self.head = None if config.tied else head()
-
-    @property
-    def dtype(self):
-        """The type of activations: that of the embedding."""
-        return self.embedding.table.get_value().dtype
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """How far back each layer sees; None: all of the text."""
-        return (None,) * self.config.layers
-
-    def make_cache(
-        self, batch: int, rows: int, *, slack: int = 0, dtype=None, bits: int | None = None
-    ) -> DenseCache:
-        """An empty cache for `rows` target tokens a request.
-
-        slack: is for layers with a window, and there are none.
-        bits: of the codes that hold keys and values, 2, 4 or 8; None holds them as they are.
-        """
-        return kv.dense.make(
-            batch,
-            windows=self.windows,
-            kv_heads=self.config.heads,
-            head_dim=self.config.head_dim,
-            rows=rows,
-            slack=slack,
-            dtype=self.dtype if dtype is None else dtype,
-            bits=bits,
-        )
 
     def encode(
         self,

@@ -1,0 +1,48 @@
+"""Self-attention of a chunk with what a cache holds before it: one protocol for every model.
+
+A layer appends the chunk's keys and values to the cache, then reads. The first chunk sees nothing but itself,
+so it attends causally to its own keys and values, as the cache will give them back: rows in codes are lossy,
+and results must not depend on how a text is cut. Every other chunk attends to all that the cache holds, with
+itself.
+
+Letters: B batch, T tokens of this chunk, H query heads, K key heads, E head size.
+"""
+
+from typing import TypeVar
+
+from jaxtyping import Array, Float, Int
+
+from jaxllm import cache as kv
+from jaxllm.cache import Cache
+from jaxllm.ops.attention import DistanceBias, causal_attention
+
+C = TypeVar("C", bound=Cache)
+
+
+def cached_attention(
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
+    cache: C | None,
+    layer: int,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    bias: DistanceBias | None = None,
+) -> tuple[Float[Array, "B T H E"], C | None]:
+    """What the queries read, and the cache with the chunk appended to `layer` (not yet advanced).
+
+    cache: None attends to the chunk alone.
+    lengths: tokens of the chunk that are real; the rest is padding on the right.
+    window: tokens that a query sees, itself included; must be the cache's for this layer.
+    softcap, bias: as in `ops.attention.causal_attention`.
+    """
+    if cache is not None:
+        cache = kv.append(cache, layer, k, v, lengths)
+    if cache is None or cache.empty:  # before it is advanced: the first chunk
+        k, v = kv.kept(cache, layer, k, v)
+        return causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, bias=bias), cache
+    return kv.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap, bias=bias), cache

@@ -1,36 +1,35 @@
 """Does a GPU's compiler hold quantized weights unpacked during decoding? Answered without a GPU.
 
-    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS= python benchmarks/gpu_decode_memory.py --out results/
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS= \\
+        python benchmarks/gpu_decode_memory.py --results docs/results
 
-The decoding loop of `jl.generate` is compiled ahead of time for an H100 that need not be there, for every
-weight format at two depths, and its temporary memory is given in float32 blocks (one block's linears
+A greedy decoding loop is compiled ahead of time for an H100 that need not be there, for every weight format
+at two depths, and its temporary memory is given in float32 blocks (one block's linears
 unpacked). Memory that grows with the depth is a model that is unpacked as a whole. Needs the wheels
 jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and nvidia-cuda-nvcc and nvidia-nvvm. What is compiled
-without a device is not autotuned: bytes are those of this compilation, not of a measured run.
+without a device is not autotuned: bytes are those of this compilation, not of a measured run. --tiny compiles
+small models for the CPU at hand, which needs none of that.
 """
 
 import argparse
 import dataclasses
-import datetime
-import json
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
+from common import Page, Run, Table, begin, parse, parser, save
 from flax import nnx
 from jax.experimental import topologies
+from tqdm import tqdm
 
 import jaxllm as jl
-from jaxllm.decoding import loop
-from jaxllm.decoding.run import _keys
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine, codebook
 
-WIDTH, FFN = 1024, 2816
 H100 = """
 gpu_device_info {
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
@@ -83,16 +82,28 @@ class Fixed:
         return self.made[rows.shape]
 
 
-def temporary(make: Callable[[jax.Array], Any], layers: int, device) -> int:
+@jax.jit
+def decode(model, cache, token, steps):
+    """Greedy tokens after `token` [B]."""
+
+    def step(_, state):
+        token, cache = state
+        logits, cache = model(token[:, None], cache, logits="last")
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, steps, step, (token, cache))
+
+
+def temporary(make: Callable[[jax.Array], Any], layers: int, device, args) -> int:
     """Bytes that the compiled decoding loop of a model in this format holds beside its arguments."""
+    D, F = args.width, args.ffn
     config = dataclasses.replace(
-        TINY, layers=layers, width=WIDTH, heads=16, kv_heads=16, head_dim=64, ffn=FFN, vocab=1024
+        TINY, layers=layers, width=D, heads=D // 64, kv_heads=D // 64, head_dim=64, ffn=F, vocab=1024
     )
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    shapes = ((WIDTH, WIDTH), (FFN, WIDTH), (WIDTH, FFN))
+    shapes = ((D, D), (F, D), (D, F))
     model = jl.quantize(model, Fixed({s: make(jnp.full(s, 0.01)) for s in shapes}), progress=False)
-    request, state = jax.eval_shape(started, model)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    begun = jax.eval_shape(lambda m: m(jnp.zeros((1, 1), jnp.int32), m.make_cache(1, 16))[1], model)
 
     def abstract(x):
         kind = getattr(getattr(x, "sharding", None), "memory_kind", None)
@@ -101,63 +112,64 @@ def temporary(make: Callable[[jax.Array], Any], layers: int, device) -> int:
         )
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    arguments = jax.tree.map(abstract, (model, request, state, step))
+    given = (model, begun, jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
     with jax.default_device(device):
-        program = loop._decode.lower(*arguments).compile()
+        program = decode.lower(*jax.tree.map(abstract, given)).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 
-def started(model):
-    """A run of one request about to enter the loop."""
-    request = loop._Request(
-        budgets=jnp.ones((1,), jnp.int32),
-        keys=_keys(0, 1),
-        stop_tokens=jnp.zeros((1,), jnp.int32),
-        plan=jl.Sampler().plan(),
-        memory=None,
-    )
-    tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
-    logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
-    return request, loop._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
+def measure(args: argparse.Namespace) -> Run:
+    """All formats at both depths."""
+    device = jax.devices("cpu")[0] if args.tiny else h100()
+    block = 4 * (4 * args.width**2 + 3 * args.width * args.ffn)
+    settings = {"width": args.width, "ffn": args.ffn, "layers": args.layers, "block_bytes": block}
+    settings["compiled_for"] = "the CPU at hand" if args.tiny else "an H100 (ahead of time, no device)"
+    run = begin(args, settings) | {"results": []}
+    for name in tqdm(args.only, "formats", file=sys.stderr):
+        found = [temporary(FORMATS[name], layers, device, args) / block for layers in args.layers]
+        run["results"].append({"format": name, "blocks": found})
+        save(args, run)
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs=2, default=[2, 6])
-    parser.add_argument("--only", nargs="*", default=list(FORMATS), choices=list(FORMATS))
-    args = parser.parse_args()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+def h100() -> Any:
+    """A device that is compiled for and need not be there."""
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+        )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SystemExit(
+            "gpu_decode_memory.py: jax's CUDA plugin must be there and JAX_PLATFORMS empty, got "
+            f"JAX_PLATFORMS={jax.config.jax_platforms!r}: {reason}"
+        ) from error
+    return topology.devices[0]
+
+
+def page(run: Run) -> Page:
+    """A table of formats."""
+    settings = run["settings"]
+    columns = {"format": "how the linears of all blocks are stored"}
+    held = "bytes beside the arguments, in blocks of float32; where they grow, a model is unpacked whole"
+    columns |= {f"{layers} layers": held for layers in settings["layers"]}
+    rows = [(r["format"], *(f"{x:.3f}" for x in r["blocks"])) for r in run["results"]]
+    text = (
+        f"Temporary memory of a greedy decoding loop compiled for {settings['compiled_for']}; width "
+        f"{settings['width']}, feed-forward {settings['ffn']}."
     )
-    block = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)
-    rows = []
-    for name in args.only:
-        found = [temporary(FORMATS[name], layers, topology.devices[0]) / block for layers in args.layers]
-        rows.append({"format": name, "blocks": found})
-        print(name, [round(x, 3) for x in found], flush=True)
-    run = {
-        "date": datetime.date.today().isoformat(),
-        "compiled_for": "H100 (ahead of time, no device)",
-        "jax": version("jax"),
-        "layers": args.layers,
-        "block_bytes": block,
-        "results": rows,
-    }
-    few, many = args.layers
-    lines = [
-        "# Temporary memory of the decoding loop, in blocks of float32",
-        "",
-        f"{run['date']}, jax {run['jax']}, compiled for {run['compiled_for']}; width {WIDTH}, ffn {FFN}.",
-        "",
-        f"| format | {few} layers | {many} layers |",
-        "|---|---|---|",
-        *(f"| {r['format']} | {r['blocks'][0]:.3f} | {r['blocks'][1]:.3f} |" for r in rows),
-    ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu_decode_memory.json").write_text(json.dumps(run, indent=1) + "\n")
-    (args.out / "gpu_decode_memory.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return Page("Memory of decoding on a GPU", text, [Table("Temporary memory", columns, rows)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser("gpu_decode_memory", __doc__)
+    add = made.add_argument
+    add("--layers", type=int, nargs=2, default=[2, 6], help="two depths")
+    add("--width", type=int, default=1024)
+    add("--ffn", type=int, default=2816)
+    add("--only", nargs="*", default=list(FORMATS), choices=list(FORMATS))
+    tiny = {"layers": [1, 2], "width": 128, "ffn": 256, "only": ["affine, 4 bits", "codebook, 3 bits"]}
+    common.main(parse(made, argv, tiny=tiny), measure, page)
 
 
 if __name__ == "__main__":

@@ -1,207 +1,110 @@
 """Eviction beside NVIDIA's kvpress on the same weights and texts: scores, kept sets, divergence, time, bytes.
 
     python3 -m venv kvpress && kvpress/bin/pip install torch kvpress
-    python benchmarks/kv_kvpress.py --model stories260K.bin --text FILE --python kvpress/bin/python --out DIR
+    python benchmarks/kv_kvpress.py --model stories260K.bin --text FILE --python kvpress/bin/python \\
+        --results docs/results
 
 kvpress runs in its own environment; the two sides exchange token ids and arrays by files. Contexts of 224
 tokens are repeated in one chunk, and followed by 96 more, over which the divergence from each side's own
 full cache is counted (nats a token). kvpress forces the first four rows to stay, so here they stay as well,
 and correlations leave them out. Its KVzip hides evicted rows and keeps their bytes; it looks for keys that no
 query at hand sees and may find none for many queries, so it is asked one token at a time. Times are medians
-for one context, of one process after the other.
+for one context, of one process after the other. Without --python only our side is measured, and the page says
+so.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
+import jax
+import jax.numpy as jnp
 import numpy as np
+from common import Page, Run, Table, begin, load, model_name, parse, parser, texts, timed
 
+import jaxllm as jl
+from jaxllm import cache as kv
+from jaxllm import eviction
 from jaxllm.cache import repack
-from jaxllm.decoding import prefill
-from jaxllm.eviction import baselines, kvzip
 
-CONTEXT, AFTER, SINKS, WINDOW, FUTURE = 224, 96, 4, 32, 128
+SINKS, WINDOW, FUTURE = 4, 32, 128
 EVICTED = (0.3, 0.5, 0.7)
 METHODS = ("kvzip", "kvzip+", "snapkv", "expected", "tova", "streaming", "random")
 
 
-def timed(times: list[float], do: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    out = do()
-    times.append(time.perf_counter() - start)
-    return out
-
-
-# -- in kvpress's environment
-
-
-def rival(folder: Path) -> None:
-    """Reads windows.npy and the model, writes rival.npz and rival.json."""
-    import kvpress
-    import torch
-    from transformers import DynamicCache, LlamaForCausalLM
-
-    seen: dict[str, Any] = {}
-
-    class Zip(kvpress.KVzipPress):
-        def compress_post(self, model):
-            seen["scores"] = self.score_val[:, 0].clone().numpy()
-            super().compress_post(model)
-
-    class Expected(kvpress.ExpectedAttentionPress):
-        def score(self, *arguments, **named):
-            scores = super().score(*arguments, **named)
-            seen.setdefault("layers", []).append(scores[0].clone().numpy())
-            return scores
-
-    make: dict[str, Callable[[float], Any]] = {
-        "kvzip": lambda c: Zip(c),
-        "kvzip+": lambda c: Zip(c, kvzip_plus_normalization=True),
-        "snapkv": lambda c: kvpress.SnapKVPress(c, window_size=WINDOW),
-        "expected": lambda c: Expected(c, n_future_positions=FUTURE, n_sink=SINKS),
-        "tova": lambda c: kvpress.TOVAPress(c),
-        "streaming": lambda c: kvpress.StreamingLLMPress(c, n_sink=SINKS),
-        "random": lambda c: kvpress.RandomPress(c),
-    }
-    model = LlamaForCausalLM.from_pretrained(folder / "model", attn_implementation="sdpa").eval()
-    windows = torch.as_tensor(np.load(folder / "windows.npy"), dtype=torch.long)
-    positions = torch.arange(CONTEXT, CONTEXT + AFTER)[None]
-    arrays: dict[str, list[np.ndarray]] = {}
-    times: dict[str, list[float]] = {}
-
-    def read(row, press):
-        cache = DynamicCache()
-        if press is None:
-            model.model(input_ids=row[None, :CONTEXT], past_key_values=cache)
-        else:
-            with press(model):
-                model.model(input_ids=row[None, :CONTEXT], past_key_values=cache)
-        return cache
-
-    def after(row, cache, at_once=AFTER):
-        logits = []
-        for i in range(0, AFTER, at_once):
-            piece = row[None, CONTEXT + i : CONTEXT + i + at_once]
-            at = positions[:, i : i + at_once]
-            logits.append(model(input_ids=piece, past_key_values=cache, position_ids=at).logits[0])
-        return torch.log_softmax(torch.cat(logits).float(), dim=-1)
-
-    def decode(row, cache):
-        token = row[None, CONTEXT : CONTEXT + 1]
-        for step in range(32):
-            at = torch.tensor([[CONTEXT + step]])
-            out = model(input_ids=token, past_key_values=cache, position_ids=at)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-
-    with torch.no_grad():
-        for row in windows:
-            cache = timed(times.setdefault("full prefill", []), lambda row=row: read(row, None))
-            full = after(row, cache)
-            cache = read(row, None)
-            timed(times.setdefault("full decode", []), lambda row=row, cache=cache: decode(row, cache))
-            for name, press in make.items():
-                for c in EVICTED:
-                    seen.clear()
-                    spent = times.setdefault(f"{name} prefill", [])
-                    cache = timed(spent, lambda row=row, press=press, c=c: read(row, press(c)))
-                    got = after(row, cache, 1 if name.startswith("kvzip") else AFTER)
-                    kl = torch.sum(full.exp() * (full - got), dim=-1).mean()
-                    arrays.setdefault(f"{name} kl {c}", []).append(kl.numpy())
-                    if name.startswith("kvzip"):
-                        kept = np.ones(seen["scores"].shape, bool)
-                        for i, layer in enumerate(model.model.layers):
-                            _, head, at = layer.self_attn.masked_key_indices
-                            kept[i, head.numpy(), at.numpy()] = False
-                        arrays.setdefault(f"{name} kept {c}", []).append(kept)
-                if name.startswith("kvzip"):
-                    arrays.setdefault(f"{name} scores", []).append(seen["scores"])
-                    cache = read(row, press(EVICTED[-1]))
-                    spent = times.setdefault(f"{name} decode", [])
-                    timed(spent, lambda row=row, cache=cache: decode(row, cache))
-                    held = sum(x.keys.numel() + x.values.numel() for x in cache.layers)
-                    arrays.setdefault(f"{name} held", []).append(np.asarray(4 * held))
-                elif name == "expected":
-                    arrays.setdefault(f"{name} scores", []).append(np.stack(seen["layers"]))
-    np.savez(folder / "rival.npz", **{name: np.stack(x) for name, x in arrays.items()})
-    (folder / "rival.json").write_text(json.dumps({n: statistics.median(t) for n, t in times.items()}))
-
-
-# -- here
-
-
-def ours(model, tokenizer, windows: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def ours(
+    model, tokenizer, windows: np.ndarray, context: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The same arrays and times, from jaxllm."""
-    import jax
-    import jax.numpy as jnp
-
-    import jaxllm as jl
-    from jaxllm import cache as kv
-    from jaxllm.eviction.budget import evict
-
-    rows = windows[:, :CONTEXT].tolist()
-    following = jnp.asarray(windows[:, CONTEXT:])
+    rows, following = windows[:, :context].tolist(), jnp.asarray(windows[:, context:])
+    later = following.shape[1]
 
     @jax.jit
     def after(cache):
         return jax.nn.log_softmax(model(following, cache)[0])
 
-    zip_ = {"tokenizer": tokenizer, "chunk": CONTEXT}
-    cache = prefill.prefill(model, rows)
+    options = {"tokenizer": tokenizer, "chunk": context}
+    cache = jl.prefill(model, rows)
     scores = {
-        "kvzip": kvzip.kvzip_scores(model, cache, rows, **zip_),
-        "kvzip+": kvzip.kvzip_scores(model, cache, rows, **zip_, output_aware=True),
-        "snapkv": baselines.snapkv_scores(model, rows, window=WINDOW),
-        "expected": baselines.expected_scores(model, rows, future=FUTURE, sinks=SINKS),
-        "tova": baselines.tova_scores(model, rows),
-        "streaming": baselines.streaming_scores(model, rows, sinks=SINKS),
-        "random": baselines.random_scores(model, rows),
+        "kvzip": eviction.kvzip_scores(model, cache, rows, **options),
+        "kvzip+": eviction.kvzip_scores(model, cache, rows, **options, output_aware=True),
+        "snapkv": eviction.snapkv_scores(model, rows, window=WINDOW),
+        "expected": eviction.expected_scores(model, rows, future=FUTURE, sinks=SINKS),
+        "tova": eviction.tova_scores(model, rows),
+        "streaming": eviction.streaming_scores(model, rows, sinks=SINKS),
+        "random": eviction.random_scores(model, rows),
     }
     arrays = {f"{name} scores": np.asarray(x).swapaxes(0, 1) for name, x in scores.items()}
     arrays["expected scores"] = np.exp(arrays["expected scores"])  # kvpress's are no logarithms
-    full = after(kv.grow(cache, CONTEXT + AFTER))
+    full = after(kv.grow(cache, context + later))
     for name, s in scores.items():
-        spread = "pair" if name.startswith("kvzip") else "uniform"  # as kvpress's
+        budget = "pair" if name.startswith("kvzip") else "uniform"  # as kvpress's
         if name.startswith("kvzip"):
             s = s.at[..., :SINKS].set(s.max() + 1)
         for c in EVICTED:
-            small = evict(cache, s, ratio=1 - c, budget=spread, rows=AFTER)
+            small = eviction.evict(cache, s, ratio=1 - c, budget=budget, rows=later)
             kl = jnp.sum(jnp.exp(full) * (full - after(small)), axis=-1).mean(-1)
             arrays[f"{name} kl {c}"] = np.asarray(kl)
-            arrays[f"{name} kept {c}"] = _mask(small)
-            arrays[f"{name} official {c}"] = _mask(evict(cache, scores[name], ratio=1 - c, official=True))
-        arrays[f"{name} held"] = np.asarray(kv.num_bytes(small) - kv.num_bytes(kv.split(small)[1])) / len(
-            rows
-        )
+            arrays[f"{name} kept {c}"] = kept_mask(small, context)
+            strict = eviction.evict(cache, scores[name], ratio=1 - c, official=True)
+            arrays[f"{name} official {c}"] = kept_mask(strict, context)
+        held = kv.num_bytes(small) - kv.num_bytes(kv.split(small)[1])
+        arrays[f"{name} held"] = np.asarray(held) / len(rows)
+    return arrays, _seconds(model, rows, options, later)
+
+
+def _seconds(model, rows: list[list[int]], options: dict[str, Any], later: int) -> dict[str, float]:
+    """Medians of what one context costs."""
     times: dict[str, list[float]] = {}
-    ready = jax.block_until_ready
+
+    def clock(name: str, function, *given, **more) -> Any:
+        got, seconds = timed(partial(function, *given, **more))
+        times.setdefault(name, []).append(seconds)
+        return got
+
     for row in [rows[0], *rows]:  # the first compiles
-        spent = lambda name: times.setdefault(name, [])  # noqa: E731
-        cache = timed(spent("full prefill"), lambda row=row: ready(prefill.prefill(model, [row])))
-        score = lambda row=row, cache=cache: ready(kvzip.kvzip_scores(model, cache, [row], **zip_))  # noqa: E731
-        s = timed(spent("kvzip scores"), score)
-        keep = lambda cache=cache, s=s: ready(evict(cache, s, ratio=0.3, rows=AFTER))  # noqa: E731
-        small = timed(spent("kvzip evict"), keep)
-        for name, c in (("full", cache), ("kvzip", small)):
-            ask = lambda c=c: jl.generate(model, None, [[5]], max_new_tokens=32, cache=c, stop_tokens=[])  # noqa: E731
+        cache = clock("full prefill", jl.prefill, model, [row])
+        scores = clock("kvzip scores", eviction.kvzip_scores, model, cache, [row], **options)
+        small = clock("kvzip evict", eviction.evict, cache, scores, ratio=0.3, rows=later)
+        for name, held in (("full", cache), ("kvzip", small)):
+            ask = partial(jl.generate, model, None, [[5]], max_new_tokens=32, cache=held, stop_tokens=[])
             ask()
-            timed(spent(f"{name} decode"), ask)
-    return arrays, {name: statistics.median(t[1:]) for name, t in times.items()}
+            clock(f"{name} decode", ask)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def _mask(cache) -> np.ndarray:
+def kept_mask(cache, context: int) -> np.ndarray:
     """What is kept [B, L, K, T]."""
-
     kept = repack.kept_positions(cache)
-    out = np.zeros((len(kept[0]), len(kept), len(kept[0][0]), CONTEXT), bool)
+    out = np.zeros((len(kept[0]), len(kept), len(kept[0][0]), context), bool)
     for layer, requests in enumerate(kept):
         for b, heads in enumerate(requests):
             for head, at in enumerate(heads):
@@ -216,15 +119,26 @@ def official(scores: np.ndarray, ratio: float) -> np.ndarray:
     return scores > limit[:, None, None, None]
 
 
-def compared(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Correlations, differences and agreement of kept sets."""
-    out: dict[str, Any] = {"kl": {}}
+# -- side by side
+
+
+def divergences(sides: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """(mean, standard error) of each side, by method and part evicted."""
+
+    def told(x: np.ndarray) -> list[float]:
+        return [float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))]
+
+    return {
+        f"{name} {c}": {side: told(found[f"{name} kl {c}"]) for side, found in sides.items()}
+        for name in METHODS
+        for c in EVICTED
+    }
+
+
+def agreement(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Correlations, differences and agreement of kept sets, of methods whose scores kvpress shows."""
+    out: dict[str, Any] = {}
     for name in METHODS:
-        for c in EVICTED:
-            values = (mine[f"{name} kl {c}"], theirs[f"{name} kl {c}"])
-            out["kl"][f"{name} {c}"] = [
-                (float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))) for x in values
-            ]
         if f"{name} scores" not in theirs:
             continue
         a, b = (x[f"{name} scores"][..., SINKS:] for x in (mine, theirs))
@@ -242,76 +156,103 @@ def compared(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict
                 scores[..., :SINKS] = mine[f"{name} scores"][..., :SINKS]  # theirs are replaced
                 rule = (mine[f"{name} official {c}"] == official(scores, 1 - c)).all((1, 2, 3))
                 out[name][f"contexts with the same set, {c:.0%} evicted"] = [int(same.sum()), len(same)]
-                out[name][f"the same by the official threshold, {c:.0%}"] = [int(rule.sum()), len(rule)]
+                out[name][f"the same by the published threshold, {c:.0%}"] = [int(rule.sum()), len(rule)]
     return out
 
 
-def markdown(run: dict[str, Any]) -> str:
-    from quantization_tables import table
-
-    lines = [f"# Eviction beside kvpress {run['kvpress']}", "", f"{run['date']}, {run['machine']}.", ""]
-    rows = []
-    for name in METHODS:
-        cells = [
-            " / ".join(f"{mean:.5f} +- {error:.5f}" for mean, error in run["compared"]["kl"][f"{name} {c}"])
-            for c in EVICTED
-        ]
-        rows.append((name, *cells))
-    head = ("method", *(f"{c:.0%} evicted: ours / kvpress" for c in EVICTED))
-    lines += ["## Divergence, nats a token", "", *table(head, rows), ""]
-    for name in ("kvzip", "kvzip+", "expected"):
-        lines += [f"- {name}: " + "; ".join(f"{k} {v}" for k, v in run["compared"][name].items())]
-    for side in ("ours", "theirs"):
-        lines += [f"- seconds, {side}: " + ", ".join(f"{k} {v:.4f}" for k, v in run[side].items())]
-    lines += [f"- bytes held of one context, 70% evicted, ours and theirs: {run['bytes']}", ""]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rival", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help="a Llama, as `jl.load` takes it")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--python", help="interpreter of the environment with kvpress")
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.rival:
-        return rival(args.rival)
-    if None in (args.model, args.text, args.python, args.out):
-        parser.error("--model, --text, --python and --out must be given")
-    from decode import machine
-
-    import jaxllm as jl
-
-    model, tokenizer = jl.load(args.model, dtype="float32")
-    ids = tokenizer.encode(args.text.read_text("utf-8"), add_special_tokens=False)
-    size = CONTEXT + AFTER - 1
+def measure(args: argparse.Namespace) -> Run:
+    """Our side, and kvpress's where there is an interpreter for it."""
+    model, tokenizer = load(args)
+    ids = tokenizer.encode(_text(args), add_special_tokens=False)
+    size = args.context + args.after - 1
     starts = np.linspace(0, len(ids) - size, args.windows).astype(int)
     windows = np.asarray([[tokenizer.bos_token_id, *ids[at : at + size]] for at in starts], np.int32)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        jl.save(model, folder / "model", tokenizer, to="huggingface")
-        np.save(folder / "windows.npy", windows)
-        subprocess.run([args.python, __file__, "--rival", folder], check=True, stdout=sys.stderr)
-        theirs = dict(np.load(folder / "rival.npz"))
-        seconds = json.loads((folder / "rival.json").read_text())
-    ask = "from importlib.metadata import version; print(version('kvpress'))"
-    told = subprocess.run([args.python, "-c", ask], check=True, capture_output=True, text=True)
-    mine, own = ours(model, tokenizer, windows)
-    run = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "kvpress": told.stdout.strip(),
-        "compared": compared(mine, theirs),
-        "ours": own,
-        "theirs": seconds,
-        "bytes": [float(mine["kvzip held"]), float(theirs["kvzip held"].mean())],
+    settings = {"model": model_name(args), "context": args.context, "after": args.after}
+    run = begin(args, settings | {"windows": args.windows})
+    mine, seconds = ours(model, tokenizer, windows, args.context)
+    sides = {"jaxllm": mine}
+    run["seconds"] = {"jaxllm": seconds}
+    if args.python is not None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            jl.save(model, folder / "model", tokenizer, to="huggingface")
+            np.save(folder / "windows.npy", windows)
+            side = Path(__file__).with_name("kvpress_side.py")
+            command = [args.python, str(side), str(folder), str(args.context)]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            sides["kvpress"] = dict(np.load(folder / "side.npz"))
+            run["seconds"]["kvpress"] = json.loads((folder / "side.json").read_text())
+        ask = "from importlib.metadata import version; print(version('kvpress'))"
+        told = subprocess.run([args.python, "-c", ask], check=True, capture_output=True, text=True)
+        run["versions"]["kvpress"] = told.stdout.strip()
+        run["agreement"] = agreement(mine, sides["kvpress"])
+    run["divergence"] = divergences(sides)
+    run["bytes"] = {side: float(np.mean(found["kvzip held"])) for side, found in sides.items()}
+    return run
+
+
+def _text(args) -> str:
+    return "\n".join(texts(args)[0].train) if args.tiny else args.text.read_text("utf-8")
+
+
+def page(run: Run) -> Page:
+    """Divergences, agreement, seconds and bytes."""
+    sides = list(run["seconds"])
+    columns = {"method": "whose scores choose"}
+    columns |= {
+        f"{c:.0%} evicted, {side}": "divergence from that side's own full cache, nats a token, +- its error"
+        for c in EVICTED
+        for side in sides
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "kv_kvpress.json").write_text(json.dumps(run, indent=1) + "\n")
-    (args.out / "kv_kvpress.md").write_text(markdown(run))
-    print(markdown(run))
+    rows = [
+        (
+            name,
+            *(
+                "{:.5f} +- {:.5f}".format(*run["divergence"][f"{name} {c}"][side])
+                for c in EVICTED
+                for side in sides
+            ),
+        )
+        for name in METHODS
+    ]
+    tables = [Table("Divergence", columns, rows)]
+    if "agreement" in run:
+        facts = [(n, what, str(x)) for n, found in run["agreement"].items() for what, x in found.items()]
+        columns = {
+            "method": "whose scores",
+            "what": "of scores without the first rows, or of sets",
+            "value": "is",
+        }
+        tables.append(Table("Agreement of scores and of what is kept", columns, facts))
+    names = list(dict.fromkeys(name for side in sides for name in run["seconds"][side]))
+    columns = {"step": "of one context"} | dict.fromkeys(sides, "median seconds")
+    rows = [
+        (name, *(f"{x:.4f}" if (x := run["seconds"][side].get(name)) else "" for side in sides))
+        for name in names
+    ]
+    rows.append(("bytes held, 70% evicted", *(f"{run['bytes'][side]:,.0f}" for side in sides)))
+    tables.append(Table("Time and bytes", columns, rows))
+    settings = run["settings"]
+    text = (
+        f"Model {settings['model']}; {settings['windows']} contexts of {settings['context']} tokens repeated "
+        f"in one chunk, {settings['after']} more judged."
+    )
+    if "kvpress" not in sides:
+        text += " kvpress was left out: no --python of an environment with it was given."
+    return Page("Eviction beside NVIDIA's kvpress", text, tables)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser("kv_kvpress", __doc__)
+    add = made.add_argument
+    add("--model", help="a Llama, as `jl.load` takes it")
+    add("--text", type=Path)
+    add("--python", help="interpreter of an environment with kvpress; without, only our side is measured")
+    add("--windows", type=int, default=32, help="contexts")
+    add("--context", type=int, default=224, help="tokens")
+    add("--after", type=int, default=96, help="tokens that are judged")
+    tiny = {"windows": 2, "context": 48, "after": 16}
+    common.main(parse(made, argv, tiny=tiny, needs=["model", "text"]), measure, page)
 
 
 if __name__ == "__main__":

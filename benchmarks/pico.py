@@ -1,6 +1,6 @@
 """What the models that ship can do, on text and exercises they were not trained on.
 
-    python benchmarks/pico.py --data ../shared/data --stories stories.txt --out results/
+    python benchmarks/pico.py --data ../shared/data --stories stories.txt --results docs/results
 
 repeat      a passage of 200 uniform random tokens, whole or from a named place; passages of held-out text
             apart. Greedy and free running: a token counts as right where it equals the answer's token at
@@ -23,22 +23,19 @@ generator has five, the last not zero, so that no seed of training gives the sam
 """
 
 import argparse
-import datetime
 import gzip
-import importlib.resources
-import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import machine
+from common import Page, Run, Table, add_data, begin, load, parse, parser, texts
 from tqdm import tqdm
 from witten_bell import probabilities
 
@@ -47,14 +44,11 @@ from jaxllm.training.pico import corpus, exercises
 from jaxllm.training.pico.exercises import REPEAT_ALL, REPEAT_PART, Exercise, Words
 
 MEMBERS = ("target", "draft", "companion")
-PASSAGE = 200  # tokens
-PAIRS = (8, 32, 64)
 QUESTIONS = 8  # one after another on one context
 SUMS = 5  # lines, the last asked
 ORDERS = (2, 5)
 END = b"\0"  # of a document, for the yardsticks
 SEED = 20_261_121
-VERSIONS = {"python": platform.python_version(), "jax": jax.__version__, "jaxllm": jl.__version__}
 CALL_TOKENS = 8192  # in one call of `predict`
 
 
@@ -137,41 +131,41 @@ def conversations(model, words: Words, count: int, pairs: int, bar: tqdm, batch:
     return share(hits)
 
 
-def passages(plain: Mapping[str, np.ndarray], case: int) -> np.ndarray:
+def passages(plain: Mapping[str, np.ndarray], case: int, size: int) -> np.ndarray:
     """A passage of held-out text, from one text after another."""
-    texts = [ids for ids in plain.values() if len(ids) >= PASSAGE]
-    if not texts:
-        raise ValueError(f"pico: a held-out text must have {PASSAGE} tokens, got none")
-    ids = texts[case % len(texts)]
-    start = int(generator(3, case).integers(0, len(ids) - PASSAGE + 1))
-    return ids[start : start + PASSAGE].astype(np.int32)
+    long = [ids for ids in plain.values() if len(ids) >= size]
+    if not long:
+        raise ValueError(f"pico: a held-out text must have {size} tokens, got none")
+    ids = long[case % len(long)]
+    start = int(generator(3, case).integers(0, len(ids) - size + 1))
+    return ids[start : start + size].astype(np.int32)
 
 
-def examine(
-    model, words: Words, plain: Mapping[str, np.ndarray], *, cases: int, natural: int, batch: int
-) -> dict[str, Any]:
+def examine(model, words: Words, plain: Mapping[str, np.ndarray], args) -> dict[str, Any]:
     """All exercises of one model."""
-    N = range(cases)
-    total = 2 * cases + 2 * natural + (len(PAIRS) + 1) * cases
-    total += -(-cases // QUESTIONS) * QUESTIONS
+    cases, natural, size, batch = args.cases, args.natural, args.passage, args.batch
+    N, count = range(cases), -(-cases // QUESTIONS)
+    total = 3 * cases + 2 * natural + len(args.pairs) * cases + count * QUESTIONS
     found: dict[str, Any] = {"repeat": {}, "repeat_text": {}, "lookup": {}}
     prompts = {"whole": REPEAT_ALL[0], "part": REPEAT_PART[0]}
     with tqdm(total=total, unit="case", desc="exercises", file=sys.stderr) as bar:
         for kind, (name, prompt) in enumerate(prompts.items()):
-            some = [exercises.repeat(generator(kind, i), words, PASSAGE, prompt=prompt) for i in N]
+            some = [exercises.repeat(generator(kind, i), words, size, prompt=prompt) for i in N]
             found["repeat"][name] = repeats(model, words, some, bar, batch)
             some = [
                 exercises.repeat(
-                    generator(kind, i), words, PASSAGE, prompt=prompt, passage=passages(plain, i)
+                    generator(kind, i), words, size, prompt=prompt, passage=passages(plain, i, size)
                 )
                 for i in range(natural)
             ]
             found["repeat_text"][name] = repeats(model, words, some, bar, batch)
-        for pairs in PAIRS:
+        for pairs in args.pairs:
             some = [exercises.lookup(generator(4, i), words, pairs, questions=1) for i in N]
             found["lookup"][str(pairs)] = exact(model, words, some, bar, batch)
-        count = -(-cases // QUESTIONS)
-        found["lookup"]["32, 8 questions"] = conversations(model, words, count, 32, bar, batch)
+        middle = args.pairs[len(args.pairs) // 2]
+        found["lookup"][f"{middle}, {QUESTIONS} questions"] = conversations(
+            model, words, count, middle, bar, batch
+        )
         some = [exercises.sums(generator(5, i), words, SUMS) for i in N]
         found["sums"] = exact(model, words, some, bar, batch)
     return found
@@ -221,16 +215,16 @@ def read_through(model, rows: Sequence[tuple[np.ndarray, int]], bar: tqdm) -> tu
     return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
 
-def yardsticks(texts: Sequence[corpus.Text], bar: tqdm) -> dict[str, dict[str, float]]:
+def yardsticks(some: Sequence[corpus.Text], bar: tqdm) -> dict[str, dict[str, float]]:
     """Bits per byte of text of what is no neural network, by text."""
 
     def joined(documents: Sequence[str]) -> bytes:
         return b"".join(d.encode() + END for d in documents)
 
-    train = {t.name: joined(t.train) for t in texts}
-    held_out = {t.name: joined(t.held_out) for t in texts}
-    size = {t.name: sum(len(d.encode()) for d in t.held_out) for t in texts}
-    found: dict[str, dict[str, float]] = {t.name: {} for t in texts}
+    train = {t.name: joined(t.train) for t in some}
+    held_out = {t.name: joined(t.held_out) for t in some}
+    size = {t.name: sum(len(d.encode()) for d in t.held_out) for t in some}
+    found: dict[str, dict[str, float]] = {t.name: {} for t in some}
     for order in ORDERS:
         every = -np.log2(probabilities(b"".join(train.values()), b"".join(held_out.values()), order))
         cuts = np.cumsum([len(text) for text in held_out.values()])[:-1]
@@ -245,19 +239,19 @@ def yardsticks(texts: Sequence[corpus.Text], bar: tqdm) -> dict[str, dict[str, f
 
 
 def read_texts(
-    models: Mapping[str, Any], tokenizer: Any, texts: Sequence[corpus.Text]
+    models: Mapping[str, Any], tokenizer: Any, some: Sequence[corpus.Text]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(bits per byte by text, agreement with the target by member)."""
     context = min(model.config.context for model in models.values())
     rows = {}
-    for t in texts:
+    for t in some:
         streams = [corpus.encode(tokenizer, [d]).astype(np.int32) for d in t.held_out]
         rows[t.name] = [w for ids in streams for w in windows(ids, context, context // 2)]
     bits: dict[str, Any] = {}
     agreement: dict[str, Any] = {name: {} for name in models if name != "target"}
     total = len(models) * sum(map(len, rows.values()))
     with tqdm(total=total, unit="window", desc="text", file=sys.stderr) as bar:
-        for t in texts:
+        for t in some:
             size = sum(len(d.encode()) for d in t.held_out)
             best = {}
             entry: dict[str, Any] = {"documents": len(t.held_out), "bytes": size, "bits_per_byte": {}}
@@ -271,23 +265,24 @@ def read_texts(
     for found in agreement.values():
         found["mean"] = float(np.mean(list(found.values())))
     with tqdm(total=len(ORDERS), unit="order", desc="n-grams", file=sys.stderr) as bar:
-        for name, found in yardsticks(texts, bar).items():
+        for name, found in yardsticks(some, bar).items():
             bits[name]["bits_per_byte"] |= found
     return bits, agreement
 
 
-def goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def goals(run: Run) -> list[dict[str, Any]]:
     """What the target should reach, and whether it does."""
-    found = report["exercises"]["target"]
+    found, settings = run["exercises"]["target"], run["settings"]
+    middle = str(settings["pairs"][len(settings["pairs"]) // 2])
     repeated = found["repeat"]["whole"]["tokens_right"]
-    looked_up = found["lookup"]["32"]["exact"]
+    looked_up = found["lookup"][middle]["exact"]
     rows = [
-        {"goal": f"repeats {PASSAGE} random tokens: tokens right", "want": 0.95, "got": repeated},
-        {"goal": "recalls one key of 32: values right", "want": 0.9, "got": looked_up},
+        {"goal": f"repeats {settings['passage']} random tokens: tokens right", "want": 0.95, "got": repeated},
+        {"goal": f"recalls one key of {middle}: values right", "want": 0.9, "got": looked_up},
     ]
     for row in rows:
         row["met"] = row["got"] >= row["want"]
-    for name, entry in report["text"].items():
+    for name, entry in run["text"].items():
         bits = entry["bits_per_byte"]
         best = min(v for k, v in bits.items() if k not in MEMBERS)
         row = {"goal": f"bits per byte of {name}, below the best yardstick's"}
@@ -295,123 +290,140 @@ def goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables."""
-    run = report["settings"]
-    sizes = ", ".join(f"{name} {count:,}" for name, count in report["parameters"].items())
-    lines = [
-        "# pico",
-        "",
-        f"{report['date']}, {report['machine']}, "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + f"; {report['seconds']:.0f} s. Parameters: {sizes}; float32. Exercises are greedy and free "
-        "running, drawn from seeds that training cannot draw; texts are the parts held out.",
-        "",
-        "| goal | wanted | reached | met |",
-        "|---|---|---|---|",
-    ]
-    for goal in report["goals"]:
-        met = "yes" if goal["met"] else "no"
-        lines.append(f"| {goal['goal']} | {goal['want']:.3f} | {goal['got']:.3f} | {met} |")
-    for member, found in report["exercises"].items():
-        lines += ["", f"## Exercises: {member}", ""]
-        lines += [
-            f"| repeat {PASSAGE} tokens | cases | tokens right | answers wholly right |",
-            "|---|---|---|---|",
-        ]
-        for kind, name in (("repeat", "random tokens"), ("repeat_text", "held-out text")):
-            for part, got in found[kind].items():
-                lines.append(
-                    f"| {name}, {part} | {got['cases']} | {got['tokens_right']:.2%} "
-                    f"| {got['whole_right']:.2%} |"
-                )
-        lines += ["", "| exact answers | cases | right |", "|---|---|---|"]
-        table = {f"lookup among {pairs}": got for pairs, got in found["lookup"].items()}
-        for name, got in (table | {"sums": found["sums"]}).items():
-            right = f"{got['exact']:.2%} ± {got['stderr']:.2%}"
-            lines.append(f"| {name} | {got['cases']} | {right} |")
-    members = list(report["parameters"])
-    heads = ["text", "bytes", *members, *(f"Witten-Bell {k} (own / all)" for k in ORDERS), "gzip -9"]
-    lines += ["", "## Bits per byte of held-out text", "", "| " + " | ".join(heads) + " |"]
-    lines.append("|---" * len(heads) + "|")
-    for name, entry in report["text"].items():
-        bits = entry["bits_per_byte"]
-        cells = [name, f"{entry['bytes']:,}", *(f"{bits[m]:.3f}" for m in members)]
-        for k in ORDERS:
-            cells.append(f"{bits[f'witten_bell_{k}']:.3f} / {bits[f'witten_bell_{k}_all']:.3f}")
-        lines.append("| " + " | ".join([*cells, f"{bits['gzip']:.3f}"]) + " |")
-    lines += [
-        "",
-        f"Windows of {run['context']} tokens, {run['context'] // 2} apart; every token is predicted.",
-    ]
-    if report["agreement"]:
-        names = [*report["text"], "mean"]
-        lines += ["", "## Greedy agreement with the target", "", "| | " + " | ".join(names) + " |"]
-        lines.append("|---" * (len(names) + 1) + "|")
-        for member, found in report["agreement"].items():
-            lines.append(f"| {member} | " + " | ".join(f"{found[n]:.1%}" for n in names) + " |")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("--models", type=Path, help="directory of target/ draft/ companion/; those that ship when left out")
-    add("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS), help="which of them; target must be")
-    add("--exercises", nargs="+", choices=MEMBERS, default=["target"], help="members that do the exercises")
-    add("--data", type=Path, required=True, help="directory of the texts")
-    add("--stories", type=Path, help="the file of stories given to training")
-    add("--cases", type=int, default=512, help="of each exercise")
-    add("--natural", type=int, default=256, help="passages of held-out text to repeat")
-    add("--batch", type=int, default=64, help="cases at once")
-    add("--out", type=Path, help="directory for pico.json and pico.md")
-    args = parser.parse_args(argv)
-    if not {"target"} <= set(args.exercises) <= set(args.members):
-        parser.error("--members must name all of --exercises, and these the target")
-    if min(args.cases, args.natural, args.batch) < 1:
-        parser.error("--cases, --natural and --batch must be at least 1")
-
-    begin = time.monotonic()
-    texts = corpus.read(args.data, args.stories)
-    folder = args.models or Path(str(importlib.resources.files("jaxllm"))) / "pico"
-    loaded = {name: jl.load(folder / name, dtype="float32") for name in args.members}
+def measure(args: argparse.Namespace) -> Run:
+    """Exercises and texts, by all members asked for."""
+    start = time.monotonic()
+    some = texts(args)
+    loaded = {name: load(args, name) for name in args.members}
     models = {name: model for name, (model, _) in loaded.items()}
     tokenizer = loaded["target"][1].backend_tokenizer
     words = Words.of(tokenizer)
     plain = {}
-    for t in texts:
+    for t in some:
         ids = corpus.encode(tokenizer, t.held_out)
         plain[t.name] = ids[np.isin(ids, words.ordinary)]
-    found = {
-        name: examine(models[name], words, plain, cases=args.cases, natural=args.natural, batch=args.batch)
-        for name in args.exercises
+    settings = {name: getattr(args, name) for name in ("cases", "natural", "passage", "pairs", "batch")}
+    context = min(model.config.context for model in models.values())
+    run = begin(args, settings | {"context": context, "seed": SEED})
+    run["parameters"] = {n: sum(x.size for x in jax.tree.leaves(m)) for n, m in models.items()}
+    run["exercises"] = {name: examine(models[name], words, plain, args) for name in args.exercises}
+    run["text"], run["agreement"] = read_texts(models, tokenizer, some)
+    return run | {"seconds": time.monotonic() - start}
+
+
+# -- the page
+
+
+def page(run: Run) -> Page:
+    """Goals, exercises, bits per byte, agreement."""
+    sizes = ", ".join(f"{name} {count:,}" for name, count in run["parameters"].items())
+    text = (
+        f"Parameters: {sizes}; float32; {run['seconds']:.0f} s. Exercises are greedy and free running, "
+        "drawn from seeds that training cannot draw; texts are the parts held out."
+    )
+    tables = [_goals(run)]
+    for member, found in run["exercises"].items():
+        tables += [_repeats(member, found, run), _exact(member, found)]
+    tables.append(_texts(run))
+    if run["agreement"]:
+        tables.append(_agreement(run))
+    return Page("pico", text, tables)
+
+
+def _goals(run: Run) -> Table:
+    columns = {
+        "goal": "what the target should reach",
+        "wanted": "at least (bits per byte: less than)",
+        "reached": "measured",
+        "met": "whether it is",
     }
-    bits, agreement = read_texts(models, tokenizer, texts)
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": VERSIONS,
-        "settings": {
-            "cases": args.cases,
-            "natural": args.natural,
-            "batch": args.batch,
-            "context": min(model.config.context for model in models.values()),
-            "seed": SEED,
-        },
-        "parameters": {n: sum(x.size for x in jax.tree.leaves(m)) for n, m in models.items()},
-        "exercises": found,
-        "text": bits,
-        "agreement": agreement,
-        "seconds": time.monotonic() - begin,
+    rows = [
+        (row["goal"], f"{row['want']:.3f}", f"{row['got']:.3f}", "yes" if row["met"] else "no")
+        for row in goals(run)
+    ]
+    return Table("Goals", columns, rows)
+
+
+def _repeats(member: str, found: dict[str, Any], run: Run) -> Table:
+    columns = {
+        f"repeat {run['settings']['passage']} tokens": "of what: all, or a part from a named place",
+        "cases": "passages",
+        "tokens right": "tokens that equal the answer's at their place",
+        "wholly right": "answers right from beginning to end",
     }
-    report["goals"] = goals(report)
-    text = markdown(report)
-    print(text)
-    print(json.dumps(report))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "pico.json").write_text(json.dumps(report, indent=2) + "\n")
-        (args.out / "pico.md").write_text(text + "\n")
+    rows = [
+        (f"{name}, {part}", got["cases"], f"{got['tokens_right']:.2%}", f"{got['whole_right']:.2%}")
+        for kind, name in (("repeat", "random tokens"), ("repeat_text", "held-out text"))
+        for part, got in found[kind].items()
+    ]
+    return Table(f"Repetition: {member}", columns, rows)
+
+
+def _exact(member: str, found: dict[str, Any]) -> Table:
+    columns = {
+        "exercise": "a key looked up among so many pairs, or two numbers below 100 added",
+        "cases": "questions",
+        "right": "answers right as a whole, +- standard error",
+    }
+    every = {f"lookup among {pairs}": got for pairs, got in found["lookup"].items()}
+    rows = [
+        (name, got["cases"], f"{got['exact']:.2%} +- {got['stderr']:.2%}")
+        for name, got in (every | {"sums": found["sums"]}).items()
+    ]
+    return Table(f"Exact answers: {member}", columns, rows)
+
+
+def _texts(run: Run) -> Table:
+    members = list(run["parameters"])
+    columns = {"text": "one source of the corpus", "bytes": "held out"}
+    columns |= dict.fromkeys(members, "bits per byte of a model")
+    counted = "bits per byte of n-grams counted in that text alone / in all texts"
+    columns |= {f"Witten-Bell {k}": counted for k in ORDERS}
+    columns["gzip -9"] = "bits per byte of the held-out text, compressed by itself"
+    rows = []
+    for name, entry in run["text"].items():
+        bits = entry["bits_per_byte"]
+        counts = (f"{bits[f'witten_bell_{k}']:.3f} / {bits[f'witten_bell_{k}_all']:.3f}" for k in ORDERS)
+        models = (f"{bits[m]:.3f}" for m in members)
+        rows.append((name, f"{entry['bytes']:,}", *models, *counts, f"{bits['gzip']:.3f}"))
+    context = run["settings"]["context"]
+    text = f"Windows of {context} tokens, {context // 2} apart; every token is predicted."
+    return Table("Bits per byte of held-out text", columns, rows, text)
+
+
+def _agreement(run: Run) -> Table:
+    names = [*run["text"], "mean"]
+    columns = {"model": "whose likeliest token is compared with the target's"}
+    columns |= dict.fromkeys(names, "share of tokens where both are the same")
+    rows = [(member, *(f"{found[name]:.1%}" for name in names)) for member, found in run["agreement"].items()]
+    return Table("Greedy agreement with the target", columns, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser("pico", __doc__)
+    add_data(made)
+    add = made.add_argument
+    add("--models", type=Path, help="directory of target/ draft/ companion/; those that ship when left out")
+    add("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS), help="which of them; target must be")
+    add("--exercises", nargs="+", choices=MEMBERS, default=["target"], help="members that do the exercises")
+    add("--cases", type=int, default=512, help="of each exercise")
+    add("--natural", type=int, default=256, help="passages of held-out text to repeat")
+    add("--passage", type=int, default=200, help="tokens of a passage")
+    add(
+        "--pairs",
+        type=int,
+        nargs="+",
+        default=[8, 32, 64],
+        help="of a list, the middle one for conversations",
+    )
+    add("--batch", type=int, default=64, help="cases at once")
+    tiny = {"members": ["target", "draft"], "cases": 2, "natural": 1, "passage": 24, "pairs": [8], "batch": 2}
+    args = parse(made, argv, tiny=tiny, needs=["data"])
+    if not {"target"} <= set(args.exercises) <= set(args.members):
+        made.error("--members must name all of --exercises, and these the target")
+    if min(args.cases, args.natural, args.batch) < 1:
+        made.error("--cases, --natural and --batch must be at least 1")
+    common.main(args, measure, page)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How well every quantization method keeps a model: tables, curves and ablations, written as they come.
 
-    python benchmarks/quantization.py --calibration FILE --text FILE --out results/         # pico
-    python benchmarks/quantization.py --model stories260K.bin --calibration FILE --lines FILE --out results/
+    python benchmarks/quantization.py --data ../shared/data --results docs/results            # pico
+    python benchmarks/quantization.py --model stories260K.bin --calibration FILE --lines FILE --results DIR
 
     methods    every method at every width (and group): total bits, divergence, perplexity, seconds, memory
     curve      affine methods at 2 bits, calibrated on 2 to 128 sequences of width / 2 tokens (as many tokens
@@ -10,9 +10,11 @@
     dec_dec    3-bit bases whose rounding errors are fetched for some inputs: how many, and how selected
     ablations  2/4/16 bits: which columns, which outliers, against affine models of at most 3 total bits
 
-Calibration and evaluation text must differ (checked: no line of 40 or more characters in both). --text is one
-text, cut into windows of --context tokens; --lines has one story a line, each cut to --context tokens, lines
-that are equal but for case taken once. In both texts a line `<|endoftext|>` parts documents. A seed draws the
+pico is calibrated on what `training/pico/corpus.py` trains on and judged on the first 8,000 characters of
+what it holds out of each text. For other models --calibration and --text are files; --lines instead of --text
+has one story a line, each cut to --context tokens, lines that are equal but for case taken once. Calibration
+and evaluation text must differ (checked: no line of 40 or more characters in both). In both a line
+`<|endoftext|>` parts documents. The text is cut into windows of --context tokens. A seed draws the
 --sequences calibration pieces of --length tokens out of all there are, and is the method's own seed too; what
 needs no text and draws nothing has one seed.
 
@@ -24,28 +26,38 @@ first seed's with compilation; statistics are timed apart. Memory is how far the
 rose above its size before (Linux only), of the seed where that was least: freed pages that are used again do
 not count, compilation does where no seed ran compiled.
 
-Every result goes into quantization.json at once; the same command goes on where a run was stopped.
+Every result goes into --results at once; the same command goes on where a run was stopped.
 """
 
 import argparse
-import ctypes
-import datetime
 import hashlib
-import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import machine
+from common import (
+    Run,
+    add_data,
+    begin,
+    load,
+    measured,
+    model_name,
+    parse,
+    parser,
+    resident_bytes,
+    resume,
+    save,
+    texts,
+)
 from quantization_methods import JOBS, K_CHUNKS, SEQUENCES, Job
-from quantization_tables import draw, markdown
+from quantization_tables import page
 from tqdm import tqdm
 
 import jaxllm as jl
@@ -61,6 +73,7 @@ from jaxllm.weights.nested_float import NestedFloat
 from jaxllm.weights.scaled import Scaled
 
 END = "<|endoftext|>"
+JUDGED = 8000  # characters of each text held out
 CACHES = 1.5e9  # bytes of the process above which compiled programs are let go
 READ_BACK = (Affine, Codebook, BitPlanes, MixedColumns, Scaled)
 
@@ -112,30 +125,6 @@ def _sums(model, tokens, lengths, theirs):
     came = jnp.take_along_axis(ours, tokens[:, 1:, None], axis=2)[..., 0]
     divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
     return jnp.stack([-(came * real).sum(1), (divergence * real).sum(1), real.sum(1)])
-
-
-def measured(work: Callable[[], Any], clock=time.perf_counter) -> tuple[Any, float, float | None]:
-    """What `work` gives, its seconds, and by how many bytes the peak resident size rose (None: unknown)."""
-    before = _peak_from_here()
-    start = clock()
-    got = work()
-    jax.block_until_ready(jax.tree.leaves(got))
-    seconds = clock() - start
-    return got, seconds, None if before is None else _status("VmHWM") - before
-
-
-def _peak_from_here() -> float | None:
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except (OSError, AttributeError):
-        return None
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * float(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 class Statistics:
@@ -211,8 +200,8 @@ def _rows(w):
 def halved(model):
     """The model with the linears of its blocks rounded to float16."""
     weights = {name: w for name, w in linear_weights(model).items() if "." in name}
-    half = lambda w: w.rows.astype(jnp.float16).astype(w.rows.dtype)  # noqa: E731
-    return replace_weights(model, {name: Dense(half(w)) for name, w in weights.items()})
+    half = {name: w.rows.astype(jnp.float16).astype(w.rows.dtype) for name, w in weights.items()}
+    return replace_weights(model, {name: Dense(rows) for name, rows in half.items()})
 
 
 def same_logits(a, b, judge: Judge) -> bool:
@@ -241,69 +230,76 @@ def pieces_of(start: list[int], ids: list[int], length: int) -> list[list[int]]:
     return [start + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
 
 
-def rows_of(tokenizer, args) -> list[list[int]]:
+def rows_of(tokenizer, text: str, args) -> list[list[int]]:
     """The evaluation sequences."""
     if args.lines is None:
-        start, ids = encode(tokenizer, args.text.read_text("utf-8"))
+        start, ids = encode(tokenizer, text)
         return pieces_of(start, ids[: args.tokens], args.context)
-    lines = args.lines.read_bytes().decode("utf-8").splitlines()
-    distinct = {line.lower(): line for line in reversed(lines) if line.strip()}
+    distinct = {line.lower(): line for line in reversed(text.splitlines()) if line.strip()}
     return [tokenizer.encode(line)[: args.context] for line in reversed(distinct.values())]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--what", nargs="+", choices=tuple(JOBS), default=tuple(JOBS))
-    add("--model", help="as `jl.load` takes it (default: pico)")
-    add("--calibration", type=Path, required=True)
-    add("--text", type=Path)
-    add("--lines", type=Path)
-    add("--bits", type=int, nargs="+", default=[2, 3, 4])
-    add("--group", type=int, nargs="+", default=[32], help="the first serves the other parts")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--only", nargs="+", help="names of methods; others are left out")
-    add("--curve", type=int, nargs="+", default=SEQUENCES)
-    add("--k-chunk", type=int, nargs="+", default=K_CHUNKS)
-    add("--context", type=int, default=512)
-    add("--tokens", type=int, default=8192, help="of --text, at most")
-    add("--sequences", type=int, default=64, help="calibration pieces of --length tokens")
-    add("--length", type=int, default=256)
-    add("--out", type=Path, required=True)
-    args = parser.parse_args()
-    if (args.text is None) == (args.lines is None):
-        parser.error("exactly one of --text and --lines must be given")
-    learnt, judged = (p.read_text("utf-8") for p in (args.calibration, args.text or args.lines))
+def both_texts(args) -> tuple[str, str]:
+    """What methods learn from, and what they are judged on."""
+    if args.calibration is None:
+        found = texts(args)
+        learnt = joined([document for text in found for document in text.train])
+        judged = joined([d for text in found for d in beginning(text.held_out, JUDGED)])
+    else:
+        learnt, judged = (p.read_bytes().decode("utf-8") for p in (args.calibration, args.text or args.lines))
     shared = {line for line in learnt.splitlines() if len(line) >= 40} & set(judged.splitlines())
-    if shared:
-        line = next(iter(shared))[:40]
-        parser.error(f"calibration and evaluation text must differ, both have the line {line!r}")
-    return args
+    if shared and not args.tiny:
+        line = min(shared)[:40]
+        raise SystemExit(
+            f"quantization.py: calibration and evaluation text must differ, both have the line {line!r}"
+        )
+    return learnt, judged
 
 
-def main() -> None:
-    args = parse()
-    model, tokenizer = jl.load(args.model, dtype="float32")
-    start, ids = encode(tokenizer, args.calibration.read_text("utf-8"))
-    width = model.config.width
-    pieces, short = (pieces_of(start, ids, n) for n in (args.length, max(width // 2, 8)))
-    if len(pieces) < args.sequences or ("curve" in args.what and len(short) < max(args.curve)):
-        raise SystemExit(f"quantization.py: the calibration text must be longer, got {len(ids)} tokens")
-    rows = rows_of(tokenizer, args)
-    judge = Judge(model, rows)
-    settings = {
-        "model": Path(args.model).name if args.model else "pico target",
+def joined(documents: Sequence[str]) -> str:
+    """Documents as one text."""
+    return f"{END}\n".join(document.strip("\n") + "\n" for document in documents)
+
+
+def beginning(documents: Sequence[str], size: int) -> list[str]:
+    """The first `size` characters of all documents, the last of them cut."""
+    found = []
+    for document in documents:
+        if size <= 0:
+            break
+        found.append(document[:size])
+        size -= len(document)
+    return found
+
+
+# -- a run
+
+
+def settings_of(model, ids: list[int], rows: list[list[int]], judge: Judge, args) -> dict[str, Any]:
+    """What makes two runs one."""
+    return {
+        "model": model_name(args),
         "weights": fingerprint(model)[:16],
         "calibration": hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:16],
         "evaluation": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
         "predictions": int(judge.given[:, 2].sum()),
         "sequences": args.sequences,
         "length": args.length,
-        "width": width,
-        "jax": version("jax"),
-        "machine": machine(),
+        "width": model.config.width,
     }
-    run = begun(args.out / "quantization.json", settings)
+
+
+def measure(args: argparse.Namespace) -> Run:
+    """The jobs asked for that a run in --results has not done yet."""
+    model, tokenizer = load(args)
+    learnt, judged = both_texts(args)
+    start, ids = encode(tokenizer, learnt)
+    pieces, short = (pieces_of(start, ids, n) for n in (args.length, max(model.config.width // 2, 8)))
+    if len(pieces) < args.sequences or ("curve" in args.what and len(short) < max(args.curve)):
+        raise SystemExit(f"quantization.py: the calibration text must be longer, got {len(ids)} tokens")
+    rows = rows_of(tokenizer, judged, args)
+    judge = Judge(model, rows)
+    run = resume(args, begin(args, settings_of(model, ids, rows, judge, args)) | {"results": []})
     run["given"] = judge(model)
     known = [{key: r[key] for key in Job("", "", None, None, 0).key} for r in run["results"]]
     jobs = [job for what in args.what for job in JOBS[what](args)]
@@ -313,15 +309,12 @@ def main() -> None:
     parents: dict = {}
     for job in tqdm([job for job in jobs if job.key not in known], "quantize", file=sys.stderr):
         run["results"].append(result(job, model, statistics, judge, parents))
-        keep(args.out, run)
-        if (size := _peak_from_here()) is not None and size > CACHES:
+        save(args, run)
+        if (size := resident_bytes()) is not None and size > CACHES:
             jax.clear_caches()
     if "methods" in args.what and "calibration_seconds" not in run:
         run["calibration_seconds"] = statistics.seconds()
-        keep(args.out, run)
-    (args.out / "quantization.md").write_text(markdown(run))
-    draw(run, args.out)
-    print(markdown(run))
+    return run
 
 
 def is_random(job: Job) -> bool:
@@ -329,22 +322,33 @@ def is_random(job: Job) -> bool:
     return bool(job.method.wants) or "random" in job.name
 
 
-def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """A run to go on with, or a new one."""
-    if not file.is_file():
-        return {"date": datetime.date.today().isoformat(), "settings": settings, "results": []}
-    run = json.loads(file.read_text())
-    if run["settings"] != settings:
-        raise SystemExit(f"quantization.py: --out must be new or of the same settings, got {file.parent}")
-    return run
-
-
-def keep(out: Path, run: dict[str, Any]) -> None:
-    """Writes what there is so far; the file is never half written."""
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / "quantization.json.part"
-    part.write_text(json.dumps(run, indent=1) + "\n")
-    part.replace(out / "quantization.json")
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser("quantization", __doc__)
+    add_data(made)
+    add = made.add_argument
+    add("--what", nargs="+", choices=tuple(JOBS), default=tuple(JOBS))
+    add("--model", help="as `jl.load` takes it (default: pico)")
+    add("--calibration", type=Path, help="file to learn from; with --text or --lines, in place of --data")
+    add("--text", type=Path, help="file to be judged on")
+    add("--lines", type=Path, help="the same, a story a line")
+    add("--bits", type=int, nargs="+", default=[2, 3, 4])
+    add("--group", type=int, nargs="+", default=[32], help="the first serves the other parts")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--only", nargs="+", help="names of methods; others are left out")
+    add("--curve", type=int, nargs="+", default=SEQUENCES, help="sequences to calibrate on")
+    add("--k-chunk", type=int, nargs="+", default=K_CHUNKS, help="inputs of each 1024")
+    add("--context", type=int, default=512)
+    add("--tokens", type=int, default=8192, help="of the text that is judged, at most")
+    add("--sequences", type=int, default=64, help="calibration pieces of --length tokens")
+    add("--length", type=int, default=256)
+    tiny = {"what": ["methods", "curve"], "bits": [2], "seeds": [0], "curve": [2], "sequences": 4}
+    tiny |= {"length": 16, "context": 32, "tokens": 64, "only": ["RTN", "DASH-Q", "SqueezeLLM"]}
+    args = parse(made, argv, tiny=tiny)
+    if (args.calibration is None) != (args.text is None and args.lines is None) or (args.text and args.lines):
+        made.error("--calibration must come with one of --text and --lines")
+    if not (args.data or args.calibration or args.tiny or args.render):
+        made.error("--data or --calibration must be given")
+    common.main(args, measure, page)
 
 
 if __name__ == "__main__":

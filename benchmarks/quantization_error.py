@@ -1,6 +1,6 @@
 """What the methods of quantization leave of the errors of a large random matrix, at code and at total bits.
 
-    python benchmarks/quantization_error.py --out results/
+    python benchmarks/quantization_error.py --results docs/results
 
 Perplexity of a small model judges the tables of codebooks too hard: they weigh less the larger K is, and here
 K = 1024. Weights are Student-t; inputs share 64 latent numbers a token, each on a log-normal scale; the size
@@ -9,19 +9,18 @@ weights at all: of the outputs, and of the outputs times the gradients (what Gui
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
-from importlib.metadata import version
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import machine, spread
-from quantization_tables import table
+from common import Page, Run, Table, begin, parse, parser, save, show
 from tqdm import tqdm
 
 import jaxllm as jl
@@ -68,12 +67,12 @@ def statistics_of(x: np.ndarray, g: np.ndarray, length: int = 128) -> Stats:
     )
 
 
-def left(K: int, N: int, T: int, seed: int) -> list[dict[str, Any]]:
+def left(K: int, N: int, T: int, seed: int, widths: Sequence[int]) -> list[dict[str, Any]]:
     """What each method leaves of the errors of one matrix."""
     rows, stats = weights(K, N, seed), statistics_of(*tokens(K, N, T, seed, 0))
     x, g = (jnp.asarray(a) for a in tokens(K, N, T, seed, 1))
     whole, found = jnp.matmul(x, rows.T, precision=HIGHEST) ** 2, []
-    for name, bits, method in tqdm(compared(seed), f"seed {seed}", file=sys.stderr):
+    for name, bits, method in tqdm(compared(seed, widths), f"seed {seed}", file=sys.stderr):
         w = method.solve(rows, stats, name="up", dtype=jnp.float32)
         for read in NESTED if name == "Any-Precision" else (bits,):
             at = w.at(read) if name == "Any-Precision" else w
@@ -86,9 +85,10 @@ def left(K: int, N: int, T: int, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def compared(seed: int) -> list[tuple[str, int | None, Any]]:
+def compared(seed: int, widths: Sequence[int]) -> list[tuple[str, int | None, Any]]:
+    """Name, width (where it has one) and method."""
     found: list[tuple[str, int | None, Any]] = []
-    for bits in (2, 3, 4):
+    for bits in widths:
         grid = {"bits": bits, "group": 32}
         methods = {
             "RTN": jl.Rtn(**grid),
@@ -117,26 +117,35 @@ def errors(run: dict[str, Any]) -> dict[tuple[str, int | None], tuple[float, lis
     return found
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """The results as a table."""
-    body = (
+def page(run: Run) -> Page:
+    """A table and a figure."""
+    sizes = run["settings"]
+    spread = "median of the seeds (least to most)"
+    columns = {
+        "method": "what quantized the matrix",
+        "bits": "of a code",
+        "total bits": "bits a weight, everything stored counted",
+        "outputs, %": f"squared error of the outputs, of what no weights at all have; {spread}",
+        "outputs x gradients, %": f"the same of outputs times the gradients of the loss by them; {spread}",
+    }
+    rows = [
         (name, bits or "", f"{total:.3f}", show(output), show(loss))
         for (name, bits), (total, output, loss) in errors(run).items()
-    )
-    head = ("method", "bits", "total bits", "outputs, %", "outputs x gradients, %")
-    lines = [
-        f"# What is left of the error, K = {run['K']}, N = {run['N']}",
-        "",
-        f"{run['date']}, {run['machine']}, jax {run['jax']}; {run['tokens']:,} tokens to calibrate on; "
-        "medians of seeds (least to most).",
-        "",
     ]
-    return "\n".join(lines + table(head, body))
-
-
-def show(values: list[float]) -> str:
-    got = spread(values)
-    return f"{got['median']:.3f} ({got['min']:.3f} to {got['max']:.3f})"
+    text = (
+        f"One random matrix, K = {sizes['K']}, N = {sizes['N']}, {sizes['tokens']:,} tokens to calibrate on "
+        "and as many to judge, seeds "
+        + ", ".join(map(str, sizes["seeds"]))
+        + ". Weights are Student-t; inputs "
+        "share 64 latent numbers a token. A small model judges the tables of codebooks too hard: they weigh "
+        "less the larger K is."
+    )
+    return Page(
+        "What quantization leaves of the error of a large matrix",
+        text,
+        [Table("Errors", columns, rows)],
+        {"errors": partial(draw, run)},
+    )
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
@@ -160,22 +169,22 @@ def draw(run: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shape", type=int, nargs=3, default=(1024, 256, 4096), metavar=("K", "N", "TOKENS"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+def measure(args: argparse.Namespace) -> Run:
+    """All methods on the matrices of all seeds."""
     K, N, T = args.shape
-    run: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine()}
-    run |= {"jax": version("jax"), "K": K, "N": N, "tokens": T, "results": []}
+    run = begin(args, {"K": K, "N": N, "tokens": T, "seeds": args.seeds, "bits": args.bits}) | {"results": []}
     for seed in args.seeds:
-        run["results"] += left(K, N, T, seed)
-        (args.out / "quantization_error.json").write_text(json.dumps(run, indent=1) + "\n")
-    (args.out / "quantization_error.md").write_text(markdown(run))
-    draw(run, args.out / "quantization_error.png")
-    print(markdown(run))
+        run["results"] += left(K, N, T, seed, args.bits)
+        save(args, run)
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser("quantization_error", __doc__)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    made.add_argument("--shape", type=int, nargs=3, default=(1024, 256, 4096), metavar=("K", "N", "TOKENS"))
+    common.main(parse(made, argv, tiny={"seeds": [0], "bits": [2], "shape": (64, 16, 256)}), measure, page)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How fast the solvers of quantization are, on random matrices of the shapes of a 200 M Llama.
 
-    python benchmarks/quantization_speed.py --out results/
-    python benchmarks/quantization_speed.py --tiny --out results/       # that it runs; its times mean nothing
+    python benchmarks/quantization_speed.py --results docs/results
 
     solvers    each method's `solve` on the four shapes of a block of the model that decode.py makes (width
                1024, key heads 256, feed-forward 2816), 2 bits, group 32; compiled, statistics given
@@ -16,31 +15,25 @@ far the peak resident size rose during a compiled run, in units of the rows in f
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import machine, spread
-from quantization import measured
+from common import Page, Run, Table, begin, measured, parse, parser, ratios, resume, rounds, save, show
 from quantization_error import statistics_of, tokens, weights
-from quantization_tables import table
 from tqdm import tqdm
 
 import jaxllm as jl
 from jaxllm.ops.packing import unpack
-from jaxllm.quant.methods.lnq import _nearest, descend
+from jaxllm.quant.methods.lnq import descend
 from jaxllm.quant.statistics import Stats
-from jaxllm.quant.sums import _of_input
 
 BLOCK = {(1024, 1024): 2, (1024, 256): 2, (1024, 2816): 2, (2816, 1024): 1}  # (K, N): how many a block has
 INPUTS = {1024: 3, 2816: 1}  # K: how many different inputs a block's linears read
@@ -76,16 +69,16 @@ def interleaved(
     """Seconds of each round; seconds of the first run, which compiles; the least growth of memory."""
     times: dict[str, list[float]] = {name: [] for name in works}
     first, memory = {}, {}
-    for turn in range(args.rounds + 1):
-        names = [name for name in works if turn < 2 or name not in once]
-        for name in names if turn % 2 else names[::-1]:
-            _, seconds, grown = measured(works[name], CLOCKS[args.clock])
-            if turn == 0:
-                first[name] = seconds
-                continue
-            times[name].append(seconds)
-            if grown is not None:
-                memory[name] = min(grown, memory.get(name, grown))
+    for turn, name in rounds(works, args.rounds):
+        if turn > 1 and name in once:
+            continue
+        _, seconds, grown = measured(works[name], CLOCKS[args.clock])
+        if turn == 0:
+            first[name] = seconds
+            continue
+        times[name].append(seconds)
+        if grown is not None:
+            memory[name] = min(grown, memory.get(name, grown))
     return times, first, memory
 
 
@@ -114,17 +107,25 @@ def part_solvers(args) -> dict[str, Any]:
     return {"shapes": found}
 
 
+@jax.jit
+def diagonal(x):
+    """sum_t x[t]^2 of inputs [T, K]."""
+    return jnp.sum(x * x, axis=0)
+
+
+@jax.jit
+def gram(x):
+    """sum_t x[t] x[t]^T, in the precision that calibration takes."""
+    return jnp.matmul(x.T, x, precision=HIGHEST)
+
+
 def part_curvature(args) -> dict[str, Any]:
     """Seconds of a block's sums over all tokens."""
     inputs, batch = (TINY_INPUTS, 256) if args.tiny else (INPUTS, BATCH)
     found = []
     for K in tqdm(inputs, "curvature", file=sys.stderr):
         x = jnp.asarray(np.random.default_rng(K).normal(0, 1, (batch, K)), jnp.float32)
-        part = jnp.ones(batch, jnp.int32)
-        compiled = jax.jit(_of_input, static_argnames="want")
-        works = {
-            want: partial(compiled, x, part, want=frozenset({want})) for want in ("hessian_diag", "hessian")
-        }
+        works = {"hessian_diag": partial(diagonal, x), "hessian": partial(gram, x)}
         times, _, _ = interleaved(works, args)
         for want in works:
             found.append({"K": K, "statistic": want, "seconds": times[want], "tokens": batch})
@@ -147,7 +148,8 @@ def part_descent(args) -> dict[str, Any]:
     @partial(jax.jit, donate_argnums=(0, 1))
     def of_input(error, code, w, pull, table, i):
         u = w[i] - jnp.matmul(pull[i], error, precision=HIGHEST)
-        level, c = _nearest(u, table)
+        c = jnp.argmin(jnp.abs(u[None] - table), axis=0).astype(jnp.uint8)
+        level = jnp.take_along_axis(table, c[None].astype(jnp.int32), axis=0)[0]
         return error.at[i].set(level - w[i]), code.at[i].set(c)
 
     def by_input():
@@ -186,13 +188,18 @@ PARTS = {
 # -- what comes of it
 
 
-def show(values: list[float], digits: int = 3) -> str:
-    """Median (least to most)."""
-    got = spread(values)
-    return f"{got['median']:.{digits}f} ({got['min']:.{digits}f} to {got['max']:.{digits}f})"
+def measure(args: argparse.Namespace) -> Run:
+    """The parts asked for; those of a run in --results with the same settings stay."""
+    if args.only and "GPTQ" not in args.only:
+        raise SystemExit(f"quantization_speed.py: --only must name GPTQ, got {', '.join(args.only)}")
+    run = resume(args, begin(args, {"rounds": args.rounds, "clock": args.clock}))
+    for what in args.what:
+        run[what] = PARTS[what](args)
+        save(args, run)
+    return run
 
 
-def totals(run: dict[str, Any]) -> dict[str, list[float]]:
+def totals(run: Run) -> dict[str, list[float]]:
     """Seconds of a block's solves, a round each, by method."""
     block = TINY_BLOCK if run["tiny"] else BLOCK
     found: dict[str, list[float]] = {}
@@ -203,7 +210,7 @@ def totals(run: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
-def curvatures(run: dict[str, Any]) -> dict[str, float]:
+def curvatures(run: Run) -> dict[str, float]:
     """Median seconds of a block's sums over all tokens, by statistic."""
     inputs = TINY_INPUTS if run["tiny"] else INPUTS
     found: dict[str, float] = {}
@@ -213,42 +220,48 @@ def curvatures(run: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def markdown(run: dict[str, Any]) -> str:
-    lines = [
-        "# Solvers",
-        "",
-        f"{run['date']}, {run['machine']}, jax {run['jax']}; {run['rounds']} rounds.",
-        "",
-    ]
+SECONDS = "median of the rounds (least to most), compiled"
+
+
+def page(run: Run) -> Page:
+    """A table a part."""
+    tables = []
     if "solvers" in run:
-        lines += ["## A matrix, 2 bits, group 32", ""]
-        shapes = [
-            (f"{r['K']} x {r['N']}", r["method"], show(r["seconds"]), f"{r['first']:.1f}")
-            + ("" if r["memory_in_rows"] is None else f"{r['memory_in_rows']:.1f}",)
-            for r in run["solvers"]["shapes"]
-        ]
-        lines += table(("K x N", "method", "seconds", "first, compiling", "memory / rows"), shapes)
-        lines += ["## A block", "", *_block(run)]
+        tables += [_matrices(run), _block(run)]
     if "descent" in run:
-        part = run["descent"]
-        ours = part["seconds"]["blocked"]
-        rows = []
-        for name, times in part["seconds"].items():
-            ratio = show([a / b for a, b in zip(times, ours, strict=True)], 1)
-            rows.append((name, show(times), ratio, f"{part['same_codes'][name]:.4f}"))
-        lines += [f"## LNQ's descent, {part['K']} x {part['N']}, {part['bits']} bits, one sweep", ""]
-        lines += table(("how", "seconds", "times the blocked", "same codes"), rows)
-    return "\n".join(lines)
+        tables.append(_descent(run["descent"]))
+    sizes = run["settings"]
+    text = (
+        "Solvers of quantization on random matrices of the shapes of a 201 M Llama (width 1024, key heads "
+        f"256, feed-forward 2816); {sizes['rounds']} interleaved rounds, {sizes['clock']} clock."
+    )
+    return Page("How fast quantization's solvers are", text, tables)
 
 
-def _block(run: dict[str, Any]) -> list[str]:
+def _matrices(run: Run) -> Table:
+    columns = {
+        "K x N": "inputs and outputs of the matrix",
+        "method": "what quantized it",
+        "seconds": SECONDS,
+        "first, compiling": "seconds of the first run, compilation included",
+        "memory / rows": "how far the peak resident size rose in a compiled run, in matrices of float32",
+    }
+    rows = [
+        (f"{r['K']} x {r['N']}", r["method"], show(r["seconds"]), f"{r['first']:.1f}")
+        + ("" if r["memory_in_rows"] is None else f"{r['memory_in_rows']:.1f}",)
+        for r in run["solvers"]["shapes"]
+    ]
+    return Table("A matrix, 2 bits, group 32", columns, rows)
+
+
+def _block(run: Run) -> Table:
     solved = totals(run)
     names = [name for name in ("GPTQ", "GPTQ, one round", "GPTQ, as published") if name in solved]
     summed = curvatures(run) if "curvature" in run else {}
     rows = []
     for name, times in solved.items():
-        ratios = [
-            show([a / b for a, b in zip(solved[slow], times, strict=False)], 1)
+        over = [
+            show(ratios(solved[slow], times), 1)
             if len(times) == len(solved[slow])
             else f"{statistics.median(solved[slow]) / times[0]:.1f}"
             for slow in names
@@ -259,32 +272,41 @@ def _block(run: dict[str, Any]) -> list[str]:
             own = statistics.median(times) + summed["hessian_diag" if diagonal else "hessian"]
             theirs = statistics.median(solved["GPTQ"]) + summed["hessian"]
             full = f"{own:.1f} ({theirs / own:.1f})"
-        rows.append((name, show(times), *ratios, full))
-    head = ("method", "seconds", *(f"{name} / it" for name in names), "with curvature (GPTQ / it)")
+        rows.append((name, show(times), *over, full))
+    columns = {"method": "what quantized the block's linears", "seconds": SECONDS}
+    columns |= {f"{name} / it": "how many times as long that takes, within a round" for name in names}
+    columns["with curvature (GPTQ / it)"] = (
+        "seconds with the sums that the method needs (how many times GPTQ)"
+    )
     told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in summed.items())
-    return table(head, rows) + ([f"Sums over {TOKENS:,} tokens: {told} a block.", ""] if told else [])
+    text = f"Sums over {TOKENS:,} tokens: {told} a block." if told else ""
+    return Table("A block", columns, rows, text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def _descent(part: dict[str, Any]) -> Table:
+    ours = part["seconds"]["blocked"]
+    rows = [
+        (name, show(times), show(ratios(times, ours), 1), f"{part['same_codes'][name]:.4f}")
+        for name, times in part["seconds"].items()
+    ]
+    columns = {
+        "how": "blocked is the library's; the others take one compiled step an input or sweep an output",
+        "seconds": SECONDS,
+        "times the blocked": "within a round",
+        "same codes": "share of codes equal to the blocked descent's",
+    }
+    return Table(f"LNQ's descent, {part['K']} x {part['N']}, {part['bits']} bits, one sweep", columns, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser("quantization_speed", __doc__)
+    add = made.add_argument
     add("--what", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     add("--rounds", type=int, default=5)
     add("--only", nargs="+", help="of `solvers` these methods; GPTQ must be among them")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: seconds of all threads together")
-    add("--tiny", action="store_true", help="tiny matrices")
-    add("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "quantization_speed.json"
-    run: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    run |= {"date": datetime.date.today().isoformat(), "machine": machine(), "jax": version("jax")}
-    run |= {"rounds": args.rounds, "tiny": args.tiny, "clock": args.clock}
-    for what in args.what:
-        run[what] = PARTS[what](args)
-        file.write_text(json.dumps(run, indent=1) + "\n")
-    (args.out / "quantization_speed.md").write_text(markdown(run))
-    print(markdown(run))
+    tiny = {"rounds": 1, "only": ["RTN", "GPTQ", "DASH-Q", "LNQ"]}
+    common.main(parse(made, argv, tiny=tiny), measure, page)
 
 
 if __name__ == "__main__":

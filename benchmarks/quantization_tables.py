@@ -3,8 +3,11 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from common import Page, Run, Table
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 MARKS = "osv^Dx+*<>ph"
@@ -66,7 +69,7 @@ def one(rows: list[Row], what: str, name: str, **where) -> Row | None:
 # -- what the papers lead one to expect
 
 
-def expectations(run: dict[str, Any]) -> list[tuple[str, str, bool]]:
+def expectations(run: Run) -> list[tuple[str, str, bool]]:
     """(claim, what was measured, whether it holds) for all that the results can tell."""
     rows, found = merged(run["results"]), []
 
@@ -78,9 +81,8 @@ def expectations(run: dict[str, Any]) -> list[tuple[str, str, bool]]:
         values = [part["perplexity"] for part in parts]
         return ", ".join(number(v) for v in values), values == sorted(values)
 
-    method = lambda name, bits: one(rows, "methods", name, bits=bits)  # noqa: E731
     for bits in (2, 3):
-        parts = [method(name, bits) for name in ("LNQ, guided", "SqueezeLLM", "RTN")]
+        parts = [one(rows, "methods", name, bits=bits) for name in ("LNQ, guided", "SqueezeLLM", "RTN")]
         add(f"guided LNQ < SqueezeLLM < RTN in perplexity at {bits} code bits", parts, ascending)
     for sequences in sorted({r["sequences"] for r in of(rows, "curve")}):
         for gptq in ("GPTQ, as published", "GPTQ"):
@@ -138,7 +140,7 @@ def _recovered(rows: list[Row], given: float) -> list[tuple[str, str, bool]]:
     return [("DecDEC on 3-bit RTN recovers 45 % of the perplexity gap at 5 % of inputs", told, share >= 0.45)]
 
 
-def rivals(run: dict[str, Any]) -> list[tuple[str, str, bool]]:
+def rivals(run: Run) -> list[tuple[str, str, bool]]:
     """The same for the independent implementation; only for its model."""
     if "stories260K" not in run["settings"]["model"]:
         return []
@@ -151,7 +153,7 @@ def rivals(run: dict[str, Any]) -> list[tuple[str, str, bool]]:
     return found
 
 
-# -- Markdown
+# -- the page
 
 
 def number(x: float) -> str:
@@ -163,76 +165,77 @@ def label(r: Row) -> str:
     return r["name"] + bits + ("" if r["group"] is None else f", group {r['group']}")
 
 
-def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+TITLES = {
+    "methods": "Methods",
+    "curve": "Calibration text",
+    "nested": "Nested and independent widths",
+    "dec_dec": "DecDEC: selection, inputs of each 1024",
+    "ablations": "2/4/16 bits",
+}
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """All results as tables."""
+def page(run: Run) -> Page:
+    """All results as tables and figures."""
     settings, rows = run["settings"], merged(run["results"])
-    lines = [
-        "# Quantization",
-        "",
-        f"{run['date']}, {settings['machine']}, jax {settings['jax']}; model {settings['model']}, perplexity "
-        f"{number(run['given']['perplexity'])} over {settings['predictions']:,} predictions; statistics of "
-        f"{settings['sequences']} sequences of {settings['length']} tokens. Means of seeds (least to most), "
-        "loss increase in nats, +- its standard error over sequences and, of several seeds, their standard "
-        "deviation; CPU seconds, compilation included / least of the seeds; memory: growth of the peak size.",
-        "",
-    ]
-    for what, title in (
-        ("methods", "Methods"),
-        ("curve", "Calibration text"),
-        ("nested", "Nested and independent widths"),
-        ("dec_dec", "DecDEC: selection, inputs of each 1024"),
-        ("ablations", "2/4/16 bits"),
-    ):
-        if part := of(rows, what):
-            lines += [f"## {title}", "", *_results(part, what)]
+    tables = [_results(part, title, what) for what, title in TITLES.items() if (part := of(rows, what))]
     if part := of(rows, "methods"):
-        lines += ["## The best at each budget of total bits", "", *_best(part)]
+        tables.append(_best(part))
     if seconds := run.get("calibration_seconds"):
-        lines += ["## Statistics", ""]
-        lines += table(("statistic", "CPU seconds, compiled"), [(k, f"{s:.2f}") for k, s in seconds.items()])
+        columns = {"statistic": "what methods ask for", "CPU seconds": "of all threads, compiled"}
+        tables.append(Table("Statistics", columns, [(k, f"{s:.2f}") for k, s in seconds.items()]))
     for title, found in (
         ("Expected from the papers", expectations(run)),
         ("Loss increase against an independent implementation of the same methods", rivals(run)),
     ):
         if found:
-            lines += [f"## {title}", ""]
-            lines += table(
-                ("claim", "measured", "holds"), [(c, m, "yes" if h else "no") for c, m, h in found]
-            )
-    return "\n".join(lines)
+            columns = {"claim": "what should hold", "measured": "in the order of the claim", "holds": "here"}
+            rows_ = [(claim, told, "yes" if holds else "no") for claim, told, holds in found]
+            tables.append(Table(title, columns, rows_))
+    text = (
+        f"Model {settings['model']}, as it is {number(run['given']['perplexity'])} in perplexity over "
+        f"{settings['predictions']:,} predictions; statistics of {settings['sequences']} sequences of "
+        f"{settings['length']} tokens. Means of the seeds there are."
+    )
+    return Page("Quantization", text, tables, figures(run))
 
 
-def _results(rows: list[Row], what: str) -> list[str]:
-    head = ("method", "bits", "group", "total bits", "perplexity", "KL", "loss increase", "CPU s", "MB")
-    extra = ("sequences",) if what == "curve" else ()
+COLUMNS = {
+    "method": "what quantized the linears of all blocks",
+    "bits": "of a code",
+    "group": "inputs that share a scale",
+    "sequences": "how many it was calibrated on",
+    "total bits": "bits a weight, everything stored counted",
+    "perplexity": "over all predictions (least to most of the seeds)",
+    "KL": "divergence from the model as it is, nats a token",
+    "loss increase": "nats a token, +- its standard error over sequences, standard deviation of the seeds",
+    "CPU s": "seconds of all threads: of the first run, compilation included / the least of the seeds",
+    "MB": "how far the peak resident size rose",
+}
+
+
+def _results(rows: list[Row], title: str, what: str) -> Table:
+    columns = {name: said for name, said in COLUMNS.items() if name != "sequences" or what == "curve"}
     body = []
     for r in sorted(rows, key=lambda r: (r["bits"] or 9, r["sequences"] or 0)):
         spread = f" ({number(r['least'])} to {number(r['most'])})" if r["seeds"] > 1 else ""
         seeds = f", {r['seed_spread']:.4f}" if r["seeds"] > 1 else ""
-        memory = "" if r["memory"] is None else f"{r['memory'] / 1e6:.0f}"
-        body.append(
-            (
-                r["name"],
-                r["bits"] or "",
-                r["group"] or "",
-                *((r["sequences"],) if extra else ()),
-                f"{r['bits_per_weight']:.3f}",
-                number(r["perplexity"]) + spread,
-                f"{r['kl']:.4f}",
-                f"{r['loss_increase']:.4f} +- {r['standard_error']:.4f}{seeds}",
-                f"{r['first_seconds']:.1f} / {r['seconds']:.2f}",
-                memory,
-            )
-        )
-    return table((*head[:3], *extra, *head[3:]), body)
+        cells = {
+            "method": r["name"],
+            "bits": r["bits"] or "",
+            "group": r["group"] or "",
+            "sequences": r["sequences"],
+            "total bits": f"{r['bits_per_weight']:.3f}",
+            "perplexity": number(r["perplexity"]) + spread,
+            "KL": f"{r['kl']:.4f}",
+            "loss increase": f"{r['loss_increase']:.4f} +- {r['standard_error']:.4f}{seeds}",
+            "CPU s": f"{r['first_seconds']:.1f} / {r['seconds']:.2f}",
+            "MB": "" if r["memory"] is None else f"{r['memory'] / 1e6:.0f}",
+        }
+        body.append([cells[name] for name in columns])
+    return Table(title, columns, body)
 
 
-def _best(rows: list[Row]) -> list[str]:
+def _best(rows: list[Row]) -> Table:
     body = []
     for budget in BUDGETS:
         fitting = [r for r in rows if r["bits_per_weight"] <= budget and not r["name"].startswith("DecDEC")]
@@ -240,23 +243,27 @@ def _best(rows: list[Row]) -> list[str]:
             best = min(fitting, key=lambda r: r["kl"])
             numbers = f"{best['bits_per_weight']:.3f}", number(best["perplexity"]), f"{best['kl']:.4f}"
             body.append((budget, label(best), *numbers))
-    return table(("at most", "method", "total bits", "perplexity", "KL"), body)
+    columns = {"at most": "total bits a weight", "method": "whose divergence is least there"}
+    columns |= {name: COLUMNS[name] for name in ("total bits", "perplexity", "KL")}
+    return Table("The best at each budget of total bits", columns, body)
 
 
 # -- figures
 
 
-def draw(run: dict[str, Any], out: Path) -> None:
+def figures(run: Run) -> dict[str, Callable[[Path], None]]:
     """A figure a part, for the parts that have results."""
     rows = merged(run["results"])
     parts = {"methods": _draw_methods, "curve": _draw_curve, "nested": _draw_nested}
     parts |= {"dec_dec": _draw_dec_dec, "ablations": _draw_ablations}
-    for what, fill in parts.items():
-        if part := of(rows, what):
-            _figure(out / f"quantization_{what}.png", fill, part, run)
+    return {
+        what: partial(_figure, fill=fill, rows=part, run=run)
+        for what, fill in parts.items()
+        if (part := of(rows, what))
+    }
 
 
-def _figure(path: Path, fill, rows: list[Row], run: dict[str, Any]) -> None:
+def _figure(path: Path, fill, rows: list[Row], run: Run) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12 if fill is _draw_methods else 8, 5), layout="constrained")
@@ -284,7 +291,10 @@ def _lines(axes, rows: list[Row], x: Callable[[Row], float], named=label, log=Tr
 
 def _draw_methods(figure, rows: list[Row], run) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
-    named = lambda r: r["name"] + ("" if r["group"] is None else f", g{r['group']}")  # noqa: E731
+
+    def named(r: Row) -> str:
+        return r["name"] + ("" if r["group"] is None else f", g{r['group']}")
+
     exact = [r for r in rows if r["kl"] < 1e-6]  # a logarithmic axis has no place for them
     rows = [r for r in rows if r["kl"] >= 1e-6]
     _lines(left, [r for r in rows if r["bits"] is not None], lambda r: r["bits"], named)
@@ -317,8 +327,11 @@ def _draw_nested(figure, rows: list[Row], run) -> None:
 
 def _draw_dec_dec(figure, rows: list[Row], run) -> None:
     axes = figure.subplots()
-    split = lambda r: r["name"].rsplit(", ", 1)  # noqa: E731
-    _lines(axes, rows, lambda r: int(split(r)[1]), lambda r: f"{split(r)[0]}", log=False)
+
+    def fetched(r: Row) -> int:
+        return int(r["name"].rsplit(", ", 1)[1])
+
+    _lines(axes, rows, fetched, lambda r: r["name"].rsplit(", ", 1)[0], log=False)
     axes.set(xlabel="inputs whose residual is fetched, of each 1024", ylim=(0, None))
     axes.legend(fontsize=8)
 

@@ -1,39 +1,16 @@
-"""The recipe from texts to a directory that ships, on a tiny budget; and how its benchmark reads a text."""
+"""The recipe from texts to a directory that ships, on a tiny budget."""
 
-import importlib.util
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_texts import write_texts
 from safetensors import safe_open
 
 import jaxllm as jl
-from jaxllm.training.pico import exercises
 from jaxllm.training.pico import recipe as pico
-
-
-def write_texts(root):
-    """Texts laid out as the shared data, of made-up words."""
-    rng = np.random.default_rng(0)
-    letters = list("abcdefghijklmnoprstuvwy")
-    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(700)]
-    say = lambda count: " ".join(rng.choice(words, count)) + "."  # noqa: E731
-    stories = [say(20) + "\n<|endoftext|>\n" for _ in range(60)]
-    sums = [json.dumps({"question": say(8), "answer": f"{i}+2={i + 2}"}) for i in range(60)]
-    files = {
-        "text/tinyshakespeare.txt": "".join(say(8) + "\n" for _ in range(300)),
-        "text/wikitext-2/valid.txt": "".join(f" = {words[i]} = \n {say(40)} \n" for i in range(30)),
-        "text/tinystories/tinystories_sample.txt": "".join(stories[:5]),
-        "eval/gsm8k/train.jsonl": "\n".join(sums) + "\n",
-        "stories.txt": "".join(stories[5:]),
-    }
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -151,83 +128,3 @@ def test_every_member_has_the_size_its_card_claims():
         3 <= sizes["target"] <= 5 and round(sizes["draft"], 1) == 0.3 and round(sizes["companion"], 1) == 0.5
     )
     assert sum(sizes.values()) * 2 < 11  # megabytes of bfloat16
-
-
-@pytest.fixture(scope="module")
-def benchmark(root):
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("pico_benchmark", root / "benchmarks" / "pico.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
-    return module
-
-
-@pytest.mark.parametrize("length", [2, 9, 10, 23, 40])
-@pytest.mark.parametrize("stride", [4, 8])
-def test_windows_predict_every_token_of_a_document_once(benchmark, length, stride):
-    ids = np.arange(100, 100 + length)
-    found = [
-        row[1 + known :]
-        for row, known in benchmark.windows(ids, 8, stride)
-        if len(row) <= 9 and row[0] == 100 and known <= 8 - stride
-    ]
-    assert np.concatenate(found).tolist() == ids[1:].tolist()
-
-
-def test_the_benchmark_draws_what_training_cannot(benchmark):
-    ours = benchmark.generator(0, 0).integers(0, 2**62)
-    seeds = [[benchmark.SEED, 0, 0, 2], [benchmark.SEED, 0, 0, 0], [1, 0, 0, 2], [benchmark.SEED, 0]]
-    assert all(np.random.default_rng(seed).integers(0, 2**62) != ours for seed in seeds)
-
-
-def test_a_document_is_scored_as_the_model_scores_it(benchmark, draft):
-    model, tokenizer = jl.load(draft, dtype="float32")
-    ids = np.random.default_rng(1).integers(3, 1024, 30)
-    ids[0] = 0
-    rows = list(benchmark.windows(ids, 20, 10))
-    logp, best = benchmark.read_through(model, rows, benchmark.tqdm(disable=True))
-    logits, _ = model(jnp.asarray(ids[None, :20], jnp.int32))
-    want = np.asarray(jax.nn.log_softmax(logits[0]))
-    np.testing.assert_allclose(logp[:20], want[np.arange(20), ids[1:21]], rtol=1e-4, atol=1e-4)
-    assert (best[:20] == want.argmax(-1)).all() and len(logp) == len(best) == 29
-
-
-def test_a_model_that_copies_is_judged_perfect_and_one_that_errs_is_not(benchmark, draft, monkeypatch):
-    words = exercises.Words.of(jl.load(draft)[1])
-    known = {}
-
-    def generate(model, tokenizer, prompts, *, max_new_tokens, stop_tokens):
-        return [type("Out", (), {"token_ids": known[tuple(p)][:n]})
-                for p, n in zip(prompts, max_new_tokens, strict=True)]  # fmt: skip
-
-    monkeypatch.setattr(benchmark.jl, "generate", generate)
-    cases = [
-        exercises.repeat(benchmark.generator(0, i), words, 20, prompt=exercises.REPEAT_ALL[0])
-        for i in range(3)
-    ]
-    for one in cases:
-        known[tuple(one.tokens[: one.prompt_length].tolist())] = one.answer.tolist()
-    bar = benchmark.tqdm(disable=True)
-    assert benchmark.repeats(None, words, cases, bar, 2)["tokens_right"] == 1
-    first = known[tuple(cases[0].tokens[: cases[0].prompt_length].tolist())]
-    del first[5]  # all that follows is out of step
-    found = benchmark.repeats(None, words, cases, bar, 2)
-    assert found["whole_right"] == pytest.approx(2 / 3) and found["tokens_right"] < 49 / 63
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_and_judges_the_goals(benchmark, draft, data, tmp_path):
-    for name in benchmark.MEMBERS:
-        (tmp_path / name).symlink_to(draft)
-    texts = ["--data", str(data), "--stories", str(data / "stories.txt")]
-    few = ["--cases", "2", "--natural", "1", "--batch", "2"]
-    benchmark.main(["--models", str(tmp_path), *texts, *few, "--out", str(tmp_path / "out")])
-    report = json.loads((tmp_path / "out" / "pico.json").read_text())
-    assert report["agreement"]["draft"]["mean"] == 1 and len(report["goals"]) == 2 + 5
-    assert {"32", "32, 8 questions"} <= set(report["exercises"]["target"]["lookup"])
-    for entry in report["text"].values():
-        assert {"target", "witten_bell_2", "witten_bell_5_all", "gzip"} <= set(entry["bits_per_byte"])
-    assert "| draft |" in (tmp_path / "out" / "pico.md").read_text()

@@ -1,21 +1,10 @@
 """The n-gram yardstick against the formula written out, byte by byte."""
 
 import collections
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def witten_bell():
-    spec = importlib.util.spec_from_file_location("witten_bell", BENCHMARKS / "witten_bell.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import witten_bell
 
 
 def by_hand(train: bytes, past: bytes, byte: int, order: int) -> float:
@@ -35,7 +24,7 @@ def by_hand(train: bytes, past: bytes, byte: int, order: int) -> float:
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 5])
-def test_probabilities_equal_the_formula_byte_by_byte(witten_bell, order):
+def test_probabilities_equal_the_formula_byte_by_byte(order):
     rng = np.random.default_rng(order)
     train = bytes(rng.choice([97, 98, 99], 200).tolist()) + b"\xff\x00abc"
     held_out = bytes(rng.choice([97, 98, 99, 100, 255], 60).tolist())
@@ -44,19 +33,19 @@ def test_probabilities_equal_the_formula_byte_by_byte(witten_bell, order):
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-def test_probabilities_of_all_bytes_sum_to_one(witten_bell):
+def test_probabilities_of_all_bytes_sum_to_one():
     train = b"to be or not to be that is the question"
     total = sum(witten_bell.probabilities(train, b"to b" + bytes([c]), 3)[4] for c in range(256))
     assert abs(total - 1) < 1e-12
 
 
-def test_a_worked_example(witten_bell):
+def test_a_worked_example():
     # "aab": n() = 3, t() = 2; P(a) = (2 + 2/256) / 5; after a: n(a) = 2, t(a) = 2, n(a, b) = 1
     p0 = (1 + 2 / 256) / 5
     got = witten_bell.probabilities(b"aab", b"ab", 1)
     np.testing.assert_allclose(got, [(2 + 2 / 256) / 5, (1 + 2 * p0) / 4])
 
 
-def test_an_empty_held_out_text_is_refused(witten_bell):
+def test_an_empty_held_out_text_is_refused():
     with pytest.raises(ValueError, match="held_out must not be empty"):
         witten_bell.bits_per_byte(b"abc", b"", 2)

@@ -1,50 +1,37 @@
 """The benchmark of quantization runs on a tiny model, goes on where it stopped, and reads its own results."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
+import quantization
+from quantization_tables import expectations
 
 RUN = ["--what", "methods", "curve", "--bits", "2", "--group", "16", "--seeds", "0", "--only", "RTN, clipped"]
 RUN += ["--curve", "2", "--sequences", "4", "--length", "16", "--context", "32", "--tokens", "64"]
 
 
-@pytest.fixture(scope="module")
-def benchmark(root):
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("quantization", root / "benchmarks" / "quantization.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
-
-
 @pytest.fixture
-def command(tiny_checkpoint, tmp_path, monkeypatch):
+def command(tiny_checkpoint, tmp_path):
     """Calls the benchmark's command line on two texts."""
     texts = {
         "calibration": "The calibration text says this.\n" * 12,
         "text": "Another one, quite short.\n" * 8,
     }
 
-    def call(module, **other):
-        args = ["quantization.py", "--model", str(tiny_checkpoint), "--out", str(tmp_path / "out"), *RUN]
+    def call(**other):
+        args = ["--model", str(tiny_checkpoint), "--results", str(tmp_path / "out"), *RUN]
         for name, text in (texts | other).items():
             (tmp_path / name).write_text(text)
             args += [f"--{name}", str(tmp_path / name)]
-        monkeypatch.setattr(sys, "argv", args)
-        module.main()
+        quantization.main(args)
         return tmp_path / "out"
 
     return call
 
 
 @pytest.mark.slow
-def test_the_command_writes_json_markdown_and_figures_and_goes_on_where_it_stopped(benchmark, command):
-    out = command(benchmark)
+def test_the_command_writes_json_markdown_and_figures_and_goes_on_where_it_stopped(command):
+    out = command()
     run = json.loads((out / "quantization.json").read_text())
     one, other = run["results"]
     assert (one["what"], other["what"], other["sequences"]) == ("methods", "curve", 2)
@@ -54,21 +41,18 @@ def test_the_command_writes_json_markdown_and_figures_and_goes_on_where_it_stopp
     assert {p.name for p in out.glob("*.png")} == {"quantization_methods.png", "quantization_curve.png"}
     run["results"] = [one | {"kl": 7.0}]  # as if the rest were still to be done
     (out / "quantization.json").write_text(json.dumps(run))
-    command(benchmark)
+    command()
     again = json.loads((out / "quantization.json").read_text())["results"]
     assert [r["what"] for r in again] == ["methods", "curve"] and again[0]["kl"] == 7.0
 
 
-def test_calibration_and_evaluation_text_must_differ(benchmark, command, capsys):
+def test_calibration_and_evaluation_text_must_differ(command):
     line = "A line of more than forty characters that is in both of the texts.\n"
-    with pytest.raises(SystemExit):
-        command(benchmark, calibration=line * 9, text=line)
-    assert "must differ, both have the line 'A line of more" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="must differ, both have the line 'A line of more"):
+        command(calibration=line * 9, text=line)
 
 
-def test_expectations_are_read_from_the_results(benchmark):
-    from quantization_tables import expectations
-
+def test_expectations_are_read_from_the_results():
     def row(name, perplexity, **other):
         common = {"group": None, "sequences": None, "seed": 0, "kl": 1.0, "loss_increase": 1.0}
         times = {"standard_error": 0.1, "seconds": 1.0, "memory": None, "bits_per_weight": 3.0}

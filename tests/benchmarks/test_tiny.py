@@ -1,0 +1,25 @@
+"""Every benchmark runs at a tiny size, and its page can be made again from what it wrote."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+# Parts of others, what runs in another environment, and what needs torch (test_decode.py).
+LEFT_OUT = {"common", "kv_methods", "kvpress_side", "quantization_methods", "quantization_tables"}
+LEFT_OUT |= {"decode", "decode_workers", "mixed_ablations"}
+NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_and_writes_a_page(name, tmp_path):
+    script = importlib.import_module(name)
+    script.main(["--tiny", "--results", str(tmp_path)])
+    run, text = json.loads((tmp_path / f"{name}.json").read_text()), (tmp_path / f"{name}.md").read_text()
+    assert run["benchmark"] == name and run["tiny"] and "numbers mean nothing" in text
+    tables = text.split("\n## ")[1:]
+    assert tables and all("\n| " in table and "\n- **" in table for table in tables)
+    script.main(["--render", str(tmp_path / f"{name}.json"), "--results", str(tmp_path / "again")])
+    assert (tmp_path / "again" / f"{name}.md").read_text() == text

@@ -13,8 +13,8 @@ alternates. Medians over rounds, with the least and the greatest; ratios are tak
 
 transformers is run as a user would: `generate`, its default attention and cache, torch's default
 threads; times within a call are taken by a stopping criterion, which sees every token. jaxllm's
-are those of `jl.generate(..., timings=True)`. Compiling is left out (the first call of each setting, reported as
-`first_call_s`). GB/s is the weights read a step (embedding left out) times steps a second, to be
+are those of `jl.generate(..., timings=True)`. Compiling is left out (the first call of each setting,
+reported as `first_call_s`). GB/s is the weights read a step (embedding left out) times steps a second, to be
 held against `read_gb_per_s`, what a matrix-vector product of numpy reads on the same machine.
 """
 

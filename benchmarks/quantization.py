@@ -194,7 +194,7 @@ def dense(model, formats=READ_BACK):
 
 @jax.jit
 def _rows(w):
-    return w.as_rows(jnp.float32)
+    return w.dequantize_rows(jnp.float32)
 
 
 def halved(model):

@@ -76,7 +76,7 @@ def left(K: int, N: int, T: int, seed: int, widths: Sequence[int]) -> list[dict[
         w = method.solve(rows, stats, name="up", dtype=jnp.float32)
         for read in NESTED if name == "Any-Precision" else (bits,):
             at = w.at(read) if name == "Any-Precision" else w
-            off = jnp.matmul(x, (rows - at.as_rows()).T, precision=HIGHEST) ** 2
+            off = jnp.matmul(x, (rows - at.dequantize_rows()).T, precision=HIGHEST) ** 2
             found.append(
                 {"method": name, "bits": read, "seed": seed, "bits_per_weight": bits_per_weight(at)}
                 | {"output": float(off.sum() / whole.sum())}

@@ -50,7 +50,7 @@ def shardings(model, mesh: Mesh):
         spec = P(*(kv if axis == "kv" else axis for axis in spec))
         specs = spec
         if isinstance(value, FORMATS):
-            specs = value.specs(P(*spec, *(None,) * (2 - len(spec))))
+            specs = value.partition_specs(P(*spec, *(None,) * (2 - len(spec))))
         return variable.replace(jax.tree.map(lambda x, s: _place(name, x, s, mesh), value, specs))
 
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731

@@ -78,7 +78,7 @@ def test_weights_of_every_format_are_the_rows_that_they_were(decoder, known):
     weights = linear_weights(decoder)
     assert {name: type(w) for name, w in weights.items() if not isinstance(w, Dense)} == FORMATS
     for name in FORMATS:
-        np.testing.assert_array_equal(weights[name].as_rows(jnp.float32), known[f"decoder/{name}"])
+        np.testing.assert_array_equal(weights[name].dequantize_rows(jnp.float32), known[f"decoder/{name}"])
     close(forward(decoder, TOKENS), known["decoder/logits"])
 
 
@@ -140,7 +140,7 @@ def test_a_stopped_quantization_goes_on_behind_its_finished_block(gpt, known, tm
     assert (folder / "layers.0.npz").read_bytes() == first and (folder / "layers.1.npz").is_file()
     for name in ("layers.0.attention.q", "layers.0.mlp.down"):
         np.testing.assert_array_equal(
-            linear_weights(small)[name].as_rows(jnp.float32), known[f"stopped/{name}"]
+            linear_weights(small)[name].dequantize_rows(jnp.float32), known[f"stopped/{name}"]
         )
     with pytest.raises(ValueError, match="must hold the same model, method and text"):
         jl.quantize(gpt, jl.Gptq(bits=3, group=16), ROWS, batch=4, checkpoint=folder, progress=False)

@@ -186,7 +186,8 @@ def _of_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int
 def _reach(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K G m"]:
     """|W_O v| of each query head's part of the output weight and each value."""
     B, K, G, m = shape
-    rows = (w.T if isinstance(w, jax.Array) else w.as_rows(jnp.float32)).astype(jnp.float32)  # [N, H D]
+    rows = w.T if isinstance(w, jax.Array) else w.dequantize_rows(jnp.float32)  # [N, H D]
+    rows = rows.astype(jnp.float32)
     parts = rows.reshape(rows.shape[0], K, G, -1)
     gram = jnp.einsum("nkgd,nkge->kgde", parts, parts, **FLOAT32)
     v = values.astype(jnp.float32).reshape(B, K, m, -1)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.weights.dense import Dense
-from jaxllm.weights.matmul import matmul, take
+from jaxllm.weights.matmul import gather_rows, matmul
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -94,7 +94,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(Dense(table.astype(dtype)))
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return take(self.table.get_value(), tokens)
+        return gather_rows(self.table.get_value(), tokens)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The tied head: float32 logits."""

@@ -25,7 +25,7 @@ def dot(x: jax.Array, rows: jax.Array, axis: int = 1) -> jax.Array:
     return y[:1].reshape(*x.shape[:-1], -1) if one else y
 
 
-def after(x: jax.Array, w: T) -> T:
+def depend_on(x: jax.Array, w: T) -> T:
     """`w`, but not before `x` is known.
 
     subtle: what depends on weights alone XLA takes out of a decoding loop, and the CPU scheduler of jax

@@ -28,7 +28,7 @@ from jaxllm.quant.recipe import Recipe, _plan
 from jaxllm.quant.source import Source
 from jaxllm.quant.statistics import Method, Stats
 from jaxllm.weights.dense import Dense
-from jaxllm.weights.matmul import has_rows
+from jaxllm.weights.matmul import can_gather_rows
 
 
 def quantize(
@@ -87,7 +87,7 @@ def quantize(
             for name in names:
                 more = {"mask": masks[name]} if name in masks else {}
                 found[name] = _solve(plan[name], weights[name], stats.get(name, Stats()), name, **more)
-                if name in tables and not has_rows(found[name]):
+                if name in tables and not can_gather_rows(found[name]):
                     made = type(found[name]).__name__
                     raise ValueError(f"quantize: {name} must be stored in rows that stand alone, got {made}")
             if kept is not None:

@@ -89,7 +89,8 @@ def sensitivity(
             table[name] = []
             for method in methods:
                 made: Any = method.solve(rows, stats[name], name=name, dtype=weights[name].dtype)
-                cost = float(FORMS[by](made.as_rows(jnp.float32) - rows, stats[name])) / stats[name].tokens
+                change = made.dequantize_rows(jnp.float32) - rows
+                cost = float(FORMS[by](change, stats[name])) / stats[name].tokens
                 table[name].append(Choice(method, 8 * num_bytes(made), rows.size, cost))
         del stats
     return table

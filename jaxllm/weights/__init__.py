@@ -1,5 +1,6 @@
 """How a weight is stored, one file a format, and the one product with it.
 
+    weight          what every format has and holds: the contract
     matmul          the product with a weight of any format; which formats exist
     dense           every number as it is
     affine          (code - zero) * scale by group

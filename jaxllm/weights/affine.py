@@ -25,9 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
-from jaxllm.ops.packing import Packed, pack, unpack
+from jaxllm.ops.gather import gather, gather_codes
+from jaxllm.ops.packing import Packed, pack, unpack, unpack_at
 from jaxllm.pytree import pytree, static
 
 
@@ -44,7 +45,11 @@ BLOCK = 16  # outputs whose groups share a scale of scales
 
 @pytree
 class Affine:
-    """A [K, N] weight in affine codes."""
+    """A [K, N] weight in affine codes.
+
+    holds: codes.shape == (N, K); with G = ceil(K / group): scale.shape == (G, N), or (N, G) for an Affine;
+      zero.shape == (G, N), with Packed codes zero.bits == codes.bits; 1 <= group <= K
+    """
 
     codes: Packed  # [N, K]
     scale: "jax.Array | Affine"  # float16 (or a file's float type) [G, N], or an Affine [N, G]
@@ -54,7 +59,7 @@ class Affine:
     dtype: object = static()  # numpy dtype: what it was quantized from
 
     @functools.partial(jax.jit, static_argnames="dtype", inline=True)
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         (K, N), G = self.shape, -(-self.shape[0] // self.group)
         codes = jnp.pad(unpack(self.codes), ((0, 0), (0, G * self.group - K))).astype(jnp.float32)
@@ -62,7 +67,28 @@ class Affine:
         rows = (codes.reshape(N, G, self.group) - zero.T[:, :, None]) * scales(self).T[:, :, None]
         return rows.reshape(N, -1)[:, :K].astype(dtype)
 
-    def specs(self, spec: P) -> "Affine":
+    @property
+    def can_gather_rows(self) -> bool:
+        """False where scales are coded across rows."""
+        return not isinstance(self.scale, Affine)
+
+    def gather_rows(self, index: Int[Array, " n"]) -> "Affine":
+        """The weight of some outputs; whole zeros, which are packed across outputs, as float16."""
+        assert not isinstance(self.scale, Affine)
+        zero = self.zero
+        if isinstance(zero, Packed):
+            zero = unpack_at(zero, index).astype(jnp.float16)
+        elif zero is not None:
+            zero = gather(zero, index, axis=1)
+        return dataclasses.replace(
+            self,
+            codes=gather_codes(self.codes, index),
+            scale=gather(self.scale, index, axis=1),
+            zero=zero,
+            shape=(self.shape[0], index.size),
+        )
+
+    def partition_specs(self, spec: P) -> "Affine":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
         G = None if self.shape[0] <= self.group else K  # one group cannot be cut: every device has it
@@ -73,13 +99,13 @@ class Affine:
             "zero": jax.tree.map(lambda _: zero, self.zero),
         }
         if isinstance(self.scale, Affine):  # small, and packed across outputs: whole on every device
-            places["scale"] = self.scale.specs(P(None, None))
+            places["scale"] = self.scale.partition_specs(P(None, None))
         return dataclasses.replace(self, **places)
 
 
 def scales(w: Affine) -> Float[Array, "G N"]:
     """The scale of each group."""
-    return w.scale.as_rows() if isinstance(w.scale, Affine) else w.scale.astype(jnp.float32)
+    return w.scale.dequantize_rows() if isinstance(w.scale, Affine) else w.scale.astype(jnp.float32)
 
 
 def zeros(w: Affine) -> Float[Array, "G N"]:
@@ -190,7 +216,7 @@ def _encode(rows, scale, zero, *, bits, group, dtype, zero_code, scale_bits) -> 
     second = None if scale_bits is None else coded_scales(scale, scale_bits)
     if second is not None:
         check_scale_bits("affine", scale_bits, zero is None or zero_code)
-        scale = second.as_rows().T
+        scale = second.dequantize_rows().T
     g, _ = grouped(rows.astype(jnp.float32), group)
     codes = jnp.clip(jnp.round(g / scale[..., None] + used[..., None]), 0, 2**bits - 1)
     codes = codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]].astype(jnp.uint8)

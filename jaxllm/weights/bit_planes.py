@@ -14,8 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Integer, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Integer, UInt8, UInt32
 
+from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree, static
 from jaxllm.weights.codebook import look_up
 
@@ -24,7 +25,11 @@ WORD = 32  # codes a word of a plane
 
 @pytree
 class BitPlanes:
-    """A [K, N] weight of several widths, of which `bits` is the one it is read at."""
+    """A [K, N] weight of several widths, of which `bits` is the one it is read at.
+
+    holds: planes.shape == (parent_bits, N, ceil(K / 32)); tables[i].shape == (N, 2**(seed_bits + i)),
+      len(tables) == parent_bits - seed_bits + 1; 1 <= seed_bits <= bits <= parent_bits <= 8
+    """
 
     planes: jax.Array  # uint32 [parent_bits, N, W], the highest bit first
     tables: tuple[jax.Array, ...]  # float16 [N, 2**b] for b = seed_bits .. parent_bits
@@ -42,12 +47,20 @@ class BitPlanes:
         return dataclasses.replace(self, bits=bits)
 
     @functools.partial(jax.jit, static_argnames="dtype", inline=True)
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         codes = unpack(self.planes[: self.bits], self.shape[0])
         return look_up(self.tables[self.bits - self.seed_bits], codes).astype(dtype)
 
-    def specs(self, spec: P) -> "BitPlanes":
+    can_gather_rows = True
+
+    def gather_rows(self, index: Int[Array, " n"]) -> "BitPlanes":
+        """The weight of some outputs."""
+        planes = gather(self.planes, index, axis=1)
+        tables = tuple(gather(table, index) for table in self.tables)
+        return dataclasses.replace(self, planes=planes, tables=tables, shape=(self.shape[0], index.size))
+
+    def partition_specs(self, spec: P) -> "BitPlanes":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
         place = {"planes": P(None, N, K), "tables": P(N, None)}

@@ -10,20 +10,25 @@ the levels carries no meaning here; formats that need it sorted say so.
 Letters: K inputs, N outputs, m = 2**bits levels.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
+from jaxllm.ops.gather import gather, gather_codes
 from jaxllm.ops.packing import Packed, pack, unpack
 from jaxllm.pytree import pytree, static
 
 
 @pytree
 class Codebook:
-    """A [K, N] weight as codes into one table an output."""
+    """A [K, N] weight as codes into one table an output.
+
+    holds: codes.shape == (N, K); table.shape == (N, 2**codes.bits); 1 <= codes.bits <= 8
+    """
 
     codes: Packed  # [N, K]
     table: jax.Array  # float16 [N, 2**bits]
@@ -31,11 +36,18 @@ class Codebook:
     dtype: object = static()  # numpy dtype: what it was quantized from
 
     @functools.partial(jax.jit, static_argnames="dtype", inline=True)
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         return look_up(self.table, unpack(self.codes)).astype(dtype)
 
-    def specs(self, spec: P) -> "Codebook":
+    can_gather_rows = True
+
+    def gather_rows(self, index: Int[Array, " n"]) -> "Codebook":
+        """The weight of some outputs."""
+        codes, table = gather_codes(self.codes, index), gather(self.table, index)
+        return dataclasses.replace(self, codes=codes, table=table, shape=(self.shape[0], index.size))
+
+    def partition_specs(self, spec: P) -> "Codebook":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
         place = {"codes": P(N, K, None), "table": P(N, None)}

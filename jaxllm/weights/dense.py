@@ -7,14 +7,18 @@ single row on a CPU each output is one contiguous dot product.
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree
 
 
 @pytree
 class Dense:
-    """A [K, N] weight held as its N output rows."""
+    """A [K, N] weight held as its N output rows.
+
+    holds: rows.shape == (N, K); rows.dtype == dtype
+    """
 
     rows: jax.Array  # [N, K]
 
@@ -28,11 +32,17 @@ class Dense:
     def dtype(self):
         return self.rows.dtype
 
-    def as_rows(self, dtype) -> jax.Array:
+    def dequantize_rows(self, dtype) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         return self.rows.astype(dtype)
 
-    def specs(self, spec: PartitionSpec) -> "Dense":
+    can_gather_rows = True
+
+    def gather_rows(self, index: Int[Array, " n"]) -> "Dense":
+        """The weight of some outputs."""
+        return Dense(gather(self.rows, index))
+
+    def partition_specs(self, spec: PartitionSpec) -> "Dense":
         """Where the leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
         return jax.tree.map(lambda rows: PartitionSpec(N, K), self)

@@ -41,7 +41,10 @@ How = Literal["bucket", "exact", "static", "random"]
 
 @pytree
 class HostResidual:
-    """A [K, N] weight: any format, and the rest of it by input."""
+    """A [K, N] weight: any format, and the rest of it by input.
+
+    holds: shape == base.shape == codes.shape; scale.shape == (N,); 0 <= k_chunk <= 1024
+    """
 
     base: Any  # any weight format
     codes: Packed | jax.Array  # Packed [K, N], or float16 [K, N] for 16 bits
@@ -52,11 +55,11 @@ class HostResidual:
     shape: tuple[int, int] = static()  # (K, N)
     dtype: object = static()  # numpy dtype: what it was quantized from
 
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The base's rows [N, K]: what is left of the weight depends on the input."""
-        return self.base.as_rows(dtype)
+        return self.base.dequantize_rows(dtype)
 
-    def specs(self, spec: P) -> "HostResidual":
+    def partition_specs(self, spec: P) -> "HostResidual":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`.
 
         The residual is cut along N only, also where the base is cut along K: then over the same devices.
@@ -65,7 +68,7 @@ class HostResidual:
         axis = K if N is None else N
         codes = [P(None, axis, *[None] * (leaf.ndim - 2)) for leaf in jax.tree.leaves(self.codes)]
         hint = [] if self.hint is None else [P(None)]
-        leaves = [*jax.tree.leaves(self.base.specs(spec)), *codes, P(axis), *hint]
+        leaves = [*jax.tree.leaves(self.base.partition_specs(spec)), *codes, P(axis), *hint]
         return jax.tree.unflatten(jax.tree.structure(self), leaves)
 
 
@@ -128,7 +131,7 @@ def fuse(parts: Sequence[tuple[Packed | jax.Array, jax.Array]]) -> tuple[Packed 
 def full_rows(w: HostResidual) -> Float[Array, "N K"]:
     """The base plus the whole coded residual: the most that fetching can give. Moves all of it."""
     codes = jax.device_put(w.codes, jax.memory.Space.Device)
-    return w.base.as_rows(jnp.float32) + decode(codes).T * w.scale[:, None]
+    return w.base.dequantize_rows(jnp.float32) + decode(codes).T * w.scale[:, None]
 
 
 def spans(K: int, k_chunk: int) -> list[tuple[int, int, int]]:

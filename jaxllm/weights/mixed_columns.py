@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped, UInt8, UInt16, UInt32
 
-from jaxllm.ops.dot import after, dot
+from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.packing import from_words
 from jaxllm.pytree import pytree, static
 
@@ -43,7 +43,11 @@ Outliers = Literal["exclusive", "anywhere", "none"]
 
 @pytree
 class MixedColumns:
-    """A [K, N] weight in columns of 2 and of 4 bits, and sparse residuals."""
+    """A [K, N] weight in columns of 2 and of 4 bits, and sparse residuals.
+
+    holds: n2 + n4 == C == order.size; the fields of TWO are None where n2 == 0, those of FOUR where n4 == 0;
+      outlier.shape == place.shape, both None where there is no room for outliers
+    """
 
     two: jax.Array | None  # uint32 [N, n2]
     four: jax.Array | None  # uint32 [N, n4, 2]
@@ -61,13 +65,13 @@ class MixedColumns:
     dtype: object = static()  # numpy dtype: what it was quantized from
 
     @functools.partial(jax.jit, static_argnames="dtype", inline=True)
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         K, N = self.shape
         groups = permuted_rows(self).reshape(N, -1, COLUMNS)
         return groups[:, jnp.argsort(self.order)].reshape(N, -1)[:, :K].astype(dtype)
 
-    def specs(self, spec: P) -> "MixedColumns":
+    def partition_specs(self, spec: P) -> "MixedColumns":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`.
 
         Always cut along N, in multiples of 16 outputs; where the weight is cut along K instead, N is cut over
@@ -154,7 +158,7 @@ def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
 
 def matmul(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B N"]:
     """`x @ w` in float32: one permutation of x instead of one of the weight."""
-    return dot(permute(x, w), permuted_rows(after(x, w), x.dtype))
+    return dot(permute(x, w), permuted_rows(depend_on(x, w), x.dtype))
 
 
 def block_rows(W: int) -> int:

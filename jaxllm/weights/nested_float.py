@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float16, UInt8, UInt16
+from jaxtyping import Array, Float, Float16, Int, UInt8, UInt16
 
-from jaxllm.ops.dot import after, dot
+from jaxllm.ops.dot import depend_on, dot
+from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree, static
 
 F8 = jnp.float8_e4m3fn
@@ -34,7 +35,11 @@ Mode = Literal["fp16", "fp8"]
 
 @pytree
 class NestedFloat:
-    """A [K, N] float16 weight in two bytes."""
+    """A [K, N] float16 weight in two bytes.
+
+    holds: upper.shape == lower.shape == (N, K); |w| < 1.875 * 2**shift, shift 0 .. 14;
+      switch is None unless mode == "traced"
+    """
 
     upper: jax.Array  # float8_e4m3fn [N, K]
     lower: jax.Array  # uint8 [N, K]
@@ -50,14 +55,20 @@ class NestedFloat:
         return K, N
 
     @functools.partial(jax.jit, static_argnames="dtype", inline=True)
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The float16 weight's rows [N, K], one an output, whatever the mode."""
         codes = jax.lax.bitcast_convert_type(self.upper, jnp.uint8)
         if dtype == jnp.float16 and not self.shift:
             return jax.lax.bitcast_convert_type(join(codes, self.lower), jnp.float16)
         return _scaled(join_float32(codes, self.lower), self.shift).astype(dtype)
 
-    def specs(self, spec: P) -> "NestedFloat":
+    can_gather_rows = True
+
+    def gather_rows(self, index: Int[Array, " n"]) -> "NestedFloat":
+        """The weight of some outputs."""
+        return dataclasses.replace(self, upper=gather(self.upper, index), lower=gather(self.lower, index))
+
+    def partition_specs(self, spec: P) -> "NestedFloat":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
         place = {"upper": P(N, K), "lower": P(N, K), "switch": P()}
@@ -178,16 +189,16 @@ def matmul(x: Float[Array, "*B K"], w: NestedFloat) -> Float[Array, "*B N"]:
 
 
 def _fp16(x, w: NestedFloat):
-    upper, lower = after(x, (w.upper, w.lower))
-    codes = after(x, jax.lax.bitcast_convert_type(upper, jnp.uint8))
+    upper, lower = depend_on(x, (w.upper, w.lower))
+    codes = depend_on(x, jax.lax.bitcast_convert_type(upper, jnp.uint8))
     upper = jax.lax.bitcast_convert_type(codes, F8)
-    return dot(x, dataclasses.replace(w, upper=upper, lower=lower).as_rows(x.dtype))
+    return dot(x, dataclasses.replace(w, upper=upper, lower=lower).dequantize_rows(x.dtype))
 
 
 def _fp8(x, w: NestedFloat):
     upper = w.upper
     if jax.default_backend() == "cpu":  # others multiply float8 as it is: nothing to take out of a loop
-        upper = after(x, jax.lax.bitcast_convert_type(after(x, upper), jnp.uint8))
+        upper = depend_on(x, jax.lax.bitcast_convert_type(depend_on(x, upper), jnp.uint8))
         upper = jax.lax.bitcast_convert_type(upper, F8)
     x = x.astype(jnp.float32)
     # A row of zeros has some finite scale; one of NaN or infinity becomes NaN.

@@ -23,7 +23,10 @@ from jaxllm.pytree import pytree
 
 @pytree
 class Permuted:
-    """A [K, N] weight held as its rows in another order of inputs."""
+    """A [K, N] weight held as its rows in another order of inputs.
+
+    holds: shape == weight.shape; sort(order) == arange(K)
+    """
 
     weight: Any  # any weight format [K, N]
     order: jax.Array  # int32 [K]: the input that each stored one is
@@ -37,18 +40,18 @@ class Permuted:
     def dtype(self):
         return self.weight.dtype
 
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The rows [N, K] that multiply x itself."""
-        return self.weight.as_rows(dtype)[:, jnp.argsort(self.order)]
+        return self.weight.dequantize_rows(dtype)[:, jnp.argsort(self.order)]
 
-    def specs(self, spec: P) -> "Permuted":
+    def partition_specs(self, spec: P) -> "Permuted":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`.
 
         Always cut along N; where the weight is cut along K instead, N is cut over those devices: the sorted
         inputs of a shard would not be the shard of the inputs.
         """
         K, N = spec
-        inner = self.weight.specs(P(None, K if N is None else N))
+        inner = self.weight.partition_specs(P(None, K if N is None else N))
         return jax.tree.unflatten(jax.tree.structure(self), [*jax.tree.leaves(inner), P(None)])
 
 

@@ -20,7 +20,10 @@ from jaxllm.weights.affine import Affine
 
 @pytree
 class Rotated:
-    """A [K, N] weight stored as Q^T W, and how the turned input is rounded."""
+    """A [K, N] weight stored as Q^T W, and how the turned input is rounded.
+
+    holds: shape == base.shape; activation_bits in (4, 8, 16); 0 < clip <= 1
+    """
 
     base: Any  # any weight format [K, N]
     activation_bits: int = static()  # 4 or 8; 16 rounds nothing
@@ -36,13 +39,13 @@ class Rotated:
     def dtype(self):
         return self.base.dtype
 
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The rows [N, K] that multiply x itself, were it not rounded."""
-        return hadamard.unrotate(self.base.as_rows(jnp.float32), self.seed).astype(dtype)
+        return hadamard.unrotate(self.base.dequantize_rows(jnp.float32), self.seed).astype(dtype)
 
-    def specs(self, spec: P) -> "Rotated":
+    def partition_specs(self, spec: P) -> "Rotated":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
-        return dataclasses.replace(self, base=self.base.specs(spec))
+        return dataclasses.replace(self, base=self.base.partition_specs(spec))
 
 
 def activations(

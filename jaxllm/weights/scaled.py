@@ -5,14 +5,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxllm.ops.dot import after, dot
+from jaxllm.ops.dot import depend_on, dot
 from jaxllm.pytree import pytree
 from jaxllm.weights.affine import Affine
 
 
 @pytree
 class Scaled:
-    """A [K, N] weight in affine codes whose inputs are multiplied first: y = (x * inverse) @ weight."""
+    """A [K, N] weight in affine codes whose inputs are multiplied first: y = (x * inverse) @ weight.
+
+    holds: shape == weight.shape; inverse.shape == (K,)
+    """
 
     weight: Affine
     inverse: jax.Array  # float16 [K]
@@ -26,13 +29,13 @@ class Scaled:
     def dtype(self):
         return self.weight.dtype
 
-    def as_rows(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The rows [N, K] that multiply x itself."""
-        return (self.weight.as_rows() * self.inverse.astype(jnp.float32)[None]).astype(dtype)
+        return (self.weight.dequantize_rows() * self.inverse.astype(jnp.float32)[None]).astype(dtype)
 
-    def specs(self, spec: P) -> "Scaled":
+    def partition_specs(self, spec: P) -> "Scaled":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
-        places = [*jax.tree.leaves(self.weight.specs(spec)), P(spec[0])]
+        places = [*jax.tree.leaves(self.weight.partition_specs(spec)), P(spec[0])]
         return jax.tree.unflatten(jax.tree.structure(self), places)
 
 
@@ -40,4 +43,4 @@ def matmul(x: Float[Array, "*B K"], w: Scaled) -> Float[Array, "*B N"]:
     """`x @ w` in float32: x is scaled in float32, then rounded back to its type."""
     inverse = w.inverse.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     scaled = (x.astype(jnp.float32) * inverse).astype(x.dtype)
-    return dot(scaled, after(x, w.weight).as_rows(x.dtype))
+    return dot(scaled, depend_on(x, w.weight).dequantize_rows(x.dtype))

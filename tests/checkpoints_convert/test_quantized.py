@@ -294,7 +294,7 @@ def test_a_quantized_linear_means_just_the_numbers_of_its_layout(name, tmp_path)
     for theirs, want in rows.items():
         w = weights[OURS[theirs.partition(".")[2]]]
         assert w.shape == want.shape[::-1] and w.dtype == np.float32
-        np.testing.assert_array_equal(w.as_rows(jnp.float32), want)
+        np.testing.assert_array_equal(w.dequantize_rows(jnp.float32), want)
         inner = w.weight if isinstance(w, Permuted) else w
         assert isinstance(w, Permuted) == ("act-order" in name)
         assert type(inner) is (BitPlanes if name == "any-precision" else Affine)
@@ -325,7 +325,7 @@ def test_linears_stacked_in_one_of_theirs_are_cut_apart(name, tmp_path):
         "mlp.down_proj": ("mlp.down",),
     }
     for theirs, names in parts.items():
-        got = [weights[f"layers.0.{name}.w"].as_rows(jnp.float32) for name in names]
+        got = [weights[f"layers.0.{name}.w"].dequantize_rows(jnp.float32) for name in names]
         np.testing.assert_array_equal(np.concatenate(got), rows[theirs])
 
 
@@ -355,7 +355,7 @@ def test_gptq_stores_the_matrices_of_gpt_2_like_all_others(tmp_path):
         tensors[f"h.0.{name}.bias"] = one(N)
     model, _ = jl.load(write(tmp_path / "q", config | gptq_block(), tensors))
     weights = named_weights(model)
-    got = [weights[f"layers.0.attention.{name}.w"].as_rows(jnp.float32) for name in "qkv"]
+    got = [weights[f"layers.0.attention.{name}.w"].dequantize_rows(jnp.float32) for name in "qkv"]
     np.testing.assert_array_equal(np.concatenate(got), rows["attn.c_attn"])
     np.testing.assert_array_equal(weights["layers.0.mlp.up.bias"], tensors["h.0.mlp.c_fc.bias"])
     packed = {"h.0.mlp.c_fc." + last: value for last, value in compressed(rng, 64, 256)[0].items()}
@@ -389,7 +389,7 @@ def test_a_symmetric_file_of_the_second_version_that_says_the_first_is_read_as_i
     _, rows = checkpoint(tmp_path / "q", gptq, gptq_block(), version=2)
     w = named_weights(jl.load(tmp_path / "q")[0])["layers.0.mlp.up.w"]
     assert w.zero is None
-    np.testing.assert_array_equal(w.as_rows(jnp.float32), rows["mlp.up_proj"])
+    np.testing.assert_array_equal(w.dequantize_rows(jnp.float32), rows["mlp.up_proj"])
 
 
 def test_inputs_in_the_order_of_their_groups_need_no_permutation(tmp_path):
@@ -398,7 +398,9 @@ def test_inputs_in_the_order_of_their_groups_need_no_permutation(tmp_path):
     write(tmp_path / "q", LLAMA | gptq_block(desc_act=True), tensors)
     weights = named_weights(jl.load(tmp_path / "q")[0])
     assert all(type(weights[name]) is Affine for name in OURS.values())
-    np.testing.assert_array_equal(weights["layers.0.mlp.up.w"].as_rows(jnp.float32), rows["mlp.up_proj"])
+    np.testing.assert_array_equal(
+        weights["layers.0.mlp.up.w"].dequantize_rows(jnp.float32), rows["mlp.up_proj"]
+    )
 
 
 def test_linears_left_out_stay_dense_and_biases_of_nothing_are_dropped(tmp_path):
@@ -497,7 +499,7 @@ def test_our_any_precision_models_come_back_bit_for_bit_and_at_every_width(tmp_p
     again, _ = jl.load(tmp_path / "out")
     same_model(again, model)
     w = again.layers[1].mlp.down.w.get_value()
-    assert w.bits == 5 and w.at(3).as_rows().shape == w.shape[::-1]
+    assert w.bits == 5 and w.at(3).dequantize_rows().shape == w.shape[::-1]
 
 
 def with_planes(model, name, bits=4):
@@ -592,7 +594,9 @@ def test_linears_of_one_checkpoint_are_stored_in_several_ways(tmp_path):
     _, rows = checkpoint(tmp_path / "q", make, block)
     weights = named_weights(jl.load(tmp_path / "q")[0])
     for theirs, want in rows.items():
-        np.testing.assert_array_equal(weights[OURS[theirs.partition(".")[2]]].as_rows(jnp.float32), want)
+        np.testing.assert_array_equal(
+            weights[OURS[theirs.partition(".")[2]]].dequantize_rows(jnp.float32), want
+        )
     assert weights["layers.0.mlp.down.w"].codes.bits == weights["layers.0.attention.o.w"].codes.bits == 8
     lone = several_ways("abc", a=["re:.*down"], b=[q], c=["re:.*k_proj"])
     tensors, _ = checkpoint(tmp_path / "r", compressed, compressed_block())

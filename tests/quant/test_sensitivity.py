@@ -41,7 +41,7 @@ def test_a_cost_is_the_error_weighed_by_the_curvature(model, stats, by):
     w, known = linear_weights(model)[name], stats[name]
     table = sensitivity(model, METHODS[:1], stats, by=by, layers=name, progress=False)
     made = METHODS[0].solve(w.rows, known, name=name, dtype=jnp.float32)
-    d = np.asarray(made.as_rows(jnp.float32) - w.rows, np.float64)
+    d = np.asarray(made.dequantize_rows(jnp.float32) - w.rows, np.float64)
     if by in ("hessian", "guided_hessian"):
         H = np.asarray(known.hessian if by == "hessian" else known.guided_hessian[0], np.float64)
         want = np.einsum("nk,kl,nl->", d, H, d)

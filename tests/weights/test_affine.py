@@ -63,7 +63,7 @@ def test_weights_on_a_grid_come_back_bit_for_bit():
 def test_a_constant_group_is_kept_as_its_mean(value):
     rows = jnp.full((2, 64), value)
     q = affine.encode(rows, jnp.full((2, 2), 1e-9), jnp.full((2, 2), 1e9), bits=2, group=32)
-    np.testing.assert_allclose(q.as_rows(jnp.float32), rows, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(q.dequantize_rows(jnp.float32), rows, rtol=1e-3, atol=1e-6)
 
 
 def test_bits_are_counted_from_what_is_stored():
@@ -91,10 +91,10 @@ def test_scales_in_codes_cost_fewer_bits_and_codes_are_nearest_under_them(K):
     s, z = (np.repeat(np.asarray(v).T, 32, axis=1)[:, :K] for v in (coded, affine.zeros(q)))
     levels = (np.arange(8)[:, None, None] - z) * s
     rows = np.asarray(rows)
-    np.testing.assert_allclose(np.abs(q.as_rows() - rows), np.abs(levels - rows).min(0), atol=1e-6)
+    np.testing.assert_allclose(np.abs(q.dequantize_rows() - rows), np.abs(levels - rows).min(0), atol=1e-6)
     if K == 512:
         assert bits_per_weight(q) < bits_per_weight(plain) - 0.2  # of 19 / 32 for scales and zeros
-        lost = [float(jnp.mean((w.as_rows() - rows) ** 2)) for w in (plain, q)]
+        lost = [float(jnp.mean((w.dequantize_rows() - rows) ** 2)) for w in (plain, q)]
         assert lost[1] < 1.02 * lost[0]
 
 

@@ -16,7 +16,7 @@ def test_a_weight_is_its_rows_level_and_codes_are_the_nearest(bits):
     levels = np.asarray(table.astype(jnp.float16), np.float32)
     want = np.abs(levels[:, None, :] - np.asarray(rows)[:, :, None]).argmin(-1)  # ties: the lowest
     np.testing.assert_array_equal(unpack(q.codes), want)
-    np.testing.assert_array_equal(q.as_rows(jnp.float32), np.take_along_axis(levels, want, 1))
+    np.testing.assert_array_equal(q.dequantize_rows(jnp.float32), np.take_along_axis(levels, want, 1))
     assert q.shape == (50, 6) and dequantize(q).shape == (50, 6)
 
 

@@ -20,7 +20,15 @@ from jaxllm.quant.quantize import quantize
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine, codebook
 from jaxllm.weights.dense import Dense
-from jaxllm.weights.matmul import FORMATS, bits_per_weight, dequantize, has_rows, matmul, num_bytes, take
+from jaxllm.weights.matmul import (
+    FORMATS,
+    bits_per_weight,
+    can_gather_rows,
+    dequantize,
+    gather_rows,
+    matmul,
+    num_bytes,
+)
 from jaxllm.weights.permuted import Permuted
 
 # The heads, and the inputs of `o` and `down`, are split over four devices: whole blocks of 32 codes.
@@ -112,14 +120,14 @@ def test_a_product_is_that_of_the_dequantized_weight(weights, name):
 def test_single_rows_are_those_of_the_whole(weights, name):
     w = weights[1][name]
     index = jnp.asarray([[5, 0, 63], [7, 7, 31]])
-    assert has_rows(w) == (name in WITH_ROWS)
-    if not has_rows(w):
+    assert can_gather_rows(w) == (name in WITH_ROWS)
+    if not can_gather_rows(w):
         with pytest.raises(TypeError, match=f"rows of {type(w).__name__} cannot be read alone"):
-            take(w, index)
+            gather_rows(w, index)
         return
-    got = jax.jit(take)(w, index)
+    got = jax.jit(gather_rows)(w, index)
     assert got.dtype == w.dtype
-    np.testing.assert_array_equal(got, w.as_rows(jnp.float32)[index])
+    np.testing.assert_array_equal(got, w.dequantize_rows(jnp.float32)[index])
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -213,7 +221,7 @@ def test_tensor_parallel_generation_gives_the_tokens_of_one_device(models, name)
 
 def test_what_a_mesh_cannot_split_is_one_line():
     w = affine.quantize(jnp.ones((96, 64)), bits=4, group=48)
-    assert w.specs(P("model", None)).scale == P("model", None)
+    assert w.partition_specs(P("model", None)).scale == P("model", None)
     model = quantize(
         Decoder(dataclasses.replace(CONFIG, ffn=96), rngs=nnx.Rngs(0)),
         Fixed(FORMS["affine4"]),

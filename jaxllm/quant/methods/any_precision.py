@@ -18,7 +18,7 @@ restricted to it: levels by eq. 9, each code between its two halves by eq. 11, b
 (w - P c) then falls with the width (before the tables are rounded to float16).
 
     w = AnyPrecision(parent_bits=8).solve(rows, Stats(fisher=fisher), name="up", dtype=rows.dtype)
-    w.at(4).as_rows()                          # the same planes, four of them read
+    w.at(4).dequantize_rows()                          # the same planes, four of them read
 
 Bits a weight: parent_bits + 16 * (2**(parent_bits + 1) - 2**seed_bits) / K, so K should be in the thousands.
 From a k-means seed, codes ascend with the weights and every table ascends.

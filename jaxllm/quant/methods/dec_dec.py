@@ -84,7 +84,7 @@ class DecDec:
         N, K = rows.shape
         base: Any = self.base.solve(rows, stats, name=name, dtype=dtype)
         codes, scale = jax.jit(encode, static_argnames="bits")(
-            rows.astype(jnp.float32) - base.as_rows(jnp.float32), bits=self.residual_bits
+            rows.astype(jnp.float32) - base.dequantize_rows(jnp.float32), bits=self.residual_bits
         )
         hint = self._hint(stats, name, K)
         made = HostResidual(base, codes, scale, hint, self.k_chunk, self.select, (K, N), jnp.dtype(dtype))

@@ -76,8 +76,8 @@ def test_each_width_looks_up_the_upper_bits_in_its_own_table(stored):
     parent = unpack(stored.planes, K)
     for b in WIDTHS:
         want = look_up(stored.tables[b - 3], parent >> (8 - b))
-        assert (stored.at(b).as_rows(jnp.float16) == want).all()
-        assert stored.at(b).as_rows().dtype == jnp.float32
+        assert (stored.at(b).dequantize_rows(jnp.float16) == want).all()
+        assert stored.at(b).dequantize_rows().dtype == jnp.float32
 
 
 def test_a_whole_model_is_read_at_another_width(stored):
@@ -93,7 +93,7 @@ def test_a_width_reads_neither_lower_planes_nor_other_tables(stored):
         t if b == 5 else jnp.full_like(t, jnp.nan) for b, t in zip(WIDTHS, stored.tables, strict=True)
     )
     other = type(stored)(stored.planes.at[5:].set(0xFFFFFFFF), spoiled, 5, 3, 8, stored.shape, stored.dtype)
-    assert (other.as_rows() == stored.at(5).as_rows()).all()
+    assert (other.dequantize_rows() == stored.at(5).dequantize_rows()).all()
 
 
 def test_another_width_is_the_same_arrays(stored):
@@ -107,21 +107,21 @@ def test_another_width_is_the_same_arrays(stored):
 
 def test_the_product_at_every_width_is_that_of_the_looked_up_weight(stored):
     x = jax.random.normal(jax.random.key(1), (9, K))
-    product = jax.jit(lambda x, w: jnp.matmul(x, w.as_rows().T, precision=jax.lax.Precision.HIGHEST))
+    product = jax.jit(lambda x, w: jnp.matmul(x, w.dequantize_rows().T, precision=jax.lax.Precision.HIGHEST))
     for b in (3, 8):
-        want = np.asarray(x, np.float64) @ np.asarray(stored.at(b).as_rows(), np.float64).T
+        want = np.asarray(x, np.float64) @ np.asarray(stored.at(b).dequantize_rows(), np.float64).T
         np.testing.assert_allclose(product(x, stored.at(b)), want, atol=1e-5)
 
 
 def test_leaves_follow_the_logical_axes(stored):
-    specs = stored.specs(P("data", "model"))
+    specs = stored.partition_specs(P("data", "model"))
     assert specs.planes == P(None, "model", "data") and set(specs.tables) == {P("model", None)}
 
 
 def test_stacked_layers_scan_like_single_ones(stored):
     stack = jax.tree.map(lambda a: jnp.stack([a, a]), stored.at(4))
-    _, out = jax.lax.scan(lambda c, w: (c, w.as_rows()), 0, stack)
-    assert (out == stored.at(4).as_rows()[None]).all()
+    _, out = jax.lax.scan(lambda c, w: (c, w.dequantize_rows()), 0, stack)
+    assert (out == stored.at(4).dequantize_rows()[None]).all()
 
 
 def test_tables_of_the_wrong_shape_are_refused():
@@ -173,7 +173,7 @@ def test_the_seed_is_the_standalone_k_means(stored):
     rows, stats = example()
     alone = SqueezeLlm(bits=3).solve(rows, stats, name="up", dtype=jnp.float32)
     assert (stored.tables[0] == alone.table).all()
-    assert (stored.at(3).as_rows() == alone.as_rows()).all()
+    assert (stored.at(3).dequantize_rows() == alone.dequantize_rows()).all()
 
 
 def test_codes_and_tables_ascend_with_the_weights(grown):
@@ -263,7 +263,7 @@ def test_edge_rows_keep_every_width_finite_and_ordered(split):
     rows, fisher = (jnp.asarray(np.stack(a), jnp.float32) for a in zip(*pairs, strict=True))
     made = AnyPrecision(split=split).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
     for b, table in zip(WIDTHS, made.tables, strict=True):
-        error = np.abs(np.asarray(made.at(b).as_rows() - rows))
+        error = np.abs(np.asarray(made.at(b).dequantize_rows() - rows))
         assert np.isfinite(error).all() and (np.diff(table, axis=1) >= 0).all()
         assert (error[:3] == 0).all()  # no more values than levels: lossless
         assert error[3, 7] == 0
@@ -355,7 +355,8 @@ def test_sorting_levels_keeps_the_weight():
     sorted_codes, levels = ap.ascending(codes, table)
     assert (np.diff(levels, axis=1) >= 0).all()
     assert (
-        from_codes(sorted_codes, levels, bits=3).as_rows() == from_codes(codes, table, bits=3).as_rows()
+        from_codes(sorted_codes, levels, bits=3).dequantize_rows()
+        == from_codes(codes, table, bits=3).dequantize_rows()
     ).all()
 
 

@@ -34,7 +34,7 @@ def stats(x):
 
 
 def loss(rows, stored, x):
-    return float(jnp.sum(((rows - stored.as_rows()) @ x.T) ** 2))
+    return float(jnp.sum(((rows - stored.dequantize_rows()) @ x.T) ** 2))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -57,7 +57,7 @@ def test_with_one_power_and_no_clipping_it_is_round_to_nearest(layer):
 
 def test_the_product_is_that_with_the_effective_weight(layer, stored):
     _, x = layer
-    want = np.asarray(x, np.float64) @ np.asarray(stored.as_rows(), np.float64).T
+    want = np.asarray(x, np.float64) @ np.asarray(stored.dequantize_rows(), np.float64).T
     np.testing.assert_allclose(matmul(x, stored), want, rtol=1e-4, atol=1e-3)
     assert matmul(x[0], stored).shape == (N,)
     assert matmul(x.reshape(4, 50, K), stored).shape == (4, 50, N)
@@ -81,15 +81,15 @@ def test_dead_inputs_and_statistics_of_nothing_work(layer):
     x = x.at[:, ::7].set(0.0)
     method = Awq(bits=3, group=GROUP)
     dead = method.solve(rows, stats(x), name="w", dtype=jnp.float32)
-    assert bool(jnp.isfinite(dead.as_rows()).all()) and (dead.inverse[::7] == 1).all()
+    assert bool(jnp.isfinite(dead.dequantize_rows()).all()) and (dead.inverse[::7] == 1).all()
     nothing = method.solve(rows, stats(x * 0), name="w", dtype=jnp.float32)
     plain = Rtn(bits=3, group=GROUP).solve(rows, Stats(), name="w", dtype=jnp.float32)
-    np.testing.assert_array_equal(nothing.as_rows(), plain.as_rows())
+    np.testing.assert_array_equal(nothing.dequantize_rows(), plain.dequantize_rows())
 
 
 def test_the_format_has_places_on_a_mesh_and_survives_tree_map_and_vmap(layer, stored):
     _, x = layer
-    specs = stored.specs(P("a", "b"))
+    specs = stored.partition_specs(P("a", "b"))
     assert specs.inverse == P("a") and specs.weight.scale == P("a", "b")
     assert stored.shape == (K, N) and stored.dtype == jnp.float32
     again = jax.tree.map(lambda leaf: leaf + 0, stored)
@@ -102,7 +102,7 @@ def test_the_format_has_places_on_a_mesh_and_survives_tree_map_and_vmap(layer, s
 def test_a_single_weight_and_a_constant_row_work(layer):
     rows, x = layer
     one = Awq(bits=4).solve(jnp.full((1, 1), 0.5), stats(x[:, :1]), name="w", dtype=jnp.bfloat16)
-    np.testing.assert_allclose(one.as_rows(), 0.5, atol=1e-3)
+    np.testing.assert_allclose(one.dequantize_rows(), 0.5, atol=1e-3)
     assert one.dtype == jnp.bfloat16
 
 

@@ -33,7 +33,7 @@ def cut(x, group):
 
 def errors(w, rows, h, group):
     """F of every group [N, G]."""
-    return (cut(h[None], group) * (cut(w.as_rows(), group) - cut(rows, group)) ** 2).sum(-1)
+    return (cut(h[None], group) * (cut(w.dequantize_rows(), group) - cut(rows, group)) ** 2).sum(-1)
 
 
 def nearest_range(rows, group, bits, zero_code=False):
@@ -119,7 +119,7 @@ def test_equal_energies_are_plain_least_squares_and_dead_inputs_do_not_count():
         (solved(rows, h, group=8, h_power=0.0), solved(rows, ones, group=8)),
         (solved(rows, 0 * h, group=8), solved(rows, ones, group=8)),  # nothing was ever active
     ):
-        assert (got.as_rows() == want.as_rows()).all()
+        assert (got.dequantize_rows() == want.dequantize_rows()).all()
     w, weights = dash_q._cut(rows, 8), dash_q._weights(h.at[3].set(0.0), 8, 1.0)
     start = dash_q._range(w, 3)
     for step in (
@@ -207,7 +207,7 @@ def test_weights_on_a_grid_come_back_exactly():
     codes = np.concatenate([rng.permuted(np.arange(8)[None] % 4, axis=1) for _ in range(8)], 1)
     rows, h = jnp.asarray((codes - 1.5) * 0.125, jnp.float32), problem()[1]
     w = solved(rows, h, group=8)
-    assert (w.as_rows() == rows).all() and (np.asarray(unpack(w.codes)) == codes).all()
+    assert (w.dequantize_rows() == rows).all() and (np.asarray(unpack(w.codes)) == codes).all()
     paper = solved(rows, h, group=8, mode="paper", iterations=40)
     assert (np.asarray(unpack(paper.codes)) == codes).all()
     h = cut(h[None], 8)[0]
@@ -222,7 +222,7 @@ def test_constant_groups_are_stored_exactly(mode):
     for value in (0.0, 0.25, -3.0):
         flat = rows.at[1, 8:24].set(value)
         w = solved(flat, h, group=8, mode=mode)
-        assert (w.as_rows()[1, 8:24] == value).all()
+        assert (w.dequantize_rows()[1, 8:24] == value).all()
         assert np.isfinite(w.scale).all() and np.isfinite(w.zero).all()
 
 
@@ -243,7 +243,7 @@ def test_the_product_is_that_of_the_numbers_and_of_group_sums():
     rows, h = problem(K=60)
     w = solved(rows, h, group=8)  # a short last group
     x = jax.random.normal(jax.random.key(0), (5, 60))
-    want = np.asarray(x) @ np.asarray(w.as_rows()).T
+    want = np.asarray(x) @ np.asarray(w.dequantize_rows()).T
     np.testing.assert_allclose(matmul(x, w), want, atol=1e-4)
     of = np.arange(60) // 8
     scale, zero = (np.asarray(v, np.float32) for v in (w.scale, w.zero))  # [G, N]
@@ -258,18 +258,18 @@ def test_the_product_is_that_of_the_numbers_and_of_group_sums():
 def test_any_shape_works_and_rows_do_not_depend_on_one_another(shape):
     rows, h = problem(*shape)
     w = solved(rows, h, group=4)
-    assert w.shape == shape[::-1] and np.isfinite(w.as_rows()).all()
+    assert w.shape == shape[::-1] and np.isfinite(w.dequantize_rows()).all()
     more = solved(jnp.concatenate([rows, 100 * rows]), h, group=4)
-    assert (more.as_rows()[: len(rows)] == w.as_rows()).all()
+    assert (more.dequantize_rows()[: len(rows)] == w.dequantize_rows()).all()
 
 
 def test_groups_longer_than_a_loop_and_more_rows_than_a_block_are_cut_up(monkeypatch):
     rows, h = problem(N=40, K=30)
-    want = solved(rows, h, group=10).as_rows()
+    want = solved(rows, h, group=10).dequantize_rows()
     monkeypatch.setattr(dash_q, "UNROLL", 4)
     monkeypatch.setattr(dash_q, "ROWS", 16)
     jax.clear_caches()
-    np.testing.assert_allclose(solved(rows, h, group=10).as_rows(), want, atol=1e-2)
+    np.testing.assert_allclose(solved(rows, h, group=10).dequantize_rows(), want, atol=1e-2)
     jax.clear_caches()
 
 
@@ -284,7 +284,7 @@ def gaussian(K=64, tokens=4096, seed=0):
 
 
 def loss(w, rows, hessian):
-    off = np.asarray(w.as_rows() - rows, np.float64)
+    off = np.asarray(w.dequantize_rows() - rows, np.float64)
     return float((off @ np.asarray(hessian, np.float64) * off).sum())
 
 

@@ -90,10 +90,12 @@ def test_the_product_is_that_of_the_residual_masked_by_the_selection(width, how)
     w = weight(rows, k_chunk=16, how=how, x=inputs(4, width))
     x = inputs(2, width, seed=5)
     chosen = select(x, w.hint, 16, how)
-    rest = full_rows(w) - w.base.as_rows()
+    rest = full_rows(w) - w.base.dequantize_rows()
     mask = np.zeros((2, width), bool)
     np.put_along_axis(mask, np.asarray(chosen), True, axis=1)
-    want = np.asarray(x) @ np.asarray(w.base.as_rows()).T + (np.asarray(x) * mask) @ np.asarray(rest).T
+    want = (
+        np.asarray(x) @ np.asarray(w.base.dequantize_rows()).T + (np.asarray(x) * mask) @ np.asarray(rest).T
+    )
     np.testing.assert_allclose(matmul(x, w), want, rtol=1e-4, atol=2e-3)
 
 
@@ -213,7 +215,7 @@ def test_the_error_left_falls_by_the_share_of_energy_taken_and_on_average_with_e
         got = (
             multiply(x, w.base, jnp.float32) + host_residual.compensation(x, w)
             if k_chunk
-            else x @ w.base.as_rows().T
+            else x @ w.base.dequantize_rows().T
         )
         lost.append(float(jnp.square(got - x @ rows.T).mean()))
         if k_chunk:
@@ -309,7 +311,7 @@ def test_a_weight_cut_over_devices_gives_the_same_product():
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     x = inputs(2, 256)
     for spec in (P(None, "model"), P("model", None)):
-        specs = w.specs(spec)
+        specs = w.partition_specs(spec)
         assert specs.codes.words == P(None, "model", None)
         placed = jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), w, specs)
         got = matmul(x, placed)
@@ -445,4 +447,4 @@ def test_the_weight_survives_tree_maps_and_keeps_its_type(w):
     again = jax.tree.map(lambda leaf: leaf, w)
     assert type(again) is HostResidual and isinstance(again.codes, Packed)
     assert again.shape == (K, N) and again.k_chunk == 32
-    assert (again.as_rows() == w.base.as_rows()).all()
+    assert (again.dequantize_rows() == w.base.dequantize_rows()).all()

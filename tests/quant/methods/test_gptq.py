@@ -29,7 +29,7 @@ def layer():
 
 def loss(rows, stored, hessian):
     """The objective of each row, in float64."""
-    e, h = (np.asarray(a, np.float64) for a in (rows - stored.as_rows(), hessian))
+    e, h = (np.asarray(a, np.float64) for a in (rows - stored.dequantize_rows(), hessian))
     return ((e @ h) * e).sum(1)
 
 
@@ -170,7 +170,7 @@ def test_a_constant_row_comes_back(layer, act_order, zero_code):
     rows, hessian = layer
     rows = rows.at[3].set(0.5).at[4].set(0.0)
     method = Gptq(bits=3, group=GROUP, act_order=act_order, zero_code=zero_code)
-    got = method.solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32).as_rows()
+    got = method.solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32).dequantize_rows()
     np.testing.assert_allclose(got[3:5], rows[3:5], atol=2e-3)
 
 
@@ -181,7 +181,7 @@ def test_any_shape_and_groups_wider_than_it_work(shape):
     for act_order in (True, False):
         stored = Gptq(bits=8, group=200, act_order=act_order).solve(rows, stats, name="w", dtype=jnp.bfloat16)
         assert stored.shape == shape[::-1] and stored.dtype == jnp.bfloat16
-        np.testing.assert_allclose(stored.as_rows(), rows, atol=0.05)
+        np.testing.assert_allclose(stored.dequantize_rows(), rows, atol=0.05)
 
 
 def test_symmetric_grids_store_no_zero(layer):
@@ -198,10 +198,10 @@ def test_guided_solves_each_group_of_outputs_with_its_own_curvature(layer):
     other = hessian[::-1, ::-1]
     method = Gptq(bits=3, group=GROUP, guided=True, groups=2)
     stats = Stats(guided_hessian=jnp.stack([hessian, other]))
-    got = method.solve(rows, stats, name="w", dtype=jnp.float32).as_rows()
+    got = method.solve(rows, stats, name="w", dtype=jnp.float32).dequantize_rows()
     plain = Gptq(bits=3, group=GROUP)
     for half, h in ((slice(0, 4), hessian), (slice(4, 8), other)):
-        want = plain.solve(rows, Stats(hessian=h), name="w", dtype=jnp.float32).as_rows()
+        want = plain.solve(rows, Stats(hessian=h), name="w", dtype=jnp.float32).dequantize_rows()
         np.testing.assert_array_equal(got[half], want[half])
 
 

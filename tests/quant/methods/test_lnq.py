@@ -178,7 +178,7 @@ def test_constant_rows_and_fewer_distinct_weights_than_levels_come_back(layer):
     rows, hessian, _, _ = layer
     rows = rows.at[0].set(0.25).at[1].set(0.0).at[2].set(jnp.where(jnp.arange(K) % 3 == 0, 1.0, -0.5))
     stored = Lnq(bits=3).solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
-    np.testing.assert_allclose(stored.as_rows()[:3], rows[:3], atol=1e-3)
+    np.testing.assert_allclose(stored.dequantize_rows()[:3], rows[:3], atol=1e-3)
 
 
 def test_it_beats_its_start_and_guided_uses_each_groups_curvature(layer):
@@ -194,7 +194,7 @@ def test_it_beats_its_start_and_guided_uses_each_groups_curvature(layer):
         return exact(rows, h, unpack(w.codes), w.table)
 
     assert loss(plain, hessian).sum() < 0.6 * loss(start, hessian).sum()
-    np.testing.assert_array_equal(guided.as_rows()[:4], plain.as_rows()[:4])
+    np.testing.assert_array_equal(guided.dequantize_rows()[:4], plain.dequantize_rows()[:4])
     assert loss(guided, other)[4:].sum() < loss(plain, other)[4:].sum()
 
 

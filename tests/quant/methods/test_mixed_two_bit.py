@@ -25,7 +25,7 @@ from jaxllm.weights.mixed_columns import MixedColumns, stored_bits
 BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
 N, K = 48, 192  # 12 column groups, 3 blocks of outputs
 matmul = jax.jit(mixed_columns.matmul)
-values = jax.jit(MixedColumns.as_rows)
+values = jax.jit(MixedColumns.dequantize_rows)
 
 
 def example(n=N, k=K, seed=0):
@@ -241,7 +241,7 @@ def test_a_weight_cut_over_devices_gives_the_same_product(spec):
     rows, stats = example(64, 64)
     w = solve(rows, stats, mask_of(2, size=4), outliers=0.02)
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    specs = w.specs(spec)
+    specs = w.partition_specs(spec)
     assert specs.two == P("model", None) and specs.order == P(None)
     placed = jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), w, specs)
     x = jax.random.normal(jax.random.key(0), (3, 64))

@@ -59,8 +59,8 @@ def test_every_eligible_pattern_comes_back_bit_for_bit(halves):
     wide = np.asarray(jax.jit(nested_float.join_float32)(*halves))
     assert (wide.view(np.uint32) == VALUE.view(np.uint32)).all()  # -0.0 and subnormals too
     w = encode(jnp.asarray(W.reshape(-1, 64)))
-    assert (np.asarray(w.as_rows(jnp.float16)).view(np.uint16).ravel() == BITS[ELIGIBLE]).all()
-    assert (np.asarray(w.as_rows(jnp.float32)).ravel() == VALUE).all()
+    assert (np.asarray(w.dequantize_rows(jnp.float16)).view(np.uint16).ravel() == BITS[ELIGIBLE]).all()
+    assert (np.asarray(w.dequantize_rows(jnp.float32)).ravel() == VALUE).all()
 
 
 def test_the_upper_byte_is_the_rounded_8_bit_weight_and_never_nan(halves):
@@ -126,8 +126,8 @@ def test_larger_weights_are_shifted_where_that_loses_nothing(shift):
     rows = jnp.asarray([[1.5 * 2**shift, -(2.0**-18), 0.125]], jnp.float16)
     w = encode(rows)
     assert w.shift == shift
-    assert (w.as_rows(jnp.float16) == rows).all() and (
-        w.as_rows(jnp.float32) == rows.astype(jnp.float32)
+    assert (w.dequantize_rows(jnp.float16) == rows).all() and (
+        w.dequantize_rows(jnp.float32) == rows.astype(jnp.float32)
     ).all()
     x = jnp.eye(3)
     got = product(x, with_mode(w, "fp8"))
@@ -150,7 +150,9 @@ def test_a_shift_is_lossless_for_all_patterns_or_not_taken():
         for one in some[~exact][:: max(1, (~exact).sum() // 5)]:
             assert nested_float.find_shift(jnp.asarray(np.array([one, top]))) is None
         again = encode(jnp.asarray(some[exact].reshape(1, -1)))
-        assert (np.asarray(again.as_rows(jnp.float16)).view(np.uint16) == some[exact].view(np.uint16)).all()
+        assert (
+            np.asarray(again.dequantize_rows(jnp.float16)).view(np.uint16) == some[exact].view(np.uint16)
+        ).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
@@ -258,7 +260,7 @@ def test_it_survives_tree_map_vmap_and_has_specs():
     x = jnp.ones((2, 40))
     out = jax.vmap(lambda w: nested_float.matmul(x, w))(stack)
     np.testing.assert_allclose(out[1], product(x, pair[1]), atol=1e-5)
-    spec = nested(weight(), mode="traced").specs(P("a", "b"))
+    spec = nested(weight(), mode="traced").partition_specs(P("a", "b"))
     assert (spec.upper, spec.lower, spec.switch) == (P("b", "a"), P("b", "a"), P())
 
 

@@ -89,7 +89,7 @@ def test_without_rounding_the_product_is_that_of_the_weight_itself(layer):
     w = solve(Rotate(base=Plain(), activation_bits=16), rows)
     want = x @ rows.T
     np.testing.assert_allclose(jax.jit(matmul)(x, w), want, atol=1e-5 * float(jnp.abs(want).max()))
-    np.testing.assert_allclose(w.as_rows(), rows, atol=1e-6)
+    np.testing.assert_allclose(w.dequantize_rows(), rows, atol=1e-6)
     assert w.shape == (96, 24) and w.dtype == jnp.float32
 
 
@@ -139,7 +139,7 @@ def test_the_whole_product_is_the_float_product_of_the_same_codes(bits, zero):
     rows = jax.random.normal(jax.random.key(bits), (24, 70))
     w = affine.quantize(rows.T, bits=bits, group=70, symmetric=zero == "none", zero_code=zero == "code")
     q = jnp.round(jax.random.uniform(jax.random.key(9), (2, 3, 70), minval=-127, maxval=127))
-    want = q @ w.as_rows().T
+    want = q @ w.dequantize_rows().T
     got = jax.jit(whole_product)(q, w)
     np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()), rtol=2e-5)
 
@@ -161,7 +161,7 @@ def test_the_product_is_that_of_rounded_inputs_and_the_stored_weight(layer, grou
     w = solve(Rotate(base=jl.Rtn(bits=4, group=group), activation_bits=4), rows)
     assert is_whole(w) == whole
     codes, step = activations(x, w)
-    want = (codes * step) @ w.base.as_rows().T
+    want = (codes * step) @ w.base.dequantize_rows().T
     got = jax.jit(matmul)(x, w)
     np.testing.assert_allclose(got, want, atol=3e-6 * float(jnp.abs(want).max()))
     broken = jax.jit(matmul)(x.at[3, 3].set(jnp.nan), w)
@@ -195,7 +195,7 @@ def test_the_solver_works_on_turned_curvature(layer):
     method = Rotate(base=base, activation_bits=16)
     assert method.wants == base.wants and method.groups == base.groups
     w, plain = solve(method, rows, stats), solve(Rotate(base=jl.Rtn(bits=3), activation_bits=16), rows)
-    loss = lambda w: float(jnp.sum(((w.as_rows() - rows) @ x.T) ** 2))  # noqa: E731
+    loss = lambda w: float(jnp.sum(((w.dequantize_rows() - rows) @ x.T) ** 2))  # noqa: E731
     assert loss(w) < 0.6 * loss(plain)
 
 

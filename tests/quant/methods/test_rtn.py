@@ -19,7 +19,7 @@ def rows():
 
 def error(rows, stored, weight):
     """The weighed squared error of each row's groups [N, G], in float64."""
-    e = np.asarray(rows - stored.as_rows(), np.float64) ** 2 * np.asarray(weight, np.float64)
+    e = np.asarray(rows - stored.dequantize_rows(), np.float64) ** 2 * np.asarray(weight, np.float64)
     return np.pad(e, ((0, 0), (0, -K % GROUP))).reshape(N, -1, GROUP).sum(-1)
 
 
@@ -86,9 +86,9 @@ def test_the_scale_of_the_statistics_does_not_matter_and_dead_inputs_work(rows):
     jax.tree.map(np.testing.assert_array_equal, two, one)
     same = method.solve(rows, Stats(), name="w", dtype=jnp.float32)
     np.testing.assert_array_equal(
-        one.as_rows()[:, :64], same.as_rows()[:, :64]
+        one.dequantize_rows()[:, :64], same.dequantize_rows()[:, :64]
     )  # two groups of dead inputs only
-    np.testing.assert_array_equal(none.as_rows(), same.as_rows())
+    np.testing.assert_array_equal(none.dequantize_rows(), same.dequantize_rows())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5)])
@@ -96,7 +96,7 @@ def test_any_shape_and_groups_wider_than_it_work(shape):
     rows = jax.random.normal(jax.random.key(1), shape)
     stored = Rtn(bits=8, group=32, clip=True).solve(rows, Stats(), name="w", dtype=jnp.bfloat16)
     assert stored.shape == shape[::-1] and stored.dtype == jnp.bfloat16
-    np.testing.assert_allclose(stored.as_rows(), rows, atol=0.02)
+    np.testing.assert_allclose(stored.dequantize_rows(), rows, atol=0.02)
 
 
 def test_what_makes_no_sense_is_refused(rows):

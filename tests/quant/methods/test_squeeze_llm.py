@@ -148,7 +148,7 @@ def test_edge_rows_are_finite_and_no_worse_than_rounding_to_their_range(exact):
     names, pairs = zip(*edge_rows().items(), strict=True)
     rows, fisher = (jnp.asarray(np.stack(a), jnp.float32) for a in zip(*pairs, strict=True))
     stored = SqueezeLlm(bits=3, exact=exact).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
-    error = np.abs(np.asarray(stored.as_rows() - rows))
+    error = np.abs(np.asarray(stored.dequantize_rows() - rows))
     assert np.isfinite(error).all()
     worst = dict(zip(names, error.max(1), strict=True))
     for name in ("constant", "zero", "five values"):
@@ -178,7 +178,7 @@ def test_pruned_weights_do_not_count():
 def test_rows_shorter_than_their_table_are_stored_to_half_precision(k):
     rows, fisher = example(3, k)
     stored = SqueezeLlm(bits=3).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
-    np.testing.assert_allclose(stored.as_rows(), rows, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(stored.dequantize_rows(), rows, rtol=1e-3, atol=1e-7)
 
 
 def test_wrong_options_and_statistics_are_refused():

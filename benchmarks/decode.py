@@ -63,7 +63,7 @@ class Remote:
     def __init__(self, library: str, python: str):
         self.library = library
         self.process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("decode_workers.py")), library],
+            [python, str(Path(__file__).parent / "sides" / "decode_workers.py"), library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -184,8 +184,8 @@ PARTS: dict[str, Callable[..., Found]] = {
 
 def measure(args: argparse.Namespace) -> Run:
     """The parts asked for; of a run in --results, other parts and methods stay."""
-    settings = {"model": model_name(args), "seeds": args.seeds, "cases": args.cases}
-    run = resume(args, begin(args, settings | {"ratios": args.ratios}))
+    settings = {"model": model_name(args), "seeds": args.seeds}  # parts may differ in contexts and ratios
+    run = resume(args, begin(args, settings))
     model, tokenizer = load(args)
     gates = {
         name: new_gates(model, form) if args.tiny else eviction.pico_gates(form)

@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace) -> Run:
             folder = Path(name)
             jl.save(model, folder / "model", tokenizer, to="huggingface")
             np.save(folder / "windows.npy", windows)
-            side = Path(__file__).with_name("kvpress_side.py")
+            side = Path(__file__).parent / "sides" / "kvpress_side.py"
             command = [args.python, str(side), str(folder), str(args.context)]
             subprocess.run(command, check=True, stdout=sys.stderr)
             sides["kvpress"] = dict(np.load(folder / "side.npz"))

@@ -26,7 +26,7 @@ def reached_into(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_use_public_functions_only(path):
     assert reached_into(path.read_text("utf-8")) == []
 

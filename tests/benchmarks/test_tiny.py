@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
-# Parts of others, what runs in another environment, and what needs torch (test_decode.py).
-LEFT_OUT = {"common", "kv_methods", "kvpress_side", "quantization_methods", "quantization_tables"}
-LEFT_OUT |= {"decode", "decode_workers", "mixed_ablations"}
+# Parts of others, and what needs torch (test_decode.py).
+LEFT_OUT = {"common", "kv_methods", "mixed_ablations", "quantization_methods", "quantization_tables"}
+LEFT_OUT |= {"decode"}
 NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
 
 

@@ -1,6 +1,6 @@
 """kvpress's side of `kv_kvpress.py`, run in an environment that has kvpress and no jaxllm.
 
-    python benchmarks/kvpress_side.py FOLDER CONTEXT
+    python benchmarks/sides/kvpress_side.py FOLDER CONTEXT
 
 Reads the model and windows.npy [contexts, tokens] of the folder, of which CONTEXT tokens are compressed and
 the rest is judged; writes side.npz and side.json.

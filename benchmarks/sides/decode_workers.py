@@ -1,6 +1,6 @@
 """The two sides of `decode.py`, each in a process of its own that is told by a pipe what to do.
 
-    python benchmarks/decode_workers.py jaxllm|transformers
+    python benchmarks/sides/decode_workers.py jaxllm|transformers
 
 One JSON line in, [method, arguments]; the method's answer out, as one JSON line. A side loads its own library
 only, so that the threads of one do not disturb the other.

@@ -138,6 +138,27 @@ def test_bits_are_those_of_all_arrays_held(weights, name):
 
 
 @pytest.mark.parametrize("name", FORMS)
+def test_a_weight_prints_as_one_line_that_says_format_shape_and_bits(weights, name):
+    w = weights[1][name]
+    told = repr(w)
+    assert told.startswith(f"{type(w).__name__}([128, 64] float32 in {bits_per_weight(w):.2f} bits")
+    assert "\n" not in told and len(told) < 160 and "Array" not in told
+    shapes = jax.eval_shape(lambda w: w, w)
+    assert repr(shapes) == told
+    traced = []
+    jax.jit(lambda w: traced.append(repr(w)))(w)
+    assert traced == [told]
+    assert "\n" not in repr(jax.tree.map(lambda _: None, w))  # rebuilt around anything
+    assert repr(w.partition_specs(P(None, "model")))
+
+
+def test_what_a_weight_is_made_of_prints_its_fields_without_numbers(weights):
+    w = weights[1]["affine4"]
+    assert repr(w) == "Affine([128, 64] float32 in 4.62 bits, group=32)"
+    assert repr(w.codes) == "Packed(words=uint32[64, 4, 4], bits=4, size=128)"
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_a_weight_survives_trees_vmap_and_donation(weights, name):
     w = weights[1][name]
     same = jax.tree.map(lambda x: x, w)

@@ -15,7 +15,6 @@ PACKAGES = ("jaxllm", "pallas_kernels", "checkpoints_convert")
 TOWER = (
     {"__main__"},
     {"cli"},
-    {"demo"},
     {"training", "precision", "serving", "pointcloud", "graph"},
     {"__init__"},  # the public names
     {"quant"},
@@ -111,7 +110,7 @@ def test_no_folder_is_above_16_files_and_no_file_above_450_lines(root):
         for name, path in modules(root).items()
         if not name.startswith("pallas_kernels")
     }
-    assert not {path: count for path, count in lines.items() if count > 470}
+    assert not {path: count for path, count in lines.items() if count > 450}
 
 
 def test_a_model_alone_loads_no_quantization_method_and_no_eviction():

@@ -13,7 +13,7 @@ import jaxllm as jl
 from jaxllm.training.pico import exercises
 from jaxllm.training.pico import recipe as pico
 
-SHIPPED = Path(pico.__file__).parents[1] / "pico"
+SHIPPED = Path(jl.__file__).parent / "pico"
 MEMBERS = sorted(pico.MEMBERS)
 
 
@@ -39,7 +39,7 @@ def test_each_member_has_its_config_and_a_card_with_its_command(shipped, member)
     )
     assert model.config.stop_tokens == (tokenizer.eos_token_id,)
     card = (SHIPPED / member / "README.md").read_text("utf-8")
-    assert "python -m jaxllm.training.pico.recipe" in card and "seed" in card
+    assert "python -m jaxllm.training.pico" in card and "seed" in card
     parameters = sum(x.size for x in jax.tree.leaves(model))
     assert f"{parameters:,}" in card
     assert all(np.isfinite(run["losses"]).all() for run in _history(member))

@@ -1,9 +1,8 @@
-"""The gates that ship with pico's target: the texts they learn from, and the command that made them.
+"""The gates that ship with pico's target, and the texts they learn from.
 
-python -m jaxllm.training.pico.gates --data texts/ --form fast --out gates/
+jaxllm train gates --data texts/ --form fast --out gates/
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxllm as jl
-from jaxllm.eviction.gates import save_gates
+from jaxllm.eviction.gates import Gate, save_gates
 from jaxllm.training.gates import train_gates
 from jaxllm.training.pico import corpus
 from jaxllm.training.pico.exercises import Words, list_end, lookup
+from jaxllm.training.trainer import Trained
 
 
 def pico_texts(
@@ -41,45 +40,19 @@ def pico_texts(
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model", help="as `jl.load` takes it, with pico's tokenizer (default: pico)")
-    add("--data", type=Path, required=True, help="folder of the texts that pico is trained on")
-    add("--stories", type=Path, help="file of sampled stories")
-    add("--form", choices=("fast", "zap", "zap-linear"), default="fast")
-    add("--hidden", type=int, default=512, help="width of the MLP of zap")
-    add("--texts", type=int, default=1024)
-    add("--longest", type=int, default=448, help="tokens of a text; it must fit the context twice")
-    add("--tokens", type=int, default=2**18, help="of the texts, to learn from at most")
-    add("--steps", type=int, default=4000)
-    add("--batch", type=int, default=2048, help="tokens a step")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, required=True)
-    args = parser.parse_args()
-    model, tokenizer = jl.load(args.model, dtype="float32")
-    texts = corpus.read(args.data, args.stories)
-    rows = pico_texts(tokenizer, texts, args.texts, longest=args.longest, seed=args.seed)
-    gates, done = train_gates(
-        model,
-        rows,
-        form=args.form,
-        tokenizer=tokenizer,
-        prefix=1,
-        tokens=args.tokens,
-        steps=args.steps,
-        batch=args.batch,
-        hidden=args.hidden,
-        seed=args.seed,
-    )
-    notes = {
-        name: getattr(args, name) for name in ("form", "texts", "longest", "tokens", "steps", "batch", "seed")
-    }
-    first, last = (float(np.mean(x)) for x in (done.losses[:50], done.losses[-50:]))
+def train_pico_gates(
+    model, tokenizer, texts: Sequence[corpus.Text], *, texts_read: int, longest: int, seed: int, **options
+) -> tuple[Gate, Trained]:
+    """Gates for a model with pico's tokenizer, trained on `texts_read` contexts of at most `longest` tokens.
+
+    options: as for `train_gates`. A context must fit the model's twice.
+    """
+    rows = pico_texts(tokenizer, texts, texts_read, longest=longest, seed=seed)
+    return train_gates(model, rows, tokenizer=tokenizer, prefix=1, seed=seed, **options)
+
+
+def save_pico_gates(gates: Gate, done: Trained, out: Path, **settings) -> None:
+    """Writes gates in float16, with the settings and losses of the run that made them."""
+    first, last = (round(float(np.mean(x)), 4) for x in (done.losses[:50], done.losses[-50:]))
     half = jax.tree.map(lambda x: x.astype(jnp.float16), gates)
-    save_gates(half, args.out, **notes, loss_first_50=round(first, 4), loss_last_50=round(last, 4))
-    print(f"loss {first:.3f} -> {last:.3f} in {done.seconds:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+    save_gates(half, out, **settings, loss_first_50=first, loss_last_50=last)

@@ -1,6 +1,6 @@
-"""The command that made the models that ship: the recipe of pico, target, draft and companion.
+"""What made the models that ship: the recipe of pico, target, draft and companion.
 
-    python -m jaxllm.training.pico.recipe --data ../shared/data --stories stories.txt \\
+    jaxllm train pico --data ../shared/data --stories stories.txt \\
         --out runs/target --checkpoint runs/target.ckpt --member target --steps 3000
 
 Each member is a Llama-shaped decoder trained on plain text and on exercises (`exercises.py`), first on short
@@ -13,7 +13,6 @@ directory (bfloat16 safetensors in shards of at most 3.5 MB, tokenizer) with a m
 written from what was really run.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -34,7 +33,7 @@ from jaxllm.models.decoder import Config, Decoder
 from jaxllm.models.rope import Rope
 from jaxllm.training import trainer
 from jaxllm.training.pico import corpus, induction
-from jaxllm.training.pico.card import HISTORY, card, earlier, times_read, told
+from jaxllm.training.pico.card import HISTORY, Run, card, command_line, history, times_read
 from jaxllm.training.pico.corpus import Phase
 from jaxllm.training.pico.exercises import Words
 from jaxllm.training.pico.losses import cross_entropy, distil, student_only
@@ -186,111 +185,97 @@ def load_model(folder: str | Path) -> Decoder:
     return load(str(folder), dtype=jnp.float32)[0]
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m jaxllm.training.pico.recipe", description=__doc__)
-    add = parser.add_argument
-    add("--data", required=True, help="directory of the texts (tinyshakespeare, gsm8k, ...)")
-    add("--stories", help="file of stories, each followed by a line <|endoftext|>")
-    add("--out", required=True, help="directory to write; must not exist yet")
-    add("--member", choices=list(MEMBERS), default="target")
-    add("--steps", type=int, required=True)
-    add("--stop", type=int, help="end after so many of the steps, with the weights of that time")
-    add("--plan", choices=list(PLANS), default="main", help="phases: a whole run, or one on long rows")
-    add("--length", type=int, default=256, help="tokens a row in the main phase")
-    add("--batch", type=int, default=16, help="rows a step in the main phase")
-    add("--accumulate", type=int, default=1, help="microbatches a step")
-    add("--muon", type=float, default=0.006, help="peak rate of Muon")
-    add("--adam", type=float, default=0.0015, help="peak rate of Adam")
-    add("--warmup", type=int, default=50, help="steps")
-    add("--seed", type=int, default=1)
-    add("--checkpoint", help="directory of checkpoints; a run found there goes on")
-    add("--save-every", type=int, default=100, help="steps")
-    add("--tokenizer", help="directory of a tokenizer.json to use; trained anew when left out")
-    add("--init", help="Hugging Face directory to start from")
-    add("--plain", action="store_true", help="start from plain random weights, not wired to copy")
-    add("--teacher", help="Hugging Face directory of a model to learn from")
-    add("--note", help="a sentence that the card should say as well")
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is told; each is an option of `jaxllm train pico` and means what its help says."""
+
+    data: Path
+    stories: Path | None = None
+    out: Path
+    checkpoint: Path | None = None
+    member: str = "target"
+    steps: int
+    stop: int | None = None
+    plan: str = "main"
+    length: int = 256
+    batch: int = 16
+    accumulate: int = 1
+    muon: float = 0.006
+    adam: float = 0.0015
+    warmup: int = 50
+    seed: int = 1
+    save_every: int = 100
+    tokenizer: Path | None = None
+    init: Path | None = None
+    plain: bool = False
+    teacher: Path | None = None
+    note: str | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    out = Path(args.out)
-    if out.exists():
-        raise FileExistsError(f"pico: out must not exist yet, got out={out}")
-    config = MEMBERS[args.member]
-    texts = corpus.read(args.data, args.stories)
-    kept = args.tokenizer or args.init or args.teacher or args.checkpoint
-    tokenizer = get_tokenizer(kept, texts)
-    if args.checkpoint:
-        corpus.save_tokenizer(tokenizer, args.checkpoint, context=config.context)
-    streams = {t.name: corpus.encode(tokenizer, t.train) for t in texts}
-    plan = PLANS[args.plan](list(streams), args.length, args.batch)
-    batches = corpus.Batches(
-        streams,
-        Words.of(tokenizer),
-        plan,
-        steps=args.steps,
-        seed=args.seed,
-        pad=tokenizer.token_to_id(corpus.PAD),
-    )
-    sizes = ", ".join(f"{n} {len(s):,}" for n, s in streams.items())
-    print(f"pico {args.member}: {sizes} tokens of text; {batches.tokens_before(args.steps):,} to train")
-    model = load_model(args.init) if args.init else initial(config, args.seed, wired=not args.plain)
+def train_member(s: Settings) -> Run:
+    """Trains a member and writes its directory `s.out`, whole or not at all; what was run.
+
+    Raises FileExistsError where `out` exists, ValueError where `init` is not of the member.
+    """
+    if s.out.exists():
+        raise FileExistsError(f"pico: out must not exist yet, got out={s.out}")
+    # 1 texts, tokenizer, batches
+    config = MEMBERS[s.member]
+    texts = corpus.read(s.data, s.stories)
+    tokenizer = get_tokenizer(s.tokenizer or s.init or s.teacher or s.checkpoint, texts)
+    if s.checkpoint:
+        corpus.save_tokenizer(tokenizer, s.checkpoint, context=config.context)
+    streams = {text.name: corpus.encode(tokenizer, text.train) for text in texts}
+    plan = PLANS[s.plan](list(streams), s.length, s.batch)
+    pad = tokenizer.token_to_id(corpus.PAD)
+    words = Words.of(tokenizer)
+    batches = corpus.Batches(streams, words, plan, steps=s.steps, seed=s.seed, pad=pad)
+    sizes = ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items())
+    total = batches.tokens_before(s.steps)
+    print(f"pico {s.member}: {sizes} tokens of text; {total:,} to train", file=sys.stderr)
+    # 2 the model, and who teaches it
+    model = load_model(s.init) if s.init else initial(config, s.seed, wired=not s.plain)
     if dataclasses.replace(model.config, stop_tokens=()) != config:
-        raise ValueError(f"pico: init must be a {args.member}, got config={model.config}")
-    params: Any = model
-    loss: trainer.Loss = cross_entropy
-    trainable = None
-    if args.teacher:
-        params = {"student": model, "teacher": load_model(args.teacher)}
-        loss, trainable = distil, student_only
+        raise ValueError(f"pico: init must be a {s.member}, got config={model.config}")
+    params: Any = {"student": model, "teacher": load_model(s.teacher)} if s.teacher else model
+    # 3 training
     trained = trainer.train(
-        loss,
+        distil if s.teacher else cross_entropy,
         params,
         batches,
-        optimizer=make_optimizer(args.steps, muon=args.muon, adam=args.adam, warmup=args.warmup),
-        steps=min(args.stop or args.steps, args.steps),
-        accumulate=args.accumulate,
-        checkpoint=Path(args.checkpoint) / "steps" if args.checkpoint else None,
-        save_every=args.save_every,
-        trainable=trainable,
+        optimizer=make_optimizer(s.steps, muon=s.muon, adam=s.adam, warmup=s.warmup),
+        steps=min(s.stop or s.steps, s.steps),
+        accumulate=s.accumulate,
+        checkpoint=s.checkpoint / "steps" if s.checkpoint else None,
+        save_every=s.save_every,
+        trainable=student_only if s.teacher else None,
     )
-    model = trained.params["student"] if args.teacher else trained.params
-    before = earlier(args.init)
-    start = Path(args.init).name if args.init else "random" if args.plain else "wired"
-    run = {
-        "command": told(argv if argv is not None else sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "start": start,
-        "teacher": Path(args.teacher).name if args.teacher else None,
-        "note": args.note,
-        "seed": args.seed,
-        "steps": len(trained.losses),
-        "planned": args.steps,
-        "tokens": trained.tokens,
-        "seconds": round(trained.seconds, 1),
-        "loss": float(np.mean(trained.losses[-50:])),
-        "read": times_read(batches, len(trained.losses)),
-        "losses": [round(float(x), 4) for x in trained.losses],
-    }
-    facts = {
-        "member": args.member,
-        "config": config,
-        "parameters": sum(x.size for x in jax.tree.leaves(model)),
-        "runs": [*before, run],
-    }
-    partial = out.with_name(out.name + ".partial")
+    # 4 what was run, and the directory
+    run = Run(
+        command=command_line(s),
+        date=datetime.date.today().isoformat(),
+        jax=jax.__version__,
+        device=f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        start=s.init.name if s.init else "random" if s.plain else "wired",
+        teacher=s.teacher.name if s.teacher else None,
+        note=s.note,
+        seed=s.seed,
+        steps=len(trained.losses),
+        planned=s.steps,
+        tokens=trained.tokens,
+        seconds=round(trained.seconds, 1),
+        loss=float(np.mean(trained.losses[-50:])),
+        read=times_read(batches, len(trained.losses)),
+        losses=[round(float(x), 4) for x in trained.losses],
+    )
+    runs = [*history(s.init), run]
+    model = trained.params["student"] if s.teacher else trained.params
+    partial = s.out.with_name(s.out.name + ".partial")
     export(model, tokenizer, partial)
-    losses = np.concatenate([r["losses"] for r in facts["runs"]])
-    trainer.plot_losses({args.member: losses}, partial / "loss.png", title=f"pico {args.member}")
-    (partial / HISTORY).write_text(json.dumps({"runs": facts["runs"]}) + "\n")
-    (partial / "README.md").write_text(card(facts, texts, plan))
-    partial.rename(out)
-    print(json.dumps({"out": str(out), "steps": len(trained.losses), "tokens": trained.tokens}))
-
-
-if __name__ == "__main__":
-    main()
+    losses = np.concatenate([r.losses for r in runs])
+    trainer.plot_losses({s.member: losses}, partial / "loss.png", title=f"pico {s.member}")
+    (partial / HISTORY).write_text(json.dumps({"runs": [dataclasses.asdict(r) for r in runs]}) + "\n")
+    parameters = sum(x.size for x in jax.tree.leaves(model))
+    (partial / "README.md").write_text(card(s.member, config, parameters, runs, texts, plan))
+    partial.rename(s.out)
+    return run

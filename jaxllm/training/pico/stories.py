@@ -1,6 +1,6 @@
 """Stories in bulk from a small story model: part of the text that pico is trained on.
 
-    python -m jaxllm.training.pico.stories --model stories260K.bin --tokens 10000000 --out stories.txt
+    jaxllm train stories --model stories260K.bin --tokens 10000000 --out stories.txt
 
 Each story begins with the begin token alone and is drawn at the given temperature with a seed of its own, so
 story i is the same whatever the batch (up to rounding). Stories are separated by a line `<|endoftext|>`, as
@@ -11,8 +11,6 @@ story that has ended frees its place, and attention reads no more rows than its 
 stories in one go, which read 512 rows a token and throw 45 % of their steps away.
 """
 
-import argparse
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,14 +28,14 @@ def stories(
     """Lists of (number, story, its tokens), without end, in the order in which stories end."""
     sampler = jl.Sampler(temperature=temperature)
     segments = -(-max_new_tokens // SEGMENT)
-    waiting: list[list[tuple[int, list[int]]]] = [[] for _ in range(segments)]  # by segments written
+    queues: list[list[tuple[int, list[int]]]] = [[] for _ in range(segments)]  # by segments written
     started = 0
     while True:
-        depth = max((d for d in range(segments) if len(waiting[d]) >= batch), default=0)
+        depth = max((d for d in range(segments) if len(queues[d]) >= batch), default=0)
         if depth == 0:
-            waiting[0] = [(started + i, [tokenizer.bos_token_id]) for i in range(batch)]
+            queues[0] = [(started + i, [tokenizer.bos_token_id]) for i in range(batch)]
             started += batch
-        now, waiting[depth] = waiting[depth][:batch], waiting[depth][batch:]
+        now, queues[depth] = queues[depth][:batch], queues[depth][batch:]
         outs = jl.generate(
             model,
             tokenizer,
@@ -53,38 +51,18 @@ def stories(
                 story = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 ended.append((number, story, len(ids) - 1))
             elif depth + 1 < segments:
-                waiting[depth + 1].append((number, ids))
+                queues[depth + 1].append((number, ids))
         yield ended
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a story model, any that jaxllm loads")
-    parser.add_argument("--tokens", type=int, default=10_000_000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--max-new-tokens", type=int, default=500)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    model, tokenizer = jl.load(args.model)
-    made, begin = 0, time.time()
-    batches = stories(
-        model,
-        tokenizer,
-        batch=args.batch,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-    )
-    with args.out.open("w", encoding="utf-8") as file, tqdm(total=args.tokens, unit="tok") as bar:
-        while made < args.tokens:
-            for _, story, tokens in next(batches):
+def write_stories(model, tokenizer, out: Path, *, tokens: int, progress: bool = True, **options) -> int:
+    """Writes stories to a file until they have so many tokens; how many they have. options: of `stories`."""
+    made, batches = 0, stories(model, tokenizer, **options)
+    bar = tqdm(total=tokens, unit="tok", disable=not progress)
+    with out.open("w", encoding="utf-8") as file, bar:
+        while made < tokens:
+            for _, story, size in next(batches):
                 file.write(f"{story}\n{END}\n")
-                made += tokens
-                bar.update(tokens)
-    print(f"{made} tokens in {time.time() - begin:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+                made += size
+                bar.update(size)
+    return made

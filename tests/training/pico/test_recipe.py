@@ -10,7 +10,13 @@ from made_texts import write_texts
 from safetensors import safe_open
 
 import jaxllm as jl
+from jaxllm.cli import train as train_command
 from jaxllm.training.pico import recipe as pico
+
+
+def run_command(*words: str):
+    """`jaxllm train ...` in this process; errors come through."""
+    return train_command.train.main(list(words), standalone_mode=False)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def train(data):
     def run(out, *more):
         texts = ["--data", str(data), "--stories", str(data / "stories.txt"), "--member", "draft"]
         budget = ["--steps", "1", "--warmup", "0", "--length", "32", "--batch", "1"]
-        pico.main([*texts, *budget, "--save-every", "1", "--out", str(out), *more])
+        run_command("pico", *texts, *budget, "--save-every", "1", "--out", str(out), *more)
         return out
 
     return run
@@ -83,8 +89,8 @@ def test_a_run_can_start_from_a_directory_and_learn_from_a_teacher(train, draft)
 
 def test_only_a_model_of_the_member_can_be_started_from(draft, data, tmp_path):
     with pytest.raises(ValueError, match="init must be a companion"):
-        pico.main(["--data", str(data), "--member", "companion", "--steps", "2", "--warmup", "1",
-                   "--init", str(draft), "--out", str(tmp_path / "out")])  # fmt: skip
+        run_command("pico", "--data", str(data), "--member", "companion", "--steps", "2", "--warmup", "1",
+                    "--init", str(draft), "--out", str(tmp_path / "out"))  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import jax
 import numpy as np
 from tabulate import tabulate
 
 import jaxllm as jl
+from jaxllm.cli.options import JSON
+from jaxllm.cli.output import note, print_json
 from jaxllm.measure.perplexity import score
 from jaxllm.measure.report import linear_bits
 from jaxllm.models.linears import linear_weights
@@ -327,3 +330,15 @@ def draw_bits(path: Path, points: dict[str, list[tuple[float, float]]], given: f
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to make for the report.")
+@JSON
+def demo(out: Path | None, as_json: bool) -> None:
+    """Show the model that ships: text, measures, a figure; writes a report."""
+    report = run(out, note=note)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo((Path(report["out"]) / "report.md").read_text("utf-8"))

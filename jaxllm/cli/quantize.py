@@ -1,0 +1,106 @@
+"""`jaxllm quantize`: a model's weights in fewer bits, by a method, a recipe or a budget."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+import jaxllm as jl
+from jaxllm.cli.options import JSON, OpenModel, loads_a_model
+from jaxllm.cli.output import print_json, read_text, tell
+
+
+@click.command()
+@loads_a_model
+@click.option("--list", "lists", is_flag=True, help="Show the methods and exit.")
+@click.option("--method", metavar="NAME", help="How linears are stored; see --list.")
+@click.option("--bits", type=int, help="Bits a code. [default: the method's]")
+@click.option("--group", type=int, help="Inputs that share a scale. [default: the method's]")
+@click.option("--option", "more", multiple=True, metavar="NAME=JSON", help="Another option; repeatable.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="JSON: a method by pattern, or a budget.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text; for a T5, lines of source, tab, target.",
+)
+@click.option("--sequences", type=int, default=128, help="Take so many pieces of it at most.")
+@click.option("--length", type=int, default=512, help="Tokens of a piece.")
+@click.option("--sequential", is_flag=True, help="Calibrate each block on quantized ones before it.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Directory to go on from if stopped.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to make.")
+@JSON
+def quantize(
+    open_model: OpenModel,
+    lists: bool,
+    method: str | None,
+    recipe: Path | None,
+    calibration: Path | None,
+    sequences: int,
+    length: int,
+    sequential: bool,
+    checkpoint: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Store a model's weights in fewer bits; write it to a new directory."""
+    from jaxllm.measure.report import linear_bits
+    from jaxllm.quant.methods import METHODS, make_method
+    from jaxllm.quant.recipe import Budget, read_recipe
+    from jaxllm.quant.sensitivity import sensitivity, spend
+    from jaxllm.quant.text import text_sequences
+
+    if lists:
+        list_methods(METHODS, as_json)
+        return
+    if (method is None) == (recipe is None) or out is None:
+        raise click.UsageError("quantize: --out and exactly one of --method and --recipe must be given")
+    chosen: Any = method_options(**options)
+    if recipe is not None and chosen:
+        raise click.UsageError(
+            "quantize: a recipe names its own options, --bits, --group, --option do not apply"
+        )
+    chosen = read_recipe(recipe) if recipe is not None else make_method(str(method), chosen)
+    words = None if calibration is None else read_text(calibration, "--calibration")
+    if out.exists():
+        raise FileExistsError(f"quantize: {out} exists already")
+    model, tokenizer = open_model(mapped=True)
+    rows = None if words is None else text_sequences(model, tokenizer, words, length=length, limit=sequences)
+    start = time.perf_counter()
+    if isinstance(chosen, Budget):
+        chosen = spend(sensitivity(model, chosen.methods, rows), bits=chosen.bits)
+    small = jl.quantize(model, chosen, rows, sequential=sequential, checkpoint=checkpoint, consume=True)
+    seconds = time.perf_counter() - start
+    jl.save(small, out, tokenizer)
+    held = jl.report_bytes(small)
+    result = {"out": str(out), "weight_bytes": held.weight_bytes, "bits_per_weight": held.bits_per_weight}
+    result |= {"linear_bits_per_weight": linear_bits(small), "seconds": seconds}
+    tell(result, as_json)
+
+
+def method_options(bits: int | None, group: int | None, more: tuple[str, ...]) -> dict[str, Any]:
+    """The options of a method that were given."""
+    found: dict[str, Any] = {
+        name: value for name, value in (("bits", bits), ("group", group)) if value is not None
+    }
+    for text in more:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"quantize: --option must be NAME=JSON, got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value  # a word without quotes
+    return found
+
+
+def list_methods(methods: dict[str, Any], as_json: bool) -> None:
+    """Names, bits, exactness and options of the methods."""
+    if as_json:
+        fields = ("bits", "exactness", "about")
+        print_json({name: {key: getattr(entry, key) for key in fields} for name, entry in methods.items()})
+        return
+    for name, entry in methods.items():
+        click.echo(f"{name:14} {entry.bits:14} {entry.exactness:30} {entry.about}")

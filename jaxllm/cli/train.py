@@ -1,0 +1,106 @@
+"""`jaxllm train`: the models that ship, gates of a cache, and stories to train on."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+import jaxllm as jl
+from jaxllm.cli.options import JSON
+from jaxllm.cli.output import tell
+
+PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def train() -> None:
+    """Train the models that ship, gates of a cache; write stories."""
+
+
+@train.command()
+@click.option(
+    "--data", type=PATH, required=True, help="Directory of the texts (tinyshakespeare, gsm8k, ...)."
+)
+@click.option("--stories", type=PATH, help="File of stories, each followed by a line <|endoftext|>.")
+@click.option("--out", type=PATH, required=True, help="Directory to make.")
+@click.option("--member", type=click.Choice(["target", "draft", "companion"]), default="target")
+@click.option("--steps", type=int, required=True)
+@click.option("--stop", type=int, help="End after so many of the steps, with the weights of that time.")
+@click.option(
+    "--plan",
+    type=click.Choice(["main", "long", "repeat", "recite"]),
+    default="main",
+    help="Phases: a whole run, or a later one on long rows, repetition, recital.",
+)
+@click.option("--length", type=int, default=256, help="Tokens a row in the main phase.")
+@click.option("--batch", type=int, default=16, help="Rows a step in the main phase.")
+@click.option("--accumulate", type=int, default=1, help="Microbatches a step.")
+@click.option("--muon", type=float, default=0.006, help="Peak rate of Muon.")
+@click.option("--adam", type=float, default=0.0015, help="Peak rate of Adam.")
+@click.option("--warmup", type=int, default=50, help="Steps.")
+@click.option("--seed", type=int, default=1)
+@click.option("--checkpoint", type=PATH, help="Directory of checkpoints; a run found there goes on.")
+@click.option("--save-every", type=int, default=100, help="Steps.")
+@click.option("--tokenizer", type=PATH, help="Directory of a tokenizer.json. [default: a new one]")
+@click.option("--init", type=PATH, help="Hugging Face directory to start from.")
+@click.option("--plain", is_flag=True, help="Start from plain random weights, not wired to copy.")
+@click.option("--teacher", type=PATH, help="Hugging Face directory of a model to learn from.")
+@click.option("--note", help="A sentence that the card should say as well.")
+@JSON
+def pico(as_json: bool, **settings: Any) -> None:
+    """Train a member of pico; writes a Hugging Face directory with its card."""
+    from jaxllm.training.pico import recipe
+
+    run = recipe.train_member(recipe.Settings(**settings))
+    tell({"out": str(settings["out"]), "steps": run.steps, "tokens": run.tokens, "loss": run.loss}, as_json)
+
+
+@train.command()
+@click.option("--model", metavar="DIR|ID", help="A model with pico's tokenizer. [default: pico]")
+@click.option("--data", type=PATH, required=True, help="Directory of the texts that pico is trained on.")
+@click.option("--stories", type=PATH, help="File of stories.")
+@click.option("--form", type=click.Choice(["fast", "zap", "zap-linear"]), default="fast")
+@click.option("--hidden", type=int, default=512, help="Width of the MLP of zap.")
+@click.option("--texts", type=int, default=1024)
+@click.option("--longest", type=int, default=448, help="Tokens of a text; it must fit the context twice.")
+@click.option("--tokens", type=int, default=2**18, help="Of the texts, to learn from at most.")
+@click.option("--steps", type=int, default=4000)
+@click.option("--batch", type=int, default=2048, help="Tokens a step.")
+@click.option("--seed", type=int, default=0)
+@click.option("--out", type=PATH, required=True, help="Directory to make.")
+@JSON
+def gates(
+    model: str | None, data: Path, stories: Path | None, texts: int, out: Path, as_json: bool, **options: Any
+) -> None:
+    """Train gates of a cache on KVzip's scores (Fast KVzip's form, or KVzap's)."""
+    from jaxllm.training.pico import corpus
+    from jaxllm.training.pico.gates import save_pico_gates, train_pico_gates
+
+    if out.exists():
+        raise FileExistsError(f"train gates: {out} exists already")
+    loaded, tokenizer = jl.load(model, dtype="float32")
+    made, done = train_pico_gates(loaded, tokenizer, corpus.read(data, stories), texts_read=texts, **options)
+    settings = {name: value for name, value in options.items() if name != "hidden"}
+    save_pico_gates(made, done, out, texts=texts, **settings)
+    result = {"out": str(out), "loss": float(done.losses[-1]), "steps": len(done.losses)}
+    tell(result | {"seconds": done.seconds}, as_json)
+
+
+@train.command()
+@click.option("--model", metavar="DIR|ID", required=True, help="A story model, any that jaxllm loads.")
+@click.option("--tokens", type=int, default=10_000_000)
+@click.option("--batch", type=int, default=256)
+@click.option("--max-new-tokens", type=int, default=500)
+@click.option("--temperature", type=float, default=1.0)
+@click.option("--seed", type=int, default=0)
+@click.option("--out", type=PATH, required=True, help="File to write.")
+@JSON
+def stories(model: str, tokens: int, out: Path, as_json: bool, **options: Any) -> None:
+    """Draw stories in bulk from a small story model."""
+    from jaxllm.training.pico.stories import write_stories
+
+    loaded, tokenizer = jl.load(model)
+    start = time.perf_counter()
+    made = write_stories(loaded, tokenizer, out, tokens=tokens, **options)
+    tell({"out": str(out), "tokens": made, "seconds": time.perf_counter() - start}, as_json)

@@ -1,0 +1,63 @@
+"""`jaxllm quantize`: by a method, a recipe, a budget; refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import assert_refused
+
+import jaxllm as jl
+
+
+def test_quantize_writes_a_model_that_eval_reads(jaxllm, tiny_checkpoint):
+    text = Path("text.txt")
+    text.write_text("Once upon a time there was a little dog. " * 40, "utf-8")
+    options = ("--method", "rtn", "--bits", 4, "--group", 16, "--option", "clip=true")
+    calibration = ("--calibration", text, "--length", 32, "--sequences", 4)
+    done = jaxllm("quantize", "--model", tiny_checkpoint, *options, *calibration, "--out", "small", "--json")
+    assert done.status == 0, done.err
+    assert done.json.keys() == {"out", "weight_bytes", "bits_per_weight", "linear_bits_per_weight", "seconds"}
+    assert 5 < done.json["linear_bits_per_weight"] < 6
+    again = jaxllm("eval", "--model", "small", "--text", text, "--json")
+    assert again.status == 0 and again.json["weight_bytes"] == done.json["weight_bytes"]
+
+
+def test_quantize_spends_a_budget(jaxllm, tiny_checkpoint):
+    Path("text.txt").write_text("Once upon a time there was a little dog. " * 40, "utf-8")
+    choices = [{"method": "rtn", "bits": bits, "group": 16} for bits in (2, 6)]
+    Path("budget.json").write_text(json.dumps({"bits": 5.5, "methods": choices}), "utf-8")
+    options = ("--recipe", "budget.json", "--calibration", "text.txt", "--length", 32, "--sequences", 4)
+    done = jaxllm("quantize", "--model", tiny_checkpoint, *options, "--out", "small", "--json")
+    assert done.status == 0, done.err
+    assert 4.5 < done.json["linear_bits_per_weight"] <= 5.5
+
+
+def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint):
+    rules = [
+        {"pattern": r"mlp\.down", "method": None},
+        {"pattern": "layers", "method": "dec-dec", "k_chunk": 0, "select": "exact",
+         "base": {"method": "rtn", "bits": 8, "group": 8}},
+    ]  # fmt: skip
+    Path("recipe.json").write_text(json.dumps(rules), "utf-8")
+    done = jaxllm("quantize", "--model", tiny_checkpoint, "--recipe", "recipe.json", "--out", "small")
+    assert done.status == 0, done.err
+    model, _ = jl.load("small")
+    kinds = [type(w.get_value()).__name__ for w in (model.layers[0].mlp.down.w, model.layers[0].mlp.up.w)]
+    assert kinds == ["Dense", "HostResidual"]
+    assert {"rtn", "lnq", "nested-fp"} <= jaxllm("quantize", "--list", "--json").json.keys()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--method", "nope", "--out", "o"), "method must be one of rtn, gptq, .*, got 'nope'"),
+        (("--method", "rtn", "--option", "foo=3", "--out", "o"), "rtn has the options bits, .*, got 'foo'"),
+        (("--method", "rtn", "--option", "foo", "--out", "o"), "--option must be NAME=JSON, got 'foo'"),
+        (("--method", "gptq", "--out", "o"), "hessian need calibration text, got none"),
+        (("--method", "rtn", "--bits", 9, "--out", "o"), "bits must be 1 to 8, got"),
+        (("--method", "rtn"), "--out and exactly one of --method and --recipe"),
+        (("--recipe", "missing.json", "--out", "o"), "No such file or directory: missing.json"),
+    ],
+)
+def test_quantize_refuses_in_one_line_and_leaves_nothing(jaxllm, tiny_checkpoint, args, message):
+    assert_refused(jaxllm("quantize", "--model", tiny_checkpoint, *args), message)

@@ -25,7 +25,7 @@ Prompt = str | Sequence[int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds that the batch of a completion took on a wall clock, compilation included where there was any."""
+    """Seconds that the batch of a completion took, compilation included where there was any."""
 
     prefill_s: float  # from the call until the first token of every request is there
     decode_s: float  # from then until the last token of every request is there

@@ -1,6 +1,6 @@
 """Gates for a model, trained on KVzip's own scores of some texts (`eviction/gates.py`).
 
-    python -m jaxllm.training.gates --data texts/ --form fast --out gates/
+    jaxllm train gates --data texts/ --form fast --out gates/
 
 A gate looks at one token at a time. So each text is read and, to be scored, repeated just once; what the
 layers read of its tokens is kept beside the scores, and a step takes some tokens of whichever texts. The

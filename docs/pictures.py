@@ -90,25 +90,31 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in PACKAGES}
 
 
-def floors() -> list[list[str]]:
-    """The rooms by how many others they stand on, one above another; the lowest first."""
+def rooms_below() -> dict[str, set[str]]:
+    """The rooms that each room imports."""
     below: dict[str, set[str]] = {}
     for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py*")):
-            if path.suffix not in (".py", ".pyi"):  # the stub holds the public names
-                continue
+        paths = sorted((ROOT / package).rglob("*.py")) + sorted(
+            (ROOT / package).rglob("*.pyi")
+        )  # public names
+        for path in paths:
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             room = room_of(module)
-            below.setdefault(room, set()).update(room_of(name) for name in imports(path))
-    below.pop("__main__", None)
-    floor: dict[str, int] = {}
+            below.setdefault(room, set()).update({room_of(name) for name in imports(path)} - {room})
+    del below["__main__"]
+    return below
+
+
+def floors() -> list[list[str]]:
+    """The rooms by how many others they stand on, one above another; the lowest first."""
+    below, floor = rooms_below(), dict[str, int]()
     while len(floor) < len(below):
-        ready = [r for r in below if r not in floor and below[r] - {r} <= floor.keys()]
+        ready = [room for room in below if room not in floor and below[room] <= floor.keys()]
         if not ready:
             raise ValueError(
                 f"pictures: rooms must not import each other, got {sorted(below.keys() - floor)}"
             )
-        floor |= {room: 1 + max((floor[b] for b in below[room] - {room}), default=-1) for room in ready}
+        floor |= {room: 1 + max((floor[b] for b in below[room]), default=-1) for room in ready}
     return [sorted(r for r in floor if floor[r] == f) for f in range(max(floor.values()) + 1)]
 
 

@@ -1,6 +1,7 @@
 """The documentation: its examples run, its reference misses no public name, its numbers come from results."""
 
 import importlib
+import importlib.util
 import inspect
 import re
 import shutil
@@ -107,6 +108,22 @@ def test_everything_in_the_reference_says_what_it_is(documented):
     assert [thing for thing in documented if not (inspect.getdoc(thing) or "").strip()] == []
 
 
+def test_numbers_of_the_readme_stand_on_the_pages_they_name():
+    section = (ROOT / "README.md").read_text("utf-8").split("\n## What was measured\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    assert 1 <= len(rows)
+    count = 0
+    for _, numbers, where in rows:
+        (page,) = re.findall(r"\(docs/(results/\w+\.md)\)", where)
+        text = (DOCS / page).read_text("utf-8")
+        some = re.findall(r"\d+(?:[.,]\d+)*", numbers)
+        assert some
+        count += len(some)
+        for number in some:
+            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", text), (number, page)
+    assert count <= 8
+
+
 def test_commands_of_contributing_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     lines = [line.partition("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S)
@@ -125,3 +142,20 @@ def test_commands_of_contributing_exist():
             shutil.which(command, path=f"{Path(sys.executable).parent}:/usr/bin:/bin")
             or (ROOT / command).exists()
         ), command
+
+
+def test_the_tower_is_drawn_and_told_as_the_imports_are():
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    below = pictures.rooms_below()
+    section = (ROOT / "README.md").read_text("utf-8").split("\n## The tower\n")[1]
+    told = [
+        line[:36].split() for line in section.split("```")[1].splitlines()[1:]
+    ]  # names, then what they are
+    floor = {room: i for i, rooms in enumerate(told) for room in rooms}
+    assert floor.keys() == below.keys()
+    assert [(a, b) for a, rooms in below.items() for b in rooms if floor[b] <= floor[a]] == []
+    for mode in ("light", "dark"):
+        drawn = (DOCS / "pictures" / f"tower_{mode}.svg").read_text("utf-8")
+        assert [room for room in below if f">{room}<" not in drawn and f">{room}: " not in drawn] == []

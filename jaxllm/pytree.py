@@ -34,7 +34,7 @@ def pytree(cls: type[T]) -> type[T]:
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     if "__repr__" not in cls.__dict__:
-        cls.__repr__ = _summary  # type: ignore[method-assign, assignment]
+        cls.__repr__ = _summary  # type: ignore[method-assign]
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     data = [f.name for f in fields if not f.metadata.get("static")]
     meta = [f.name for f in fields if f.metadata.get("static")]

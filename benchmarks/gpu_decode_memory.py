@@ -76,7 +76,7 @@ class Fixed:
     """A method that is only a format, made once a shape."""
 
     made: dict[tuple[int, int], Any]
-    wants = frozenset[str]()
+    required_stats = frozenset[str]()
 
     def solve(self, rows, stats, *, name, dtype):
         return self.made[rows.shape]

@@ -134,8 +134,10 @@ class Statistics:
         self, model, pieces: list[list[int]], short: list[list[int]], sequences: int, jobs: list[Job]
     ):
         self.model, self.pieces, self.short, self.sequences = model, pieces, short, sequences
-        self.want = frozenset().union(*(job.method.wants for job in jobs if job.sequences is None))
-        self.want_short = frozenset().union(*(job.method.wants for job in jobs if job.sequences is not None))
+        self.want = frozenset().union(*(job.method.required_stats for job in jobs if job.sequences is None))
+        self.want_short = frozenset().union(
+            *(job.method.required_stats for job in jobs if job.sequences is not None)
+        )
         self.done: dict[Any, Any] = {}
 
     def of(self, seed: int, sequences: int | None):
@@ -164,7 +166,7 @@ class Statistics:
 
 def result(job: Job, model, statistics: Statistics, judge: Judge, parents: dict) -> dict[str, Any]:
     """Runs one job."""
-    given = statistics.of(job.seed, job.sequences) if job.method.wants else None
+    given = statistics.of(job.seed, job.sequences) if job.method.required_stats else None
     key = (job.method, job.seed)
     if job.read is None or key not in parents:
         small, seconds, memory = measured(
@@ -319,7 +321,7 @@ def measure(args: argparse.Namespace) -> Run:
 
 def is_random(job: Job) -> bool:
     """Whether another seed may give another result."""
-    return bool(job.method.wants) or "random" in job.name
+    return bool(job.method.required_stats) or "random" in job.name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

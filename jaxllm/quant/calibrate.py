@@ -33,7 +33,7 @@ from tqdm import tqdm
 from jaxllm.quant.gradients import _fisher, gradients
 from jaxllm.quant.stages import LinearInfo, linears_by_name, linears_of
 from jaxllm.quant.stages import stages as stages_of
-from jaxllm.quant.statistics import WANTS, Stats
+from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, Sums
 from jaxllm.quant.text import Text
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
@@ -92,7 +92,7 @@ def calibrate(
     sample: int = 512,
     progress: bool = True,
 ) -> Calibration:
-    """Measures what `want` names (`stats.WANTS`) for every linear of the model's blocks.
+    """Measures what `want` names (`statistics.STATISTICS`) for every linear of the model's blocks.
 
     sequences: token ids, [S, T] or rows of different lengths, each at most the model's context; for a T5,
       pairs of a source's and a target's, as it is trained on (`T5` puts `decoder_start` in front itself).
@@ -105,8 +105,8 @@ def calibrate(
     directory that another model, text or wish has begun.
     """
     want = frozenset(want)
-    if not want or want - frozenset(WANTS):
-        raise ValueError(f"calibrate: want must name some of {', '.join(WANTS)}, got {sorted(want)}")
+    if not want or want - frozenset(STATISTICS):
+        raise ValueError(f"calibrate: want must name some of {', '.join(STATISTICS)}, got {sorted(want)}")
     text = Text.of(model, sequences, batch)
     linears = linears_by_name(model)
     check(linears, want, groups, text)

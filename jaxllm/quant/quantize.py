@@ -26,7 +26,7 @@ from jaxllm.models.linears import block_of, in_memory, linear_variables, linear_
 from jaxllm.quant.checkpoint import _Kept
 from jaxllm.quant.recipe import Recipe, _plan
 from jaxllm.quant.source import Source
-from jaxllm.quant.statistics import Method, Stats
+from jaxllm.quant.statistics import Allocator, Method, Stats
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import can_gather_rows
 
@@ -115,7 +115,7 @@ def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: Source) 
     """What a method that spends its bits across layers gives each of them."""
     shared: dict[Any, dict[str, Any]] = {}
     for name, method in plan.items():
-        if hasattr(method, "allocate"):
+        if isinstance(method, Allocator):
             shared.setdefault(method, {})[name] = None
     if not shared:
         return {}

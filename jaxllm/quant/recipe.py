@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.quant.methods import make_method
-from jaxllm.quant.statistics import Method
+from jaxllm.quant.statistics import Grouped, Method, output_groups
 from jaxllm.weights.dense import Dense
 
 
@@ -86,8 +86,9 @@ def _is_of(pattern: str, name: str) -> bool:
 
 
 def _check_sizes(name: str, method: Method, K: int, N: int) -> None:
-    group, groups = getattr(method, "group", None), getattr(method, "groups", None)
+    group = method.group if isinstance(method, Grouped) else None
+    groups = output_groups(method)
     if group is not None and group > K:
         raise ValueError(f"quantize: group must be at most K of {name}, got {group=}, {K=}")
-    if groups is not None and N % groups:
+    if N % groups:
         raise ValueError(f"quantize: groups must divide N of {name}, got {groups=}, {N=}")

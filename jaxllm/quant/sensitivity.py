@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxllm.models.linears import block_of, in_memory, linear_weights
 from jaxllm.quant.source import Source
-from jaxllm.quant.statistics import Method
+from jaxllm.quant.statistics import Allocator, Method
 from jaxllm.weights.matmul import num_bytes
 
 Form = Literal["guided_hessian", "fisher", "hessian", "hessian_diag"]
@@ -67,7 +67,7 @@ def sensitivity(
         raise ValueError("sensitivity: methods must not be empty")
     if by not in FORMS:
         raise ValueError(f"sensitivity: by must be one of {', '.join(FORMS)}, got {by=}")
-    spenders = [method for method in methods if hasattr(method, "allocate")]
+    spenders = [method for method in methods if isinstance(method, Allocator)]
     if spenders:
         raise ValueError(f"sensitivity: {type(spenders[0]).__name__} divides its bits itself")
     weights = {name: w for name, w in linear_weights(model).items() if re.search(layers, name)}

@@ -23,7 +23,7 @@ from jaxllm.quant import calibrate as measure
 from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
 from jaxllm.quant.stages import linears_by_name, stages
-from jaxllm.quant.statistics import Method, Stats
+from jaxllm.quant.statistics import Method, Stats, output_groups
 from jaxllm.quant.sums import OF_OUTPUT, Sums
 from jaxllm.quant.text import Text
 
@@ -51,8 +51,8 @@ class Source:
     ):
         self.model, self.names, self.sequential, self.sample = model, list(methods), sequential, sample
         asked = [method for several in methods.values() for method in several]
-        self.want = also.union(*(method.wants for method in asked))
-        self.groups = max([1, *(getattr(method, "groups", 1) for method in asked)])
+        self.want = also.union(*(method.required_stats for method in asked))
+        self.groups = max([1, *(output_groups(method) for method in asked)])
         bar = partial(tqdm, disable=not progress, file=sys.stderr)
         self.bar = partial(bar, desc=desc, unit="block")
         self.given = sequences if isinstance(sequences, Calibration) else None
@@ -60,7 +60,7 @@ class Source:
         self.folder = Path()
         if not self.want:
             return
-        calibrated = [n for n, several in methods.items() if also or any(m.wants for m in several)]
+        calibrated = [n for n, several in methods.items() if also or any(m.required_stats for m in several)]
         linears = linears_by_name(model)
         outside = [name for name in calibrated if name not in linears]
         if outside:

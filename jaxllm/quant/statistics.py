@@ -1,8 +1,8 @@
-"""What calibration knows of one linear layer, and what a method may ask for.
+"""What calibration knows of one linear layer, and what a method of quantization is.
 
-A method says in `wants` which of these it needs; `calibrate` measures just those, and `quantize` hands the
-method one layer's at a time. All are sums over calibration tokens t of the layer's inputs x_t [K], in
-float32 at highest matmul precision:
+A method says in `required_stats` which of these it needs; `calibrate` measures just those, and `quantize`
+hands the method one layer's at a time. All are sums over calibration tokens t of the layer's inputs x_t [K],
+in float32 at highest matmul precision:
 
     "hessian_diag"    sum_t x_t^2                                     [K]
     "mean"            sum_t |x_t| / tokens                            [K]
@@ -17,13 +17,16 @@ float32 at highest matmul precision:
 Letters: K inputs, N outputs, g groups of outputs.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from jaxllm.pytree import pytree, static
 
-WANTS = ("hessian_diag", "mean", "hessian", "held_out", "guided_hessian", "fisher", "thresholds", "sample")
+STATISTICS = (
+    "hessian_diag", "mean", "hessian", "held_out", "guided_hessian", "fisher", "thresholds", "sample",
+)  # fmt: skip
 
 
 @pytree
@@ -41,13 +44,13 @@ class Stats:
     tokens: int = static(default=0)  # how many tokens were seen
 
 
-@runtime_checkable  # type checks in tests look at instances
+@runtime_checkable
 class Method(Protocol):
-    """A way to quantize: a frozen dataclass of options."""
+    """A way to quantize: a frozen dataclass of options. What it may say besides: the three classes below."""
 
     @property
-    def wants(self) -> frozenset[str]:
-        """Names in WANTS."""
+    def required_stats(self) -> frozenset[str]:
+        """Names in STATISTICS; none for a method that needs no text."""
         ...
 
     def solve(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> object:
@@ -56,6 +59,47 @@ class Method(Protocol):
         dtype: the type that the weight had. What is random depends on the method's seed and `name` only.
         """
         ...
+
+
+@runtime_checkable
+class Guided(Method, Protocol):
+    """A method whose "guided_hessian" is one for each of `groups` groups of consecutive outputs."""
+
+    @property
+    def groups(self) -> int:
+        """How many; they must divide the outputs of every linear."""
+        ...
+
+
+@runtime_checkable
+class Grouped(Method, Protocol):
+    """A method whose grid is one for each `group` consecutive inputs."""
+
+    @property
+    def group(self) -> int | None:
+        """At most the inputs of any linear; None where the method finds one that fits."""
+        ...
+
+
+@runtime_checkable
+class Allocator(Method, Protocol):
+    """A method that divides its bits among all its linears before it solves each.
+
+    `solve` takes what `allocate` gave the linear as `mask`, and allocates to it alone without.
+    """
+
+    def gains(self, rows: jax.Array, stats: Stats, *, name: str) -> Any:
+        """What more bits would gain in one linear, and what they cost there."""
+        ...
+
+    def allocate(self, gains: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+        """For each linear its mask, from the gains of all. sizes: (K, N)."""
+        ...
+
+
+def output_groups(method: Method) -> int:
+    """Groups of outputs that have a guided Hessian of their own."""
+    return method.groups if isinstance(method, Guided) else 1
 
 
 def need(stats: Stats, who: str, *names: str) -> None:

@@ -14,7 +14,7 @@ from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.quant import sums
 from jaxllm.quant.calibrate import Calibration, calibrate
 from jaxllm.quant.gradients import LOSS_SCALE
-from jaxllm.quant.statistics import WANTS
+from jaxllm.quant.statistics import STATISTICS
 
 CONFIG = dataclasses.replace(TINY, qkv_bias=True, windows=(None, 6))
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [1, 2], [30, 60, 90, 120, 3, 3]]
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    return calibrate(model, ROWS, want=WANTS, groups=2, batch=2, sample=9, progress=False)
+    return calibrate(model, ROWS, want=STATISTICS, groups=2, batch=2, sample=9, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ class Spy:
     stat: str = "hessian"
 
     @property
-    def wants(self):
+    def required_stats(self):
         return frozenset({self.stat})
 
     def solve(self, rows, stats: Stats, *, name, dtype, mask=None):

@@ -15,7 +15,7 @@ from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.gradients import LOSS_SCALE
 from jaxllm.quant.methods.rtn import Rtn
 from jaxllm.quant.quantize import quantize
-from jaxllm.quant.statistics import WANTS
+from jaxllm.quant.statistics import STATISTICS
 from jaxllm.quant.text import text_sequences
 
 CONFIG = dataclasses.replace(t5.TINY, gated=True, activation="gelu_tanh", tied=False)
@@ -38,7 +38,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    return calibrate(model, PAIRS, want=WANTS, groups=2, batch=2, sample=9, progress=False)
+    return calibrate(model, PAIRS, want=STATISTICS, groups=2, batch=2, sample=9, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ class Fixed:
     """A method that is only a format: no calibration, any numbers."""
 
     make: object
-    wants = frozenset()
+    required_stats = frozenset()
 
     def solve(self, rows, stats, *, name, dtype):
         return self.make(rows)

@@ -91,7 +91,7 @@ class AnyPrecision:
         return self.parent_bits if self.bits is None else self.bits
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset({"fisher" if self.seeder == "squeeze_llm" else "guided_hessian"})
 
     def solve(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> BitPlanes:

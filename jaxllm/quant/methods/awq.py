@@ -57,7 +57,7 @@ class Awq:
             raise ValueError(f"awq: steps must be at least 1, got steps={self.steps}")
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset({"mean", "sample"})
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Scaled:

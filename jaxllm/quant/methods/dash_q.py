@@ -91,13 +91,13 @@ class DashQ:
         affine.check_scale_bits("dash_q", self.scale_bits, self.zero_code)
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         extra = {"hessian"} if self.feedback else set()
         return frozenset({"hessian_diag"} | extra | ({"held_out"} if self.shrinkage == "auto" else set()))
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:
         """The rows in affine codes."""
-        need(stats, "dash_q", *sorted(self.wants))
+        need(stats, "dash_q", *sorted(self.required_stats))
         rows = rows.astype(jnp.float32)
         energy, K = stats.hessian_diag, rows.shape[1]
         assert energy is not None

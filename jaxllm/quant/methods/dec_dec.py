@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.quant.statistics import Method, Stats, need
+from jaxllm.quant.statistics import Method, Stats, need, output_groups
 from jaxllm.weights.host_residual import BITS, CHUNK, HostResidual, How, edges, encode, to_host
 
 # -- the residual (4.2)
@@ -70,14 +70,14 @@ class DecDec:
             raise ValueError(f"DecDec: select must be bucket, exact, static or random, got {self.select=}")
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         own = {"bucket": {"thresholds"}, "static": {"hessian_diag"}}.get(self.select, set())
-        return self.base.wants | own
+        return self.base.required_stats | own
 
     @property
     def groups(self) -> int:
         """Of outputs, in the guided Hessians that the base wants."""
-        return getattr(self.base, "groups", 1)
+        return output_groups(self.base)
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> HostResidual:
         """The base's weight, and 4-bit codes of what it lacks. Holds three arrays of [N, K]."""

@@ -73,7 +73,7 @@ class Gptq:
             raise ValueError(f"gptq: rounds must be at least 1, got rounds={self.rounds}")
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset({"guided_hessian" if self.guided else "hessian"})
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:

@@ -66,7 +66,7 @@ class Lnq:
         check_curvature("lnq", self.damping, self.guided, self.groups)
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset({"guided_hessian" if self.guided else "hessian"})
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Codebook:

@@ -142,7 +142,7 @@ class MixedTwoBit:
                 )
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset({"hessian_diag"})
 
     @property

@@ -52,7 +52,7 @@ class NestedFp:
             raise ValueError(f"nested_fp: exceptions must be layer or refuse, got {self.exceptions=}")
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset()
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> NestedFloat | Dense:

@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.ops import hadamard
 from jaxllm.quant.methods.gptq import Gptq
-from jaxllm.quant.statistics import Method, Stats, need
+from jaxllm.quant.statistics import Method, Stats, need, output_groups
 from jaxllm.weights.rotated import Rotated
 
 FIXED = frozenset({"mean", "thresholds", "fisher"})  # of one input each: they do not turn with the inputs
@@ -59,23 +59,23 @@ class Rotate:
             raise ValueError(f"rotate: activation_bits must be 4, 8 or 16, got {self.activation_bits}")
         if not 0 < self.clip <= 1:
             raise ValueError(f"rotate: clip must lie in (0, 1], got clip={self.clip}")
-        fixed = self.base.wants & FIXED
+        fixed = self.base.required_stats & FIXED
         if fixed:
             raise ValueError(f"rotate: the base must not want what cannot be rotated, got {sorted(fixed)}")
 
     @property
-    def wants(self) -> frozenset[str]:
-        diagonal = frozenset({"hessian_diag"})
-        return self.base.wants - diagonal | {"hessian"} if self.base.wants & diagonal else self.base.wants
+    def required_stats(self) -> frozenset[str]:
+        diagonal, of_base = frozenset({"hessian_diag"}), self.base.required_stats
+        return of_base - diagonal | {"hessian"} if of_base & diagonal else of_base
 
     @property
     def groups(self) -> int:
         """Of outputs, for guided curvature: the base's."""
-        return getattr(self.base, "groups", 1)
+        return output_groups(self.base)
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Rotated:
         """The base's solution for the rotated rows."""
-        if "hessian_diag" in self.base.wants:
+        if "hessian_diag" in self.base.required_stats:
             need(stats, "rotate", "hessian")
         turned = jax.jit(hadamard.rotate, static_argnums=1)(rows, self.seed)
         base = self.base.solve(turned, rotated(stats, self.seed), name=name, dtype=dtype)

@@ -49,7 +49,7 @@ class Rtn:
         affine.check_scale_bits("rtn", self.scale_bits, self.zero_code or self.symmetric)
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset({"hessian_diag"}) if self.clip else frozenset()
 
     def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:

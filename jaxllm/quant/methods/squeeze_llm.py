@@ -50,7 +50,7 @@ class SqueezeLlm:
             raise ValueError(f"SqueezeLlm: restarts must be at least 1, got restarts={self.restarts}")
 
     @property
-    def wants(self) -> frozenset[str]:
+    def required_stats(self) -> frozenset[str]:
         return frozenset({"fisher"})
 
     def solve(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> Codebook:

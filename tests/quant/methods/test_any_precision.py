@@ -307,7 +307,7 @@ def guided():
 def test_a_guided_parent_errs_less_with_every_bit_by_the_whole_curvature(guided):
     rows, hessians = guided
     method = AnyPrecision(seeder="lnq", seed_bits=2, parent_bits=4, groups=2)
-    assert method.wants == {"guided_hessian"}
+    assert method.required_stats == {"guided_hessian"}
     made = method.solve(rows, Stats(guided_hessian=hessians), name="up", dtype=jnp.float32)
     assert (np.diff(made.tables[0], axis=1) >= 0).all()
     plain = AnyPrecision(seed_bits=2, parent_bits=4).solve(

@@ -315,8 +315,11 @@ def test_the_shrinkage_chosen_has_the_least_held_out_error(tokens):
 
 
 def test_what_a_method_wants_is_said_and_missing_or_foreign_statistics_are_refused():
-    assert DashQ().wants == {"hessian_diag"} and DashQ(feedback=True).wants == {"hessian_diag", "hessian"}
-    assert DashQ(feedback=True, shrinkage="auto").wants == {"hessian_diag", "hessian", "held_out"}
+    assert DashQ().required_stats == {"hessian_diag"} and DashQ(feedback=True).required_stats == {
+        "hessian_diag",
+        "hessian",
+    }
+    assert DashQ(feedback=True, shrinkage="auto").required_stats == {"hessian_diag", "hessian", "held_out"}
     rows, h = problem()
     with pytest.raises(ValueError, match="dash_q: calibration must give hessian_diag, got none"):
         DashQ().solve(rows, Stats(), name="up", dtype=jnp.float32)

@@ -35,7 +35,7 @@ class Nearest:
     """Round to nearest, as a base."""
 
     bits: int = 3
-    wants = frozenset({"mean"})
+    required_stats = frozenset({"mean"})
 
     def solve(self, rows, stats, *, name, dtype):
         group = min(32, rows.shape[1])
@@ -320,9 +320,9 @@ def test_a_weight_cut_over_devices_gives_the_same_product():
 
 def test_the_method_asks_for_what_its_selection_needs_and_refuses_nonsense(rows):
     base = Nearest()
-    assert DecDec(base=base).wants == {"mean", "thresholds"}
-    assert DecDec(base=base, select="static").wants == {"mean", "hessian_diag"}
-    assert DecDec(base=base, select="exact").wants == {"mean"}
+    assert DecDec(base=base).required_stats == {"mean", "thresholds"}
+    assert DecDec(base=base, select="static").required_stats == {"mean", "hessian_diag"}
+    assert DecDec(base=base, select="exact").required_stats == {"mean"}
     for option, message in (
         ({"residual_bits": 3}, "residual_bits must be 2, 4, 8 or 16"),
         ({"k_chunk": 1025}, "k_chunk must be 0 to 1024"),

@@ -211,7 +211,7 @@ def test_guided_with_equal_gradients_and_one_group_is_plain(layer):
     got = guided.solve(rows, Stats(guided_hessian=hessian[None]), name="w", dtype=jnp.float32)
     want = Gptq(bits=3, group=GROUP).solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert guided.wants == {"guided_hessian"} and Gptq().wants == {"hessian"}
+    assert guided.required_stats == {"guided_hessian"} and Gptq().required_stats == {"hessian"}
 
 
 def test_guided_curvature_is_the_squared_error_weighed_by_gradients():

@@ -201,7 +201,7 @@ def test_it_beats_its_start_and_guided_uses_each_groups_curvature(layer):
 def test_unguided_uses_no_gradients(layer):
     rows, hessian, _, _ = layer
     method, stats = Lnq(bits=3), Stats(hessian=hessian)
-    assert method.wants == {"hessian"} and Lnq(guided=True).wants == {"guided_hessian"}
+    assert method.required_stats == {"hessian"} and Lnq(guided=True).required_stats == {"guided_hessian"}
     one = method.solve(rows, stats, name="w", dtype=jnp.float32)
     two = method.solve(
         rows, Stats(hessian=hessian, guided_hessian=hessian[None] * 0), name="w", dtype=jnp.float32

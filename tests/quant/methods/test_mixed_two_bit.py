@@ -509,4 +509,4 @@ def test_nonsense_is_refused_in_one_line(layer):
         solve(rows, stats, mask_of(size=5))
     with pytest.raises(ValueError, match="target_bits must be at least"):
         solve(rows, stats, target_bits=2.1)
-    assert MixedTwoBit().wants == {"hessian_diag"}
+    assert MixedTwoBit().required_stats == {"hessian_diag"}

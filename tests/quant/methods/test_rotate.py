@@ -78,7 +78,7 @@ def solve(method, rows, stats=None):
 class Plain:
     """A base that rounds nothing."""
 
-    wants = frozenset()
+    required_stats = frozenset()
 
     def solve(self, rows, stats, *, name, dtype):
         return Dense(rows.astype(dtype))
@@ -193,7 +193,7 @@ def test_the_solver_works_on_turned_curvature(layer):
     stats = Stats(hessian=h, guided_hessian=jnp.stack([h, 2 * h]), tokens=len(x))
     base = jl.Gptq(bits=3, group=32, guided=True, groups=2)
     method = Rotate(base=base, activation_bits=16)
-    assert method.wants == base.wants and method.groups == base.groups
+    assert method.required_stats == base.required_stats and method.groups == base.groups
     w, plain = solve(method, rows, stats), solve(Rotate(base=jl.Rtn(bits=3), activation_bits=16), rows)
     loss = lambda w: float(jnp.sum(((w.dequantize_rows() - rows) @ x.T) ** 2))  # noqa: E731
     assert loss(w) < 0.6 * loss(plain)
@@ -220,9 +220,9 @@ def test_linears_that_read_the_same_turn_it_once(usual_compiler):
 
 
 def test_what_the_base_wants_is_what_is_measured_turned():
-    assert Rotate(base=jl.Rtn(clip=True)).wants == {"hessian"}
-    assert Rotate(base=jl.Rtn()).wants == frozenset()
-    assert Rotate().wants == {"guided_hessian"}
+    assert Rotate(base=jl.Rtn(clip=True)).required_stats == {"hessian"}
+    assert Rotate(base=jl.Rtn()).required_stats == frozenset()
+    assert Rotate().required_stats == {"guided_hessian"}
     with pytest.raises(ValueError, match="rotate: calibration must give hessian, got none"):
         solve(Rotate(base=jl.Rtn(clip=True)), jnp.ones((4, 32)))
     made = make_method("rotate", {"base": {"method": "rtn", "bits": 3}, "activation_bits": 8})

@@ -28,7 +28,7 @@ def test_without_clipping_it_is_the_grid_from_least_to_greatest(rows, symmetric)
     got = Rtn(bits=3, group=GROUP, symmetric=symmetric).solve(rows, Stats(), name="w", dtype=jnp.float32)
     want = affine.quantize(rows.T, bits=3, group=GROUP, symmetric=symmetric)
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert Rtn().wants == frozenset() and Rtn(clip=True).wants == {"hessian_diag"}
+    assert Rtn().required_stats == frozenset() and Rtn(clip=True).required_stats == {"hessian_diag"}
 
 
 @pytest.mark.parametrize("zero_code", [True, False])

@@ -31,7 +31,6 @@ MEANING = {
     "jaxllm": "what a user types",
     "quant": "methods, calibration, whole models",
     "measure": "perplexity, choices, bytes",
-    "demo": "a report on the shipped model",
     "files": "the door for every file",
     "native": "the directory that save writes",
     "decoding": "prefill, the loop, sampling",

@@ -77,6 +77,11 @@ def make(
     )
 
 
+def global_layers(windows: tuple[int | None, ...]) -> list[int]:
+    """The layers that see all of the text, those without a window: what is evicted is theirs."""
+    return [layer for layer, window in enumerate(windows) if window is None]
+
+
 def append(
     cache: DenseCache,
     layer: int,

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxllm.cache.dense import global_layers
 from jaxllm.eviction.attention_per_key import received
 from jaxllm.models.inputs import padded, sees_all
 from jaxllm.models.rope import rotate
+from jaxllm.models.taps import layer_tap
 from jaxllm.ops.attention import FLOAT32, HIDDEN, by_head
 
 Rows = Sequence[Sequence[int]]
@@ -111,7 +113,7 @@ def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.nd
 def _everywhere(model, score: np.ndarray, B: int) -> jax.Array:
     """The same scores for each layer without a window, request and key head."""
     windows = model.windows
-    shape = (sum(window is None for window in windows), B, model.config.kv_heads, len(score))
+    shape = (len(global_layers(windows)), B, model.config.kv_heads, len(score))
     return jnp.broadcast_to(jnp.asarray(score)[None, None, None], shape)
 
 
@@ -122,22 +124,14 @@ def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max
     step = jnp.arange(T)
     asks = (step[None] < lengths[:, None]) & (step[None] >= lengths[:, None] - last)
     seen = (step[None, :, None] >= step[None, None]) & asks[:, :, None]
-    windows = model.windows
-    taken: dict[str, jax.Array] = {}
     found: list[jax.Array] = []
 
-    def tap(name, x):
-        layer, _, what = name.removeprefix("layers.").partition(".")
-        if not name.startswith("layers.") or windows[int(layer)] is not None:
-            return x
-        if what == "attention.queries":
-            taken["queries"] = x
-        elif what == "attention.keys":
-            attention = model.layers[int(layer)].attention
-            rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
-            found.append(received(taken["queries"], by_head(x), seen, reduce=reduce, **rule))
-        return x
+    def of_layer(layer: int, q, k) -> None:
+        attention = model.layers[layer].attention
+        rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
+        found.append(received(q, by_head(k), seen, reduce=reduce, **rule))
 
+    tap = layer_tap(of_layer, ("attention.queries", "attention.keys"), global_layers(model.windows))
     model(tokens, lengths=lengths, logits="last", tap=tap)
     return jnp.stack(found)
 
@@ -149,21 +143,10 @@ def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float
     real = (step[None] < lengths[:, None]) & (step[None] >= sinks)  # [B, T]
     mine = real.astype(jnp.float32)
     later = lengths[:, None] + jnp.arange(future)[None]
-    taken: dict[str, jax.Array] = {}
     found: list[jax.Array] = []
-    windows = model.windows
 
-    def tap(name, x):
-        layer, _, what = name.removeprefix("layers.").partition(".")
-        if not name.startswith("layers.") or windows[int(layer)] is not None:
-            return x
-        if what in ("attention.q.out", "attention.keys"):
-            taken[what.removeprefix("attention.")] = x
-        elif what == "attention.values":
-            found.append(of_layer(model.layers[int(layer)].attention, taken["q.out"], taken["keys"], x))
-        return x
-
-    def of_layer(attention, q, k, v):
+    def of_layer(layer: int, q, k, v) -> None:
+        attention = model.layers[layer].attention
         (_, _, K, D), square = k.shape, attention.scale**2
         q = q.reshape(B, T, -1, D)  # before rotation
         q_norm, rope = getattr(attention, "q_norm", None), getattr(attention, "rope", None)
@@ -184,8 +167,11 @@ def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float
         weights = jax.nn.logsumexp(weights, axis=2) - np.log(weights.shape[2])
         if epsilon:
             weights = jnp.logaddexp(weights, np.float32(np.log(epsilon)))
-        return weights + jnp.log(jnp.maximum(jnp.linalg.norm(v, axis=-1), 1e-30)).swapaxes(1, 2)
+        found.append(weights + jnp.log(jnp.maximum(jnp.linalg.norm(v, axis=-1), 1e-30)).swapaxes(1, 2))
 
+    tap = layer_tap(
+        of_layer, ("attention.q.out", "attention.keys", "attention.values"), global_layers(model.windows)
+    )
     model(tokens, lengths=lengths, logits="last", tap=tap)
     return jnp.stack(found)
 

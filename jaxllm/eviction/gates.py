@@ -21,7 +21,7 @@ numbers of a gate's key, S sinks, F width of the MLP.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxllm.cache.dense import global_layers
+from jaxllm.models.taps import Tap, layer_tap
 from jaxllm.ops.attention import FLOAT32
 from jaxllm.pytree import pytree
 from jaxllm.storage.directory import new_directory
@@ -62,7 +64,7 @@ class Gate:
 
     def layers(self, model) -> list[int]:
         """The layers with a gate: those without a window. Raises ValueError for a model of other sizes."""
-        layers = [i for i, window in enumerate(model.windows) if window is None]
+        layers = global_layers(model.windows)
         want = (len(layers), model.config.width, model.config.kv_heads)
         if self.sizes() != want:
             raise ValueError(
@@ -70,18 +72,15 @@ class Gate:
             )
         return layers
 
-    def watch(self, model) -> tuple[Callable, list[jax.Array]]:
+    def watch(self, model) -> tuple[Tap, list[jax.Array]]:
         """A tap, and the list that it fills with what each layer with a gate reads [B, T, D]."""
         layers = self.layers(model)
         found: list[jax.Array] = []
 
-        def tap(name, x):
-            layer, _, what = name.removeprefix("layers.").partition(".")
-            if what == "attention.q.in" and int(layer) in layers:
-                found.append(x)
-            return x
+        def note(layer: int, x: jax.Array) -> None:
+            found.append(x)
 
-        return tap, found
+        return layer_tap(note, ("attention.q.in",), layers), found
 
 
 @pytree

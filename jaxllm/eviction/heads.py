@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
 from jaxllm.storage.directory import new_directory
 
@@ -36,7 +36,7 @@ def spread(
 ) -> Float[Array, "L B K T"]:
     """Scores for `evict` of all that a cache holds behind `prefix`, or of the context that it held."""
     keys = (cache.tail if isinstance(cache, PagedCache) else cache).keys
-    L, K = sum(window is None for window in cache.windows), keys[0].shape[0] // len(cache.lengths)
+    L, K = len(global_layers(cache.windows)), keys[0].shape[0] // len(cache.lengths)
     if heads.shape != (L, K):
         raise ValueError(f"spread: heads must be [L, K] = {(L, K)} of this cache, got {heads.shape}")
     if isinstance(cache, PagedCache):

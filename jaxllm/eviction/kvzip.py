@@ -29,10 +29,11 @@ from jaxtyping import Array, Float
 from jaxllm import cache as kv
 from jaxllm.cache import coded as quantized
 from jaxllm.cache.coded import CodedRows
-from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache, numbers
 from jaxllm.eviction.attention_per_key import received
 from jaxllm.models.inputs import STEP, padded, sees_all
+from jaxllm.models.taps import layer_tap
 from jaxllm.ops.attention import FLOAT32, by_head
 
 CHUNK, LEAST = 2000, 16
@@ -146,39 +147,28 @@ def _of_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int
     own = (step[:, None] >= step[None])[None] & fed[:, None]  # [B, T, T]
     chunk = jnp.broadcast_to(jnp.arange(m)[None, None] < size[:, None, None], (B, T, m))
     seen = jnp.concatenate([jnp.ones((B, T, prefix), bool), chunk, own], axis=-1) & fed[:, :, None]
-    taken: dict[str, jax.Array] = {}
     scores: list[jax.Array] = []
 
-    def tap(name, x):
-        layer, _, what = name.removeprefix("layers.").partition(".")
-        if not name.startswith("layers.") or cache.windows[int(layer)] is not None:
-            return x
-        if what == "attention.q.in":
-            taken["input"] = x
-        elif what == "attention.queries":
-            taken["queries"] = x
-        elif what == "attention.keys":
-            scores.append(of_layer(int(layer), x))
-        return x
-
-    def of_layer(layer: int, keys):
+    def of_layer(layer: int, x, q, keys) -> None:
         held, attention = cache.keys[layer], model.layers[layer].attention
-        at = lambda x: jax.lax.dynamic_slice_in_dim(x, where, m, axis=1)  # noqa: E731
+        at = lambda y: jax.lax.dynamic_slice_in_dim(y, where, m, axis=1)  # noqa: E731
         cut = lambda x: jnp.concatenate([x[:, :prefix], at(x)], axis=1)  # noqa: E731
-        before, q, new = numbers(jax.tree.map(cut, held)), taken["queries"], by_head(keys)
+        before, new = numbers(jax.tree.map(cut, held)), by_head(keys)
         if isinstance(held, CodedRows):  # as they will be read back, all in the rotated basis
             q, new = quantized.turn(q, held), quantized.numbers(quantized.encode(new, held))
         k = jnp.concatenate([before, new.astype(before.dtype)], axis=1)
         share = None
         if output_aware:
-            share = 1 / jnp.maximum(jnp.linalg.norm(taken["input"].astype(jnp.float32), axis=-1), 1e-12)
+            share = 1 / jnp.maximum(jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 1e-12)
         rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
         got = received(q, k, seen, share=share, **rule)[..., prefix : prefix + m]  # [B, K, G, m]
         if output_aware:
             values = jax.tree.map(at, cache.values[layer])
             got = got * _reach(attention.o.w.get_value(), numbers(values), got.shape)
-        return jnp.where(jnp.arange(m)[None, None] < size[:, None, None], got.max(2), 0.0)
+        scores.append(jnp.where(jnp.arange(m)[None, None] < size[:, None, None], got.max(2), 0.0))
 
+    names = ("attention.q.in", "attention.queries", "attention.keys")
+    tap = layer_tap(of_layer, names, global_layers(cache.windows))
     model(tokens, cache, lengths=lengths, logits="last", tap=tap)
     return jnp.stack(scores)
 
@@ -219,16 +209,15 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
 def _strange(model, held, tokens, prefix):
     """How far the first layer's keys of these tokens are from those held, relative to their size [B, T]."""
     B, T = tokens.shape
-    taken = {}
+    keys: list[jax.Array] = []
 
-    def tap(name, x):
-        if name == "layers.0.attention.keys":
-            taken["keys"] = x
-        return x
+    def note(layer: int, k: jax.Array) -> None:
+        keys.append(k)
 
     positions = jnp.broadcast_to(prefix + jnp.arange(T, dtype=jnp.int32), (B, T))
+    tap = layer_tap(note, ("attention.keys",), [0])
     model(tokens, positions=positions, logits="last", tap=tap)  # all but the keys is never computed
-    new, old = by_head(taken["keys"]).astype(jnp.float32), numbers(held).astype(jnp.float32)
+    new, old = by_head(keys[0]).astype(jnp.float32), numbers(held).astype(jnp.float32)
     if isinstance(held, CodedRows):
         new = quantized.turn(new, held)
     old = old[:, (prefix + jnp.arange(T)) % old.shape[1]]

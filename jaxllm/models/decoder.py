@@ -28,19 +28,9 @@ from jaxllm import cache as kv
 from jaxllm.cache import Cache
 from jaxllm.models.attention import cached_attention
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import (
-    ACTIVATIONS,
-    Embedding,
-    Linear,
-    RmsNorm,
-    Tap,
-    below,
-    chunk,
-    last_token,
-    see,
-    split_heads,
-)
+from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, chunk, last_token, split_heads
 from jaxllm.models.rope import Rope, rotate
+from jaxllm.models.taps import Tap, probe, scoped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,16 +122,16 @@ class Attention(nnx.Module):
         lengths: Int[Array, " B"],
         tap: Tap | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        q = split_heads(self.q(x, below(tap, "q")), self.head_dim)  # [B, T, H, E]
-        k = split_heads(self.k(x, below(tap, "k")), self.head_dim)  # [B, T, K, E]
-        v = split_heads(self.v(x, below(tap, "v")), self.head_dim)  # [B, T, K, E]
+        q = split_heads(self.q(x, scoped(tap, "q")), self.head_dim)  # [B, T, H, E]
+        k = split_heads(self.k(x, scoped(tap, "k")), self.head_dim)  # [B, T, K, E]
+        v = split_heads(self.v(x, scoped(tap, "v")), self.head_dim)  # [B, T, K, E]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         end = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0] + 1
         cos, sin = self.rope.angles(self.head_dim, positions, end)
-        q = see(tap, "queries", rotate(q, cos, sin))
-        k = see(tap, "keys", rotate(k, cos, sin))
-        v = see(tap, "values", v)
+        q = probe(tap, "queries", rotate(q, cos, sin))
+        k = probe(tap, "keys", rotate(k, cos, sin))
+        v = probe(tap, "values", v)
         y, cache = cached_attention(
             q,
             k,
@@ -154,7 +144,7 @@ class Attention(nnx.Module):
             window=self.window,
             softcap=self.softcap,
         )
-        return self.o(y.reshape(*x.shape[:2], -1), below(tap, "o")), cache
+        return self.o(y.reshape(*x.shape[:2], -1), scoped(tap, "o")), cache
 
 
 class Mlp(nnx.Module):
@@ -171,8 +161,8 @@ class Mlp(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
-        gate = ACTIVATIONS[self.activation](self.gate(x, below(tap, "gate")))
-        return self.down(gate * self.up(x, below(tap, "up")), below(tap, "down"))
+        gate = ACTIVATIONS[self.activation](self.gate(x, scoped(tap, "gate")))
+        return self.down(gate * self.up(x, scoped(tap, "up")), scoped(tap, "down"))
 
 
 class Block(nnx.Module):
@@ -206,11 +196,11 @@ class Block(nnx.Module):
         """
         positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
         h = self.attention_norm(x)
-        h, cache = self.attention(h, cache, index, positions, lengths, below(tap, "attention"))
+        h, cache = self.attention(h, cache, index, positions, lengths, scoped(tap, "attention"))
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
-        h = self.mlp(self.mlp_norm(x), below(tap, "mlp"))
+        h = self.mlp(self.mlp_norm(x), scoped(tap, "mlp"))
         x = x + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
-        return see(tap, "out", x), cache
+        return probe(tap, "out", x), cache
 
 
 class Decoder(LanguageModel):
@@ -245,11 +235,11 @@ class Decoder(LanguageModel):
 
     def unembed(self, x: Float[Array, "*B D"], tap: Tap | None = None) -> Float[Array, "*B V"]:
         """Float32 logits of any layer's output: final norm, head, soft cap."""
-        x = see(tap, "norm", self.norm(x))
+        x = probe(tap, "norm", self.norm(x))
         if self.head is None:
             logits = self.embedding.attend(x)
         else:
-            logits = self.head(x, below(tap, "head"), jnp.float32)
+            logits = self.head(x, scoped(tap, "head"), jnp.float32)
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return logits
@@ -271,10 +261,10 @@ class Decoder(LanguageModel):
         cache: what came before; from `make_cache`. A chunk sees it and itself.
         positions: where the tokens stand, if not right behind the cache.
         logits: "last" gives one row a request, that of its last real token, and saves the other products.
-        tap: see `layers.py`.
+        tap: see `taps.py`.
         """
         positions, lengths = chunk(tokens.shape, cache, positions, lengths)
-        x = see(tap, "embedding", self.embed(tokens))
+        x = probe(tap, "embedding", self.embed(tokens))
         for i, layer in enumerate(self.layers):
             x, cache = layer(
                 x,
@@ -282,7 +272,7 @@ class Decoder(LanguageModel):
                 index=i,
                 positions=positions,
                 lengths=lengths,
-                tap=below(tap, f"layers.{i}"),
+                tap=scoped(tap, f"layers.{i}"),
             )
         if cache is not None:
             cache = kv.advance(cache, lengths)

@@ -33,18 +33,8 @@ from jaxllm import cache as kv
 from jaxllm.cache import Cache
 from jaxllm.models.attention import cached_attention
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import (
-    ACTIVATIONS,
-    Embedding,
-    LayerNorm,
-    Linear,
-    Tap,
-    below,
-    chunk,
-    last_token,
-    see,
-    split_heads,
-)
+from jaxllm.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, chunk, last_token, split_heads
+from jaxllm.models.taps import Tap, probe, scoped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,11 +164,11 @@ class Attention(nnx.Module):
         tap: Tap | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         # the names under which every model shows what its cache is given; nothing is turned here
-        q = see(tap, "queries", split_heads(self.q(x, below(tap, "q")), self.head_dim))  # [B, T, H, E]
-        k = see(tap, "keys", split_heads(self.k(x, below(tap, "k")), self.head_dim))  # [B, T, H, E]
-        v = see(tap, "values", split_heads(self.v(x, below(tap, "v")), self.head_dim))  # [B, T, H, E]
+        q = probe(tap, "queries", split_heads(self.q(x, scoped(tap, "q")), self.head_dim))  # [B, T, H, E]
+        k = probe(tap, "keys", split_heads(self.k(x, scoped(tap, "k")), self.head_dim))  # [B, T, H, E]
+        v = probe(tap, "values", split_heads(self.v(x, scoped(tap, "v")), self.head_dim))  # [B, T, H, E]
         y, cache = cached_attention(q, k, v, cache, index, positions, lengths, scale=self.scale)
-        return self.o(y.reshape(*x.shape[:2], -1), below(tap, "o")), cache
+        return self.o(y.reshape(*x.shape[:2], -1), scoped(tap, "o")), cache
 
 
 class Mlp(nnx.Module):
@@ -194,8 +184,8 @@ class Mlp(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
-        h = ACTIVATIONS[self.activation](self.up(x, below(tap, "up")))
-        return self.down(h, below(tap, "down"))
+        h = ACTIVATIONS[self.activation](self.up(x, scoped(tap, "up")))
+        return self.down(h, scoped(tap, "down"))
 
 
 class Block(nnx.Module):
@@ -224,12 +214,12 @@ class Block(nnx.Module):
         """
         positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
         h = self.attention_norm(x) if self.norm_first else x
-        h, cache = self.attention(h, cache, index, positions, lengths, below(tap, "attention"))
+        h, cache = self.attention(h, cache, index, positions, lengths, scoped(tap, "attention"))
         x = x + h if self.norm_first else self.attention_norm(x + h)
         h = self.mlp_norm(x) if self.norm_first else x
-        h = self.mlp(h, below(tap, "mlp"))
+        h = self.mlp(h, scoped(tap, "mlp"))
         x = x + h if self.norm_first else self.mlp_norm(x + h)
-        return see(tap, "out", x), cache
+        return probe(tap, "out", x), cache
 
 
 class Gpt(LanguageModel):
@@ -268,7 +258,7 @@ class Gpt(LanguageModel):
         """
         x = self.embedding(tokens)
         if self.project_in is not None:
-            x = self.project_in(x, below(tap, "project_in"))
+            x = self.project_in(x, scoped(tap, "project_in"))
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         row = jnp.minimum(positions, self.config.context - 1) + self.config.position_offset
@@ -277,12 +267,12 @@ class Gpt(LanguageModel):
     def unembed(self, x: Float[Array, "*B D"], tap: Tap | None = None) -> Float[Array, "*B V"]:
         """Float32 logits of any layer's output: final norm, head."""
         if self.norm is not None:
-            x = see(tap, "norm", self.norm(x))
+            x = probe(tap, "norm", self.norm(x))
         if self.project_out is not None:
-            x = self.project_out(x, below(tap, "project_out"))
+            x = self.project_out(x, scoped(tap, "project_out"))
         if self.head is None:
             return self.embedding.attend(x)
-        return self.head(x, below(tap, "head"), jnp.float32)
+        return self.head(x, scoped(tap, "head"), jnp.float32)
 
     def __call__(
         self,
@@ -299,7 +289,7 @@ class Gpt(LanguageModel):
         The arguments mean what they mean in `decoder.Decoder`.
         """
         positions, lengths = chunk(tokens.shape, cache, positions, lengths)
-        x = see(tap, "embedding", self.embed(tokens, positions, tap))
+        x = probe(tap, "embedding", self.embed(tokens, positions, tap))
         for i, layer in enumerate(self.layers):
             x, cache = layer(
                 x,
@@ -307,7 +297,7 @@ class Gpt(LanguageModel):
                 index=i,
                 positions=positions,
                 lengths=lengths,
-                tap=below(tap, f"layers.{i}"),
+                tap=scoped(tap, f"layers.{i}"),
             )
         if cache is not None:
             cache = kv.advance(cache, lengths)

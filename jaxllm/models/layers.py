@@ -1,17 +1,11 @@
-"""What every model is made of: linear, embedding, two norms, and the tap through which methods see.
-
-A tap is a function `tap(name, array) -> array` given to a forward pass; it is called at every linear's input
-and output and where a model says so, may replace what it is shown, and leaves nothing behind once traced.
-Names are paths: "layers.3.attention.q.in".
-"""
-
-from collections.abc import Callable
+"""What every model is made of: linear, embedding, two norms."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllm.models.taps import Tap, probe
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import gather_rows, matmul
 
@@ -44,19 +38,6 @@ def split_heads(x: Float[Array, "B T N"], head_dim: int) -> Float[Array, "B T H 
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-Tap = Callable[[str, jax.Array], jax.Array]
-
-
-def see(tap: Tap | None, name: str, x: jax.Array) -> jax.Array:
-    """`x` as the tap leaves it."""
-    return x if tap is None else tap(name, x)
-
-
-def below(tap: Tap | None, prefix: str) -> Tap | None:
-    """The tap as seen from inside `prefix`: names get it in front."""
-    return None if tap is None else lambda name, x: tap(f"{prefix}.{name}", x)
-
-
 def along_last(v: Float[Array, " N"], like: jax.Array) -> jax.Array:
     """`v` with axes of size 1 in front, ready to meet the last axis of `like`."""
     return jnp.expand_dims(v, range(like.ndim - 1))
@@ -73,14 +54,14 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*B K"], tap: Tap | None = None, out_dtype=None):
         """The product in `out_dtype` (that of `x` if None)."""
         out_dtype = x.dtype if out_dtype is None else out_dtype
-        x = see(tap, "in", x)
+        x = probe(tap, "in", x)
         if self.bias is None:
             y = matmul(x, self.w.get_value(), out_dtype)
         else:
             y = matmul(x, self.w.get_value(), jnp.float32)
             bias = self.bias.get_value().astype(jnp.float32)
             y = (y + along_last(bias, y)).astype(out_dtype)
-        return see(tap, "out", y)
+        return probe(tap, "out", y)
 
 
 class Embedding(nnx.Module):

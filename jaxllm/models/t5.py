@@ -35,18 +35,8 @@ from jaxllm import cache as kv
 from jaxllm.cache import DenseCache
 from jaxllm.models.attention import cached_attention
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import (
-    ACTIVATIONS,
-    Embedding,
-    Linear,
-    RmsNorm,
-    Tap,
-    below,
-    chunk,
-    last_token,
-    see,
-    split_heads,
-)
+from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, chunk, last_token, split_heads
+from jaxllm.models.taps import Tap, probe, scoped
 from jaxllm.ops.attention import DistanceBias, attention, by_head
 from jaxllm.pytree import pytree
 
@@ -199,19 +189,19 @@ class Attention(nnx.Module):
 
     # the names under which every model shows what its cache is given; nothing is turned here
     def queries(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
-        q = split_heads(self.q(x, below(tap, "q")), self.head_dim)
-        return see(tap, "queries", q)
+        q = split_heads(self.q(x, scoped(tap, "q")), self.head_dim)
+        return probe(tap, "queries", q)
 
     def keys(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
-        k = split_heads(self.k(x, below(tap, "k")), self.head_dim)
-        return see(tap, "keys", k)
+        k = split_heads(self.k(x, scoped(tap, "k")), self.head_dim)
+        return probe(tap, "keys", k)
 
     def values(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T H E"]:
-        v = split_heads(self.v(x, below(tap, "v")), self.head_dim)
-        return see(tap, "values", v)
+        v = split_heads(self.v(x, scoped(tap, "v")), self.head_dim)
+        return probe(tap, "values", v)
 
     def out(self, y: Float[Array, "B T H E"], tap: Tap | None) -> Float[Array, "B T D"]:
-        return self.o(y.reshape(*y.shape[:2], -1), below(tap, "o"))
+        return self.o(y.reshape(*y.shape[:2], -1), scoped(tap, "o"))
 
 
 class Mlp(nnx.Module):
@@ -231,9 +221,9 @@ class Mlp(nnx.Module):
         act = ACTIVATIONS[self.activation]
         # subtle: trained T5 leaves the range of float16 here, and inf - inf would follow in `down`
         inner = jnp.float32 if x.dtype == jnp.float16 else x.dtype
-        h = self.up(x, below(tap, "up"), inner)
-        h = act(h) if self.gate is None else act(self.gate(x, below(tap, "gate"), inner)) * h
-        return self.down(h, below(tap, "down"), x.dtype)
+        h = self.up(x, scoped(tap, "up"), inner)
+        h = act(h) if self.gate is None else act(self.gate(x, scoped(tap, "gate"), inner)) * h
+        return self.down(h, scoped(tap, "down"), x.dtype)
 
 
 def add(x: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -268,13 +258,13 @@ class EncoderBlock(nnx.Module):
         bias: Float[Array, "1 H S S"],
         tap: Tap | None = None,
     ) -> Float[Array, "B S D"]:
-        part, t = self.attention, below(tap, "attention")
+        part, t = self.attention, scoped(tap, "attention")
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
         y = attention(q, by_head(k), by_head(v), mask, scale=1.0, bias=bias)
         x = add(x, part.out(y, t))
-        x = add(x, self.mlp(self.mlp_norm(x), below(tap, "mlp")))
-        return see(tap, "out", x)
+        x = add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
+        return probe(tap, "out", x)
 
 
 class Encoder(nnx.Module):
@@ -292,8 +282,8 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "B S D"]:
         mask, bias = both_ways(self.relative, x.shape[1], lengths)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, bias, below(tap, f"layers.{i}"))
-        return see(tap, "norm", self.norm(x))
+            x = layer(x, mask, bias, scoped(tap, f"layers.{i}"))
+        return probe(tap, "norm", self.norm(x))
 
 
 class Block(nnx.Module):
@@ -329,21 +319,21 @@ class Block(nnx.Module):
           and of the memory is this block's. positions, lengths: as in `T5.__call__`.
         """
         positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
-        part, t = self.attention, below(tap, "attention")
+        part, t = self.attention, scoped(tap, "attention")
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
         y, cache = cached_attention(q, k, v, cache, index, positions, lengths, scale=1.0, bias=bias)
         x = add(x, part.out(y, t))
 
-        part, t = self.cross, below(tap, "cross")
+        part, t = self.cross, scoped(tap, "cross")
         q = part.queries(self.cross_norm(x), t)
         keys, values = memory.keys[index], memory.values[index]
         mask = jnp.arange(keys.shape[1])[None, :] < memory.lengths[:, None]  # [B, S]
         y = attention(q, keys, values, mask[:, None], scale=1.0)
         x = add(x, part.out(y, t))
 
-        x = add(x, self.mlp(self.mlp_norm(x), below(tap, "mlp")))
-        return see(tap, "out", x), cache
+        x = add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
+        return probe(tap, "out", x), cache
 
 
 class T5(LanguageModel):
@@ -373,11 +363,11 @@ class T5(LanguageModel):
     ) -> Memory:
         """What the decoder will see of the sources; `lengths` tokens of each are real."""
         _, lengths = chunk(tokens.shape, None, None, lengths)
-        x = see(tap, "encoder.embedding", self.embed(tokens))
-        x = self.encoder(x, lengths, below(tap, "encoder"))
+        x = probe(tap, "encoder.embedding", self.embed(tokens))
+        x = self.encoder(x, lengths, scoped(tap, "encoder"))
         keys, values = [], []
         for i, layer in enumerate(self.layers):
-            t = below(tap, f"layers.{i}.cross")
+            t = scoped(tap, f"layers.{i}.cross")
             keys.append(by_head(layer.cross.keys(x, t)))
             values.append(by_head(layer.cross.values(x, t)))
         return Memory(tuple(keys), tuple(values), lengths)
@@ -388,11 +378,11 @@ class T5(LanguageModel):
 
     def unembed(self, x: Float[Array, "*B D"], tap: Tap | None = None) -> Float[Array, "*B V"]:
         """Float32 logits of any decoder layer's output: final norm, scale, head."""
-        x = see(tap, "norm", self.norm(x))
+        x = probe(tap, "norm", self.norm(x))
         if self.head is None:
             logits = self.embedding.attend(x)
         else:
-            logits = self.head(x, below(tap, "head"), jnp.float32)
+            logits = self.head(x, scoped(tap, "head"), jnp.float32)
         return logits * self.config.head_scale
 
     def __call__(
@@ -418,7 +408,7 @@ class T5(LanguageModel):
                 f"got {memory.lengths.shape[0]} for {tokens.shape=}"
             )
         positions, lengths = chunk(tokens.shape, cache, positions, lengths)
-        x = see(tap, "embedding", self.embed(tokens))
+        x = probe(tap, "embedding", self.embed(tokens))
         for i, layer in enumerate(self.layers):
             x, cache = layer(
                 x,
@@ -428,7 +418,7 @@ class T5(LanguageModel):
                 index=i,
                 positions=positions,
                 lengths=lengths,
-                tap=below(tap, f"layers.{i}"),
+                tap=scoped(tap, f"layers.{i}"),
             )
         if cache is not None:
             cache = kv.advance(cache, lengths)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.models.taps import linear_io
 from jaxllm.quant.stages import State
 from jaxllm.quant.stages import stages as stages_of
 from jaxllm.quant.text import Text
@@ -98,30 +99,21 @@ def _pull(block, shared, state, batch, g, *, run, groups: int, fisher: bool):
     inputs: dict[str, jax.Array] = {}
 
     def through(state, zeros):
-        def tap(name, array):
-            own, _, end = name.rpartition(".")
-            if end == "in":
-                inputs[own] = array
-            elif end == "out" and own in zeros:
-                array = array + zeros[own]
-            return array
+        def add_zero(name, array):
+            return array + zeros[name]
 
-        y = state | run(block, shared, state, batch, tap)
+        y = state | run(block, shared, state, batch, linear_io(inputs, add_zero))
         return y, dict(inputs)
 
     def shapes(state):
-        found = {}
+        outputs = {}
 
-        def tap(name, array):
-            own, _, end = name.rpartition(".")
-            if end == "in":
-                found[own] = None
-            elif end == "out" and own in found:
-                found[own] = array
+        def note(name, array):
+            outputs[name] = array
             return array
 
-        run(block, shared, state, batch, tap)
-        return found
+        run(block, shared, state, batch, linear_io({}, note))
+        return outputs
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, state))
     _, pull, inputs = jax.vjp(through, state, zeros, has_aux=True)

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.models.layers import below
 from jaxllm.models.linears import in_memory
 from jaxllm.models.t5 import T5, Memory, both_ways
+from jaxllm.models.taps import linear_io, scoped
 from jaxllm.ops.attention import by_head
 
 State = dict[str, Any]  # hidden states by side
@@ -98,7 +98,7 @@ def _between(model, norm, state, batch, tap) -> State:
 
 
 def _decode_with_memory(block, relative, state, batch, tap) -> State:
-    seen, t = state["source"], below(tap, "cross")
+    seen, t = state["source"], scoped(tap, "cross")
     keys, values = by_head(block.cross.keys(seen, t)), by_head(block.cross.values(seen, t))
     memory = Memory((keys,), (values,), batch.lengths["source"])
     lengths = batch.lengths["target"]
@@ -134,19 +134,16 @@ def linears_of(model, stage: Stage) -> dict[str, LinearInfo]:
     found: dict[str, LinearInfo] = {}
 
     def run(block, shared, state, batch):
-        seen = {}
+        inputs: dict[str, jax.Array] = {}
 
-        def tap(name, array):
-            own, _, end = name.rpartition(".")
-            if end == "in":
-                seen[own] = array
-            elif end == "out" and own in seen:
-                x = seen[own]
-                first = next(other for other, y in seen.items() if y is x)
-                found[own] = LinearInfo(first, side_of(x, state, stage.side), x.shape[-1], array.shape[-1])
-            return array
+        def describe(name, y):
+            x = inputs[name]
+            # subtle: while tracing, linears that read the same input read the same object
+            first = next(other for other, same in inputs.items() if same is x)
+            found[name] = LinearInfo(first, side_of(x, state, stage.side), x.shape[-1], y.shape[-1])
+            return y
 
-        return stage.run(block, shared, state, batch, tap)
+        return stage.run(block, shared, state, batch, linear_io(inputs, describe))
 
     jax.eval_shape(run, stage.block, stage.shared, rows((1, 2, model.config.width), model.dtype), batch)
     return found

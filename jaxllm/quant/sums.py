@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.models.taps import linear_io
 from jaxllm.quant.gradients import _fisher, _saliency
 from jaxllm.quant.stages import Batch, LinearInfo, Stage, State, linears_of, side_of
 from jaxllm.quant.statistics import Stats
@@ -81,13 +82,7 @@ def _add(old, new):
 def _measure(block, shared, state, batch, saliency, *, run, side: str, want: frozenset[str]):
     """A batch's part of each statistic, by linear; and what linears read, for the sample."""
     seen: dict[str, jax.Array] = {}
-
-    def tap(name, array):
-        if name.endswith(".in"):
-            seen[name[: -len(".in")]] = array
-        return array
-
-    y = run(block, shared, state, batch, tap)
+    y = run(block, shared, state, batch, linear_io(seen))
     sums: dict[str, dict[str, jax.Array]] = {}
     inputs: dict[str, tuple[jax.Array, jax.Array]] = {}
     for name, array in seen.items():

@@ -146,7 +146,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
 
     cache = hold.settled(model.make_cache(2, 1, slack=8, bits=bits), None)
     sizes, made = set(), [[], []]
-    read = jax.jit(kv.prepare.forward)
+    read = jax.jit(prefill.forward)
     token = None
     queue = [np.asarray([3 + i for i in range(22)] + [0, 0]), np.asarray([7, 8, 9] + [0] * 21)]
     for at in (0, 8, 16):  # a prompt in pieces of the buffer

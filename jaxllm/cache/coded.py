@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from jaxllm.ops import hadamard
 from jaxllm.ops.packing import from_words, to_words
 from jaxllm.pytree import pytree, static
-from jaxllm.weights.affine import TINY
+from jaxllm.weights.affine import MIN_SCALE
 
 SEED = 0  # of the rotation: the same for all, nothing is to be hidden
 LIMIT = 32000.0  # so that a float16 holds the range of a group
@@ -75,7 +75,9 @@ def encode(x: Float[Array, "J T D"], like: CodedRows) -> CodedRows:
     # subtle: the least of some numbers and NaN may be a number (XLA:CPU); the NaN must not be lost
     least, most = jnp.where(jnp.isnan(x).any(-1), jnp.nan, x.min(-1)), x.max(-1)
     low = (least - jnp.abs(least) * 2.0**-10).astype(jnp.float16)
-    scale = jnp.maximum((most - low.astype(jnp.float32)) * ((1 + 2.0**-10) / top), TINY).astype(jnp.float16)
+    scale = jnp.maximum((most - low.astype(jnp.float32)) * ((1 + 2.0**-10) / top), MIN_SCALE).astype(
+        jnp.float16
+    )
     at, step = (v.astype(jnp.float32)[..., None] for v in (low, scale))
     codes = jnp.clip(jnp.round((x - at) / step), 0, top).reshape(*x.shape[:2], -1)[..., :D]
     codes = jnp.pad(codes, ((0, 0), (0, 0), (0, -D % (32 // like.bits))))

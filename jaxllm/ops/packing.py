@@ -25,7 +25,7 @@ from jaxtyping import Array, Integer, Num, UInt8, UInt32
 
 from jaxllm.pytree import pytree, static
 
-BLOCK = 32  # codes a block
+CODES_PER_BLOCK = 32  # codes a block
 
 
 @pytree
@@ -75,13 +75,15 @@ def pack(codes: Integer[Array, "*B n"], bits: int) -> Packed:
     if not 1 <= bits <= 8:
         raise ValueError(f"pack: bits must be 1 to 8, got {bits=}")
     n = codes.shape[-1]
-    blocks = -(-n // BLOCK)
-    wide = jnp.pad(codes.astype(jnp.uint32), [(0, 0)] * (codes.ndim - 1) + [(0, blocks * BLOCK - n)])
+    blocks = -(-n // CODES_PER_BLOCK)
+    wide = jnp.pad(
+        codes.astype(jnp.uint32), [(0, 0)] * (codes.ndim - 1) + [(0, blocks * CODES_PER_BLOCK - n)]
+    )
     words, below = [], bits
     for p in parts(bits):
         below -= p
         field = (wide >> below) & (2**p - 1)
-        words.append(to_words(field.reshape(*codes.shape[:-1], blocks, BLOCK), p))
+        words.append(to_words(field.reshape(*codes.shape[:-1], blocks, CODES_PER_BLOCK), p))
     return Packed(jnp.concatenate(words, axis=-1), bits, n)
 
 
@@ -100,6 +102,6 @@ def unpack(packed: Packed) -> UInt8[Array, "*B n"]:
 
 def unpack_at(packed: Packed, index: Integer[Array, " n"]) -> UInt8[Array, "*B n"]:
     """The codes at some places of the packed axis; only their blocks are read."""
-    blocks = Packed(packed.words[..., index // BLOCK, None, :], packed.bits, BLOCK)
-    within = jnp.broadcast_to((index % BLOCK)[:, None], (*blocks.shape[:-1], 1))
+    blocks = Packed(packed.words[..., index // CODES_PER_BLOCK, None, :], packed.bits, CODES_PER_BLOCK)
+    within = jnp.broadcast_to((index % CODES_PER_BLOCK)[:, None], (*blocks.shape[:-1], 1))
     return jnp.take_along_axis(unpack(blocks), within, axis=-1)[..., 0]

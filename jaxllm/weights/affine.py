@@ -7,13 +7,13 @@ with a scale and a zero; group = K is one a column ("per channel"). The meaning 
 
 `zero` is a float16 in units of codes (what least squares gives), or a whole code, packed at the width of the
 codes (what a grid through zero needs), or None for a symmetric grid about the middle code 2**(bits - 1).
-`scale` is float16, or an `Affine` of its own: codes, and a scale of scales for the same group of each `BLOCK`
+`scale` is float16, or an `Affine` of its own: codes, and a scale of scales for the same group of each 16
 neighbouring outputs ("second order"; arXiv:2305.14314, section 3, calls it double quantization).
 
     w = quantize(x, bits=4, group=32)        # round to nearest between the least and the greatest
 
 Bits a weight: bits + (16 + 16 | bits | 0) / group, more where K is no multiple of 32 (`packing.py` fills
-blocks up); scales of b bits take b + (16 + b) / BLOCK in place of the first 16, at least.
+blocks up); scales of b bits take b + (16 + b) / 16 in place of the first 16, at least.
 Lossy: an error of at most half a scale inside the grid.
 Letters: K inputs, N outputs, G = ceil(K / group) groups.
 """
@@ -31,16 +31,15 @@ from jaxllm.ops.gather import gather, gather_codes
 from jaxllm.ops.packing import Packed, pack, unpack, unpack_at
 from jaxllm.pytree import pytree, static
 
+# Least scale that is stored: float16's least normal number, so that no scale is lost to rounding.
+MIN_SCALE = 2.0**-14
+OUTPUTS_PER_SCALE = 16  # outputs whose groups share a scale of scales
+
 
 def check_rows(who: str, rows: jax.Array) -> None:
     """Raises ValueError where a weight is no number; traced ones cannot be looked at."""
     if not isinstance(rows, jax.core.Tracer) and not bool(jnp.isfinite(rows).all()):
         raise ValueError(f"{who}: weights must be finite, got NaN or infinity")
-
-
-# Least scale that is stored: float16's least normal number, so that no scale is lost to rounding.
-TINY = 2.0**-14
-BLOCK = 16  # outputs whose groups share a scale of scales
 
 
 @pytree
@@ -143,7 +142,7 @@ def stored(
     A group whose range is next to nothing, or whose zero a float16 cannot hold, gets scale 1 and zero minus
     its mean, so that code 0 is the mean (with `zero_code` or a symmetric grid: the least scale).
     """
-    scale = jnp.maximum(scale.astype(jnp.float32), TINY).astype(jnp.float16).astype(jnp.float32)
+    scale = jnp.maximum(scale.astype(jnp.float32), MIN_SCALE).astype(jnp.float16).astype(jnp.float32)
     if zero is None:
         return scale, jnp.full(scale.shape, 2.0 ** (bits - 1), jnp.float32)
     zero = zero.astype(jnp.float32)
@@ -151,7 +150,7 @@ def stored(
         return scale, jnp.clip(jnp.round(zero), 0, 2**bits - 1)
     g, real = grouped(rows.astype(jnp.float32), group)
     mean = (g * real[None]).sum(-1) / real.sum(-1)[None]
-    flat = (jnp.max(g, -1) - jnp.min(g, -1) <= TINY) | ~(jnp.abs(zero) < 60000.0)
+    flat = (jnp.max(g, -1) - jnp.min(g, -1) <= MIN_SCALE) | ~(jnp.abs(zero) < 60000.0)
     scale = jnp.where(flat, 1.0, scale)
     return scale, jnp.where(flat, -mean, zero).astype(jnp.float16).astype(jnp.float32)
 
@@ -226,11 +225,11 @@ def _encode(rows, scale, zero, *, bits, group, dtype, zero_code, scale_bits) -> 
 
 
 def coded_scales(scale: Float[Array, "N G"], bits: int) -> Affine:
-    """Positive scales as codes between 0 and the greatest of each `BLOCK` outputs, an Affine [N, G]."""
+    """Positive scales as codes between 0 and the greatest of each 16 outputs, an Affine [N, G]."""
     N, G = scale.shape
-    group = min(BLOCK, N)
-    g, _ = grouped(scale.T, group)  # [G, N / BLOCK, BLOCK]
-    step = jnp.maximum(g.max(-1) / (2**bits - 1), TINY).astype(jnp.float16).astype(jnp.float32)
+    group = min(OUTPUTS_PER_SCALE, N)
+    g, _ = grouped(scale.T, group)  # [G, N / OUTPUTS_PER_SCALE, OUTPUTS_PER_SCALE]
+    step = jnp.maximum(g.max(-1) / (2**bits - 1), MIN_SCALE).astype(jnp.float16).astype(jnp.float32)
     codes = jnp.clip(jnp.round(g / step[..., None]), 1, 2**bits - 1)  # a scale of 0 has no codes
     codes = codes.reshape(G, -1)[:, :N].astype(jnp.uint8)
     return from_codes(codes, step, jnp.zeros_like(step), bits=bits, group=group, zero_code=True)
@@ -258,9 +257,9 @@ def min_max(
     g, _ = grouped(rows.astype(jnp.float32), group)
     if symmetric:
         half = 2.0 ** (bits - 1) - 1 if bits > 1 else 0.5
-        return jnp.maximum(jnp.abs(g).max(-1) * shrink / half, TINY), None
+        return jnp.maximum(jnp.abs(g).max(-1) * shrink / half, MIN_SCALE), None
     low, high = jnp.minimum(g.min(-1), 0) * shrink, jnp.maximum(g.max(-1), 0) * shrink
-    scale = jnp.maximum((high - low) / (2**bits - 1), TINY)
+    scale = jnp.maximum((high - low) / (2**bits - 1), MIN_SCALE)
     return scale, jnp.round(-low / scale)
 
 

@@ -19,17 +19,9 @@ from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree, static
 
 F8 = jnp.float8_e4m3fn
-
-
-LIMIT = 1.875  # eligible are the finite weights below
-
-
-TOP = 448.0  # greatest float8_e4m3fn
-
-
+ELIGIBLE_BELOW = 1.875  # eligible are the finite weights below
+MAX_FLOAT8 = 448.0  # greatest float8_e4m3fn
 SHIFTS = range(15)  # 1.875 * 2**14 is the last below float16's greatest, 65,504
-
-
 Mode = Literal["fp16", "fp8"]
 
 
@@ -77,14 +69,14 @@ class NestedFloat:
 
 def eligible(w: Float16[Array, "*B"]) -> jax.Array:
     """Which weights the two bytes can hold: finite ones below 1.875 in size."""
-    return jnp.abs(w.astype(jnp.float32)) < LIMIT
+    return jnp.abs(w.astype(jnp.float32)) < ELIGIBLE_BELOW
 
 
 @functools.partial(jax.jit, inline=True)
 def split(w: Float16[Array, "*B"]) -> tuple[UInt8[Array, "*B"], UInt8[Array, "*B"]]:
     """Upper and lower byte of eligible weights."""
     # subtle: the cast gives NaN above 448, which 126 eligible weights reach, unless clipped before
-    upper = jnp.clip(w.astype(jnp.float32) * 256, -TOP, TOP).astype(F8)
+    upper = jnp.clip(w.astype(jnp.float32) * 256, -MAX_FLOAT8, MAX_FLOAT8).astype(F8)
     lower = jax.lax.bitcast_convert_type(w, jnp.uint16) & 0xFF
     return jax.lax.bitcast_convert_type(upper, jnp.uint8), lower.astype(jnp.uint8)
 
@@ -119,7 +111,7 @@ def _scaled(w, shift: int):
 def find_shift(w: Float16[Array, "*B"]) -> int | None:
     """The least shift that makes all weights eligible and loses nothing; None if there is none."""
     greatest, low = (float(x) for x in _extent(w)) if w.size else (0.0, 1.0)
-    shift = next((t for t in SHIFTS if greatest < LIMIT * 2**t), None)  # none for NaN
+    shift = next((t for t in SHIFTS if greatest < ELIGIBLE_BELOW * 2**t), None)  # none for NaN
     return shift if shift is not None and low >= 2**shift else None
 
 
@@ -202,6 +194,6 @@ def _fp8(x, w: NestedFloat):
         upper = jax.lax.bitcast_convert_type(upper, F8)
     x = x.astype(jnp.float32)
     # A row of zeros has some finite scale; one of NaN or infinity becomes NaN.
-    scale = TOP / jnp.maximum(jnp.abs(x).max(-1, keepdims=True, initial=0.0), np.float32(2.0**-100))
-    y = dot(jnp.clip(x * scale, -TOP, TOP).astype(F8), upper)
+    scale = MAX_FLOAT8 / jnp.maximum(jnp.abs(x).max(-1, keepdims=True, initial=0.0), np.float32(2.0**-100))
+    y = dot(jnp.clip(x * scale, -MAX_FLOAT8, MAX_FLOAT8).astype(F8), upper)
     return y * np.float32(2.0 ** (w.shift - 8)) / scale

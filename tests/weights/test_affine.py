@@ -83,7 +83,7 @@ def test_scales_in_codes_cost_fewer_bits_and_codes_are_nearest_under_them(K):
     plain = encode(rows, *affine.min_max(rows, bits=3, group=32), bits=3, group=32, zero_code=True)
     q = encode(rows, *affine.min_max(rows, bits=3, group=32), bits=3, group=32, zero_code=True, scale_bits=6)
     exact, coded = (np.asarray(affine.scales(w)) for w in (plain, q))
-    block = affine.BLOCK
+    block = affine.OUTPUTS_PER_SCALE
     greatest = [exact[:, i : i + block].max(1) for i in range(0, 96, block)]
     greatest = np.repeat(np.stack(greatest, 1), block, axis=1)[:, :96]
     # off by half a step of the scale of scales at most, and by float16's rounding of it

@@ -32,7 +32,7 @@ from jaxllm.weights.affine import check_rows
 from jaxllm.weights.scaled import Scaled
 
 SHRINKS = tuple(1 - i / 20 for i in range(10))
-LIMIT = 2.0**8  # greatest s and 1 / s: float16 holds both well
+MAX_INPUT_SCALE = 2.0**8  # greatest s and 1 / s: float16 holds both well
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -87,7 +87,7 @@ def _search(method: Awq, rows, mean, sample):
     level = jnp.where(live, level - level.sum() / jnp.maximum(live.sum(dtype=jnp.float32), 1.0), 0.0)
 
     def inverse_at(r):
-        return (1 / jnp.clip(jnp.exp(r * level), 1 / LIMIT, LIMIT)).astype(jnp.float16)
+        return (1 / jnp.clip(jnp.exp(r * level), 1 / MAX_INPUT_SCALE, MAX_INPUT_SCALE)).astype(jnp.float16)
 
     def loss(r):
         inverse = inverse_at(r).astype(jnp.float32)[None]

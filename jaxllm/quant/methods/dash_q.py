@@ -42,7 +42,7 @@ ROWS = 256  # rows solved at a time: their working arrays stay in cache
 UNROLL = 64  # places of a group in one fused loop
 GROUPS = {2: 32, 3: 64, 4: 128}  # the paper's; other widths take the nearest
 RANGES, SHIFTS, TRY, POLISH = 10, 3, 2, 2
-TINY = 1e-8  # least scale while solving
+MIN_TRIAL_SCALE = 1e-8  # least scale while solving
 RHOS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
@@ -205,7 +205,7 @@ def _range(w, top: int, zero_code: bool = False):
     low, high = w.min((0, 2)), w.max((0, 2))
     if zero_code:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    return jnp.maximum((high - low) / top, TINY), low
+    return jnp.maximum((high - low) / top, MIN_TRIAL_SCALE), low
 
 
 def _sum(w, h, start, add):
@@ -243,7 +243,7 @@ def refit(w, h, s, low, *, top: int, ridge=0.0):
     mean, square, cross = moments(w, h, s, low, top=top)
     var = square - mean * mean
     varied = var > 1e-6 * square  # below, it is the rounding error of the difference
-    s = jnp.where(varied, jnp.maximum(cross / jnp.where(varied, var + ridge, 1.0), TINY), s)
+    s = jnp.where(varied, jnp.maximum(cross / jnp.where(varied, var + ridge, 1.0), MIN_TRIAL_SCALE), s)
     return s * (s * var - 2 * cross), s, -s * mean
 
 
@@ -254,7 +254,7 @@ def refit_code(w, h, total, s, low, *, top: int):
     cross = cross - zero * total
     var = square - 2 * zero * mean + zero * zero
     varied = var > 1e-6 * (square + zero * zero)
-    s = jnp.where(varied, jnp.maximum(cross / jnp.where(varied, var, 1.0), TINY), s)
+    s = jnp.where(varied, jnp.maximum(cross / jnp.where(varied, var, 1.0), MIN_TRIAL_SCALE), s)
     return s * (s * var - 2 * cross), s, -zero * s
 
 
@@ -295,7 +295,7 @@ def search(w, h, *, top: int, iterations: int, zero_code: bool):
     def begin(i):
         part = 0.3 + 0.7 * (i // SHIFTS).astype(jnp.float32) / (RANGES - 1)
         shift = (i % SHIFTS - SHIFTS // 2).astype(jnp.float32)
-        s = jnp.maximum(part * whole, TINY)
+        s = jnp.maximum(part * whole, MIN_TRIAL_SCALE)
         low = middle - s * (top / 2)
         if zero_code:
             return s, -s * jnp.clip(jnp.round(-low / s) + shift, 0, top)

@@ -41,7 +41,7 @@ from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine, check_rows
 
-BLOCK = 128  # inputs whose corrections are gathered in one product
+INPUTS_PER_PRODUCT = 128  # inputs whose corrections are gathered in one product
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -170,18 +170,18 @@ def _factor(hessian, order):
 def _given(rows, upper, energy, order, scale, zero, *, bits: int, group: int):
     """Codes on grids given, and of those tr(E H E^T) of each row [N] and the weights as corrected [N, K]."""
     K = rows.shape[1]
-    columns, upper = _pad(rows.T.astype(jnp.float32)[order], upper, BLOCK)
+    columns, upper = _pad(rows.T.astype(jnp.float32)[order], upper, INPUTS_PER_PRODUCT)
     grid = (scale.T.astype(jnp.float32), zero.T.astype(jnp.float32))
     of = jnp.pad(order // group, (0, len(columns) - K))  # which grid serves an input
 
     def block(b, state):
         errors, codes = state
-        start = _corrected(columns, upper, errors, b, BLOCK)
-        here = jax.lax.dynamic_slice_in_dim(of, b * BLOCK, BLOCK)
+        start = _corrected(columns, upper, errors, b, INPUTS_PER_PRODUCT)
+        here = jax.lax.dynamic_slice_in_dim(of, b * INPUTS_PER_PRODUCT, INPUTS_PER_PRODUCT)
         return _block(columns, upper, start, (*grid, here), errors, codes, b, 2**bits - 1)
 
     state = jnp.zeros_like(columns), jnp.zeros(columns.shape, jnp.uint8)
-    errors, codes = jax.lax.fori_loop(0, len(columns) // BLOCK, block, state)
+    errors, codes = jax.lax.fori_loop(0, len(columns) // INPUTS_PER_PRODUCT, block, state)
     correction = jnp.matmul(upper.T, errors, precision=HIGHEST)
     loss = jnp.einsum("k,kn->n", energy[order], ((errors + correction) ** 2)[:K], precision=HIGHEST)
     back = jnp.argsort(order)

@@ -36,7 +36,7 @@ from jaxllm.quant.statistics import Stats
 from jaxllm.weights.affine import check_rows
 from jaxllm.weights.codebook import Codebook, from_codes, look_up
 
-BLOCK = 128  # inputs whose pull from all others is gathered in one product
+INPUTS_PER_PRODUCT = 128  # inputs whose pull from all others is gathered in one product
 AT_ONCE = 2**24  # numbers of [R, K, m] while levels are fitted
 RIDGE = 1e-5  # of a level's own curvature
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -209,7 +209,7 @@ def descend(
     pull on a block from inputs outside it is gathered in one product, as it holds while the block changes.
     """
     K = rows.shape[1]
-    size = min(BLOCK, K)
+    size = min(INPUTS_PER_PRODUCT, K)
     more = -K % size
     levels = table.T  # [m, N]
     w = jnp.pad(rows.T, ((0, more), (0, 0)))

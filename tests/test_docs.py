@@ -41,9 +41,18 @@ ENTRIES = (
 )
 
 
-def test_examples_of_the_guides_run_from_top_to_bottom(tmp_path):
-    pages = [DOCS / "index.md", *sorted((DOCS / "guides").glob("*.md"))]
-    pages = [str(page) for page in pages if page.parts[-2:] != ("guides", "index.md")]
+SLOW = ("kv_cache", "quantization")  # they compile most
+PAGES = [
+    DOCS / "index.md",
+    *(page for page in sorted((DOCS / "guides").glob("*.md")) if page.stem != "index"),
+]
+
+
+@pytest.mark.parametrize(
+    "slow", [pytest.param(False, id="quick"), pytest.param(True, id="slow", marks=pytest.mark.slow)]
+)
+def test_examples_of_the_guides_run_from_top_to_bottom(slow, tmp_path):
+    pages = [str(page) for page in PAGES if (page.stem in SLOW) == slow]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *pages], capture_output=True, text=True, timeout=900, cwd=tmp_path
     )

@@ -2,6 +2,7 @@
 
 from . import cache, eviction
 from .decoding.generate import Token, chat, generate, stream
+from .decoding.options import CacheOptions, GenerationOptions
 from .decoding.prefill import prefill, prefill_held, prefill_scored
 from .decoding.run import Completion, Timings
 from .decoding.sampling import Sampler
@@ -30,10 +31,12 @@ __version__: str
 __all__ = [
     "AnyPrecision",
     "Awq",
+    "CacheOptions",
     "Calibration",
     "Completion",
     "DashQ",
     "DecDec",
+    "GenerationOptions",
     "Gptq",
     "Lnq",
     "MixedTwoBit",

@@ -48,7 +48,7 @@ def evaluate(
         ids, size = tokenizer.encode(words), len(words.encode())
         bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
         options = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
-        options["kv_bits"] = kv_bits
+        options["cache"] = jl.CacheOptions(bits=kv_bits)
         found = jl.perplexity(model, ids, progress=True, **options)
         held = jl.report_bytes(model)
         result = {

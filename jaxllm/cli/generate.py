@@ -81,7 +81,7 @@ def generate(
         "sampler": sampler,
         "seed": seed,
         "stop": stop,
-        "kv_bits": kv_bits,
+        "cache": jl.CacheOptions(bits=kv_bits),
     }
     asked: list[Any] = list(prompts)
     gates = hold = None
@@ -89,12 +89,10 @@ def generate(
         form = GATES.get(kv_method, "fast")
         gates = jl.eviction.pico_gates(form) if kv_gates is None else jl.eviction.load_gates(kv_gates)
         hold = None if kv_hold is None else jl.eviction.Hold(gates=gates, tokens=kv_hold)
-        options["hold"] = hold
+        options["cache"] = jl.CacheOptions(bits=kv_bits, budget=hold)
     if text is not None:
-        options |= {
-            "kv_bits": None,
-            "cache": context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits, gates, hold),
-        }
+        given = context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits, gates, hold)
+        options["cache"] = jl.CacheOptions(start=given, budget=hold)
         asked = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     if stream:
         for token in jl.stream(model, tokenizer, asked[0], **options):

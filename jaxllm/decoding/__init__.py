@@ -1,6 +1,7 @@
 """Text from a model, and models that read text.
 
 generate   prompts in, completions out: generate, stream, chat
+options    what a run may be asked for
 run        one batch of requests on the host: checks, shapes, texts
 loop       one batch of requests on the device: the compiled loop
 prefill    a text read once into a cache

@@ -1,27 +1,23 @@
 """Text from a model: prompts in, completions out, one compiled loop.
 
-A run has two compiled parts. `read` reads the prompts, `_first` chooses each request's first token; `_decode`
-is a `lax.while_loop` that feeds the last token and chooses the next until every request has ended or a given
-step is reached. `generate` runs it to the end, `stream` a step at a time, stop strings a block at a time: the
-tokens are the same because the function is. Shapes are rounded up to buckets, so nearby batches and lengths
-share a compilation.
+A run has two compiled parts: the prompts are read and each request's first token is sampled (`prefill.read`,
+`loop.first_tokens`); then a `lax.while_loop` feeds the last token and samples the next until every request
+has ended or a given step is reached (`loop.decode_until`). `generate` runs it to the end, `stream` a step at
+a time, stop strings some steps at a time: the tokens are the same because the function is. Shapes are rounded
+up to buckets, so nearby batches and lengths share a compilation.
 
     outs = generate(model, tokenizer, ["Once upon a time"], max_new_tokens=64)
-
-Letters: B requests (rounded up), T prompt tokens (rounded up), N new tokens (rounded up), V vocabulary.
 """
 
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from jaxllm.cache import Cache
-from jaxllm.decoding.run import Completion, Prompt, Timings, _Run
-from jaxllm.decoding.sampling import Sampler
-from jaxllm.eviction.running_budget import Hold
+from jaxllm.decoding.options import GenerationOptions
+from jaxllm.decoding.run import Completion, GenerationRun, Prompt, Timings
 
-# How many tokens are made between two looks for a stop string.
-BLOCK = 16
+TOKENS_PER_STOP_CHECK = 16  # made between two looks for a stop string
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,103 +30,43 @@ class Token:
 
 
 def generate(
-    model,
-    tokenizer,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int | Sequence[int] = 64,
-    sampler: Sampler = Sampler(),  # noqa: B008 (frozen)
-    seed: int | Sequence[int] = 0,
-    stop: Sequence[str] = (),
-    stop_tokens: Sequence[int] | None = None,
-    cache: Cache | None = None,
-    kv_bits: int | None = None,
-    hold: Hold | None = None,
-    logprobs: bool = False,
-    timings: bool = False,
+    model, tokenizer, prompts: Sequence[Prompt], *, timings: bool = False, **options: Any
 ) -> list[Completion]:
     """What the model writes after each prompt. Greedy by default; the same seed gives the same tokens.
 
     prompts: texts, or lists of token ids. Texts are encoded as the tokenizer does by itself, begin token
       included if that is its policy. For an encoder-decoder they are the source.
-    max_new_tokens: for all requests or one number each. A request also ends where the model's context does.
-    seed: for all (request i draws from key(seed) folded with i), or one a request, independent of i.
-    stop: texts that end a request; neither they nor what follows are in `text`.
-    stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
-    cache: what every prompt continues: one request (shared) or one a prompt. It is read, never changed.
-    kv_bits: 2, 4 or 8 keeps keys and values in codes of so many bits (lossy); a given cache has its own.
-    hold: keeps the cache within a budget while the text grows, up to the model's context (lossy;
-      `eviction/gates.py`). A cache given with it must be an evicted one to which nothing was added.
-    logprobs: also give each token's log-probability.
     timings: also give the seconds of the two parts; between them the host waits for the device.
+    options: as in `GenerationOptions`: max_new_tokens, sampler, seed, stop, stop_tokens, cache, logprobs.
 
     Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
     """
     begin = time.perf_counter()
-    run = _Run(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens,
-        sampler,
-        seed,
-        stop_tokens,
-        cache,
-        kv_bits,
-        hold,
-        logprobs,
-    )
+    run = GenerationRun(model, tokenizer, prompts, GenerationOptions(**options))
     first = run.wait() if timings else begin
-    if not stop:
+    if not run.stop:
         run.advance(run.longest)
-    while stop and not run.ended():
-        run.advance(BLOCK)
-        run.end_at(stop)
+    while run.stop and not run.ended():
+        run.advance(TOKENS_PER_STOP_CHECK)
+        run.end_at_stop_strings()
     seconds = Timings(prefill_s=first - begin, decode_s=run.wait() - first) if timings else None
-    return run.completions(stop, seconds)
+    return run.completions(seconds)
 
 
-def stream(
-    model,
-    tokenizer,
-    prompt: Prompt,
-    *,
-    max_new_tokens: int = 64,
-    sampler: Sampler = Sampler(),  # noqa: B008 (frozen)
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    stop_tokens: Sequence[int] | None = None,
-    cache: Cache | None = None,
-    kv_bits: int | None = None,
-    hold: Hold | None = None,
-    logprobs: bool = False,
-) -> Iterator[Token]:
-    """The tokens of `generate` for one prompt, each as soon as it is made. Arguments as there."""
-    run = _Run(
-        model,
-        tokenizer,
-        [prompt],
-        max_new_tokens,
-        sampler,
-        seed,
-        stop_tokens,
-        cache,
-        kv_bits,
-        hold,
-        logprobs,
-    )
-    return _tokens(run, tuple(stop))
+def stream(model, tokenizer, prompt: Prompt, **options: Any) -> Iterator[Token]:
+    """The tokens of `generate` for one prompt, each as soon as it is made. Options as there."""
+    return _tokens(GenerationRun(model, tokenizer, [prompt], GenerationOptions(**options)))
 
 
-def _tokens(run: "_Run", stop: tuple[str, ...]) -> Iterator[Token]:
-    told = 0  # characters given out
+def _tokens(run: GenerationRun) -> Iterator[Token]:
+    emitted = 0  # characters given out
     while True:
-        made = run.completions(stop)[0]
-        run.end_at(stop)
+        made = run.completions()[0]
+        run.end_at_stop_strings()
         last = run.ended()
         # A stop string may have begun: what could be its beginning waits.
-        safe = len(made.text) if last else _safe(made.text, stop)
-        text, told = made.text[told:safe], max(told, safe)
+        stable = len(made.text) if last else stable_prefix(made.text, run.stop)
+        text, emitted = made.text[emitted:stable], max(emitted, stable)
         logprob = made.logprobs[-1] if made.logprobs else None
         yield Token(text=text, token_id=made.token_ids[-1], logprob=logprob)
         if last:
@@ -138,8 +74,8 @@ def _tokens(run: "_Run", stop: tuple[str, ...]) -> Iterator[Token]:
         run.advance(1)
 
 
-def _safe(text: str, stop: tuple[str, ...]) -> int:
-    """How much of `text` no later token can take back."""
+def stable_prefix(text: str, stop: Sequence[str]) -> int:
+    """How many characters of `text` no later token can take back."""
     end = len(text.rstrip("\ufffd"))  # an incomplete character decodes to this
     for string in stop:
         for size in range(min(len(string) - 1, end), 0, -1):
@@ -149,7 +85,7 @@ def _safe(text: str, stop: tuple[str, ...]) -> int:
     return end
 
 
-def chat(model, tokenizer, messages: Sequence[dict[str, str]], **options) -> Completion:
+def chat(model, tokenizer, messages: Sequence[dict[str, str]], **options: Any) -> Completion:
     """The model's answer to a conversation, laid out by the tokenizer's chat template.
 
     messages: dicts with "role" and "content". options: as for `generate`.

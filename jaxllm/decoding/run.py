@@ -7,16 +7,19 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache, DenseCache, repack
-from jaxllm.decoding.loop import _alive, _decode, _first, _Request
+from jaxllm.decoding.loop import Requests, active, decode_until, first_tokens
+from jaxllm.decoding.options import CacheOptions, GenerationOptions
 from jaxllm.decoding.prefill import read
+from jaxllm.decoding.sampling import request_keys
 from jaxllm.eviction.running_budget import Hold
 from jaxllm.models.inputs import bucket
 
@@ -43,100 +46,102 @@ class Completion:
     timings: Timings | None = dataclasses.field(default=None, compare=False)  # where asked for
 
 
-class _Run:
-    """One batch of requests on its way: checked, rounded up, prefilled, then advanced."""
+class GenerationRun:
+    """One batch of requests on its way.
 
-    def __init__(
-        self, model, tokenizer, prompts, max_new, sampler, seed, stop_tokens, cache, kv_bits, hold, logprobs
-    ):
-        self.model, self.tokenizer, self.hold = model, tokenizer, hold
-        if isinstance(prompts, str):
-            raise ValueError(f"generate: prompts must be a list of prompts, got the text {prompts!r}")
-        self.prompts = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
-        if not self.prompts:
-            raise ValueError("generate: at least one prompt is needed, got none")
-        _check_range(self.prompts, model.config.vocab)
-        self.stop_tokens = _stop_tokens(model, tokenizer, stop_tokens)
+    run = GenerationRun(model, tokenizer, prompts, options)    # every request has its first token
+    run.advance(16)                                            # up to so many more
+    run.completions()                                          # what has been made so far
+    """
+
+    def __init__(self, model, tokenizer, prompts: Sequence[Prompt], options: GenerationOptions):
+        """Reads the prompts and samples the first tokens. Raises ValueError as `generate` says."""
+        self.model, self.tokenizer, self.stop = model, tokenizer, tuple(options.stop)
+        given = options.cache_options()
+        # 1. Prompts become token ids; what is said of all requests is said of each.
+        self.prompts = _encode_all(tokenizer, prompts, model.config.vocab)
         n = len(self.prompts)
         B = bucket(n)
-        for name, given in (("max_new_tokens", max_new), ("seed", seed)):
-            if not isinstance(given, int) and len(given) != n:
-                raise ValueError(
-                    f"generate: {name} must be one number or one a prompt, got {len(given)} for {n}"
-                )
-        wanted = [max_new] * n if isinstance(max_new, int) else list(max_new)
-        if min(wanted) < 1:
-            raise ValueError(f"generate: max_new_tokens must be at least 1, got {min(wanted)}")
-        if cache is not None and kv_bits is not None:
-            raise ValueError(f"generate: kv_bits must be None where a cache is given, got {kv_bits=}")
-        if hold is not None:
-            _check_hold(model, hold, cache)
-        before = _held(cache, n)
-        fed = self.prompts
-        memory = None
-        if hasattr(model, "encode"):  # the prompt is the source; the target begins with one token
-            source, lengths = _pad(self.prompts, B)
-            memory = _encode_source(model, source, lengths)
-            fed = [[model.config.decoder_start]] * n
-        budgets = [
-            _budget(model, len(ids), held, most, i)
-            for i, (ids, held, most) in enumerate(zip(fed, before, wanted, strict=True))
+        _check_one_each("seed", options.seed, n)
+        wanted = _max_new_tokens(options.max_new_tokens, n)
+        # 2. The decoder is fed the prompts, or one token each behind an encoder that has read them.
+        memory, fed = _read_source(model, self.prompts, B)
+        # 3. A request ends where the model's context does at the latest.
+        self.budget = given.budget
+        if self.budget is not None:
+            _check_budget(model, self.budget, given.start)
+        before = _lengths_before(given.start, n)
+        limits = [
+            _limit(model, before[i] + len(ids), most, i)
+            for i, (ids, most) in enumerate(zip(fed, wanted, strict=True))
         ]
-        self.longest = max(budgets)
+        self.longest = max(limits)
+        # 4. A cache of its own with room for all of it, and what stays the same through the run.
         tokens, lengths = _pad(fed, B)
-        there = max(before) - (int(cache.tail.base.min()) if isinstance(cache, kv.PagedCache) else 0)
-        rows = bucket(there) * (there > 0) + tokens.shape[1] + bucket(self.longest)
-        own = _given(model, cache, n, B, rows, kv_bits, hold)
-        self.request = _Request(
-            budgets=jnp.asarray(budgets + [0] * (B - n), jnp.int32),
-            keys=_keys(seed, B),
-            stop_tokens=jnp.asarray(self.stop_tokens, jnp.int32),
-            plan=sampler.plan(),
+        cache = _own_cache(model, given, before, B, tokens.shape[1] + bucket(self.longest))
+        context, tail = kv.split(cache)
+        self.requests = Requests(
+            limits=jnp.asarray(limits + [0] * (B - n), jnp.int32),
+            keys=request_keys(options.seed, B),
+            stop_tokens=jnp.asarray(_stop_tokens(model, tokenizer, options.stop_tokens), jnp.int32),
+            sampling=options.sampler.params(),
             memory=memory,
-            context=kv.split(own)[0],
-            gates=None if hold is None else hold.gates,
+            context=context,
+            gates=None if self.budget is None else self.budget.gates,
         )
-        self._start(tokens, lengths, kv.split(own)[1], N=bucket(self.longest), logprobs=logprobs)
+        # 5. The prompts are read, and of their last logits each request's first token is sampled.
+        logits, tail = self._prefill(tokens, lengths, tail)
+        self.state = first_tokens(
+            model,
+            self.requests,
+            tokens,
+            lengths,
+            logits,
+            tail,
+            N=bucket(self.longest),
+            logprobs=options.logprobs,
+            buffer=None if self.budget is None else self.budget.buffer,
+        )
 
-    def _start(self, tokens, lengths, tail: DenseCache, *, N: int, logprobs: bool) -> None:
-        """Reads the prompts, in pieces if a layer with a window, or a budget, could not take them at once."""
+    def _prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], tail: DenseCache
+    ) -> tuple[Float[Array, "B V"], DenseCache]:
+        """Each request's last logits, and the cache: in pieces that layers with a window, or a budget, take."""
         last, begin = None, 0
         while begin < tokens.shape[1]:
-            room = kv.room(tail) if self.hold is None else min(self.hold.buffer, kv.room(tail))
+            room = kv.room(tail) if self.budget is None else min(self.budget.buffer, kv.room(tail))
             piece = tokens[:, begin : begin + room]
             real = jnp.clip(lengths - begin, 0, piece.shape[1])
-            request = self.request
+            requests = self.requests
             logits, tail, scores = read(
-                self.model, request.gates, request.memory, request.context, piece, tail, real
+                self.model, requests.gates, requests.memory, requests.context, piece, tail, real
             )
             last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
-            if self.hold is not None:
-                tail = self._settled(tail, scores)
+            if self.budget is not None:
+                tail = self._enforce_budget(tail, scores)
             begin += room
-        buffer = None if self.hold is None else self.hold.buffer
-        self.state = _first(
-            self.model, self.request, tokens, lengths, last, tail, N=N, logprobs=logprobs, buffer=buffer
-        )
+        assert last is not None  # there is a prompt, and none is empty
+        return last, tail
 
-    def _settled(self, tail: DenseCache, scores) -> DenseCache:
+    def _enforce_budget(self, tail: DenseCache, scores) -> DenseCache:
         """An empty tail behind a context that holds the budget."""
-        assert self.hold is not None
-        self.room = self.hold.buffer
-        context, tail = kv.split(self.hold.settled(kv.join(self.request.context, tail), scores))
-        self.request = dataclasses.replace(self.request, context=context)
+        assert self.budget is not None
+        self.room = self.budget.buffer
+        context, tail = kv.split(self.budget.settled(kv.join(self.requests.context, tail), scores))
+        self.requests = dataclasses.replace(self.requests, context=context)
         return tail
 
     def advance(self, steps: int) -> None:
         """Makes up to `steps` more tokens for every request that has not ended."""
-        if self.hold is None:
-            self.state = _decode(self.model, self.request, self.state, self.state.step + steps)
+        if self.budget is None:
+            self.state = decode_until(self.model, self.requests, self.state, self.state.step + steps)
             return
         while steps > 0 and not self.ended():
             if self.room == 0:
-                tail = self._settled(self.state.cache, self.state.scores)
+                tail = self._enforce_budget(self.state.cache, self.state.scores)
                 self.state = dataclasses.replace(self.state, cache=tail)
             some = min(steps, self.room)
-            self.state = _decode(self.model, self.request, self.state, self.state.step + some)
+            self.state = decode_until(self.model, self.requests, self.state, self.state.step + some)
             steps, self.room = steps - some, self.room - some
 
     def wait(self) -> float:
@@ -146,29 +151,29 @@ class _Run:
 
     def ended(self) -> bool:
         """Whether no request can go on."""
-        return not bool(_alive(self.request, self.state).any())
+        return not bool(active(self.requests, self.state).any())
 
-    def end_at(self, stop: Sequence[str]) -> None:
-        """Ends the requests whose text holds a stop string, after the token that completed it."""
-        if not stop:
+    def end_at_stop_strings(self) -> None:
+        """Ends the requests whose text has a stop string in it, after the token that completed it."""
+        if not self.stop:
             return
         counts, stopped = np.array(self.state.counts), np.array(self.state.stopped)
-        rows = np.asarray(self.state.tokens)
+        tokens = np.asarray(self.state.tokens)
         for i in range(len(self.prompts)):
-            ids = rows[i, : counts[i]].tolist()
-            if not _holds(self._text(i, ids), stop):
+            ids = tokens[i, : counts[i]].tolist()
+            if not self._has_stop_string(i, ids):
                 continue
-            least, most = 1, len(ids)  # the fewest tokens whose text holds one
+            least, most = 1, len(ids)  # the fewest tokens whose text has one
             while least < most:
                 middle = (least + most) // 2
-                if _holds(self._text(i, ids[:middle]), stop):
+                if self._has_stop_string(i, ids[:middle]):
                     most = middle
                 else:
                     least = middle + 1
             counts[i], stopped[i] = least, True
         self.state = dataclasses.replace(self.state, counts=jnp.asarray(counts), stopped=jnp.asarray(stopped))
 
-    def completions(self, stop: Sequence[str], timings: Timings | None = None) -> list[Completion]:
+    def completions(self, timings: Timings | None = None) -> list[Completion]:
         """What has been made so far."""
         state = self.state
         counts, stopped, tokens, logprobs = jax.device_get(
@@ -179,7 +184,7 @@ class _Run:
             count = int(counts[i])
             ids = tokens[i, :count].tolist()
             text = self._text(i, ids)
-            cuts = [text.find(string) for string in stop if string in text]
+            cuts = [text.find(string) for string in self.stop if string in text]
             outs.append(
                 Completion(
                     text=text[: min(cuts)] if cuts else text,
@@ -192,6 +197,10 @@ class _Run:
             )
         return outs
 
+    def _has_stop_string(self, i: int, ids: list[int]) -> bool:
+        text = self._text(i, ids)
+        return any(string in text for string in self.stop)
+
     def _text(self, i: int, ids: list[int]) -> str:
         """The new tokens as text: what they add to the prompt's text, for a first space may depend on it."""
         if self.tokenizer is None:
@@ -203,8 +212,17 @@ class _Run:
         return whole[len(before) :] if whole.startswith(before) else decode(ids)
 
 
-def _holds(text: str, stop: Sequence[str]) -> bool:
-    return any(string in text for string in stop)
+def _encode_all(tokenizer, prompts: Sequence[Prompt], vocab: int) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise ValueError(f"generate: prompts must be a list of prompts, got the text {prompts!r}")
+    out = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+    if not out:
+        raise ValueError("generate: at least one prompt is needed, got none")
+    for i, ids in enumerate(out):
+        if min(ids) < 0 or max(ids) >= vocab:
+            wrong = next(token for token in ids if not 0 <= token < vocab)
+            raise ValueError(f"generate: token ids must lie in 0 to {vocab - 1}, got {wrong} in prompt {i}")
+    return out
 
 
 def _encode(tokenizer, prompt: Prompt, index: int) -> list[int]:
@@ -220,14 +238,33 @@ def _encode(tokenizer, prompt: Prompt, index: int) -> list[int]:
     return ids
 
 
-def _check_range(prompts: list[list[int]], vocab: int) -> None:
-    for i, ids in enumerate(prompts):
-        if min(ids) < 0 or max(ids) >= vocab:
-            wrong = next(token for token in ids if not 0 <= token < vocab)
-            raise ValueError(f"generate: token ids must lie in 0 to {vocab - 1}, got {wrong} in prompt {i}")
+def _check_one_each(name: str, given: int | Sequence[int], n: int) -> None:
+    if not isinstance(given, int) and len(given) != n:
+        raise ValueError(f"generate: {name} must be one number or one a prompt, got {len(given)} for {n}")
 
 
-def _stop_tokens(model, tokenizer, given) -> tuple[int, ...]:
+def _max_new_tokens(given: int | Sequence[int], n: int) -> list[int]:
+    _check_one_each("max_new_tokens", given, n)
+    each = [given] * n if isinstance(given, int) else list(given)
+    if min(each) < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {min(each)}")
+    return each
+
+
+def _read_source(model, prompts: list[list[int]], B: int) -> tuple[Any, list[list[int]]]:
+    """What an encoder has read of the prompts, if there is one, and what the decoder is fed."""
+    if not hasattr(model, "encode"):
+        return None, prompts
+    source, lengths = _pad(prompts, B)
+    return _encode_source(model, source, lengths), [[model.config.decoder_start]] * len(prompts)
+
+
+@jax.jit
+def _encode_source(model, tokens, lengths):
+    return model.encode(tokens, lengths)
+
+
+def _stop_tokens(model, tokenizer, given: Sequence[int] | None) -> tuple[int, ...]:
     if given is not None:
         return tuple(given)
     own = getattr(model.config, "stop_tokens", ())
@@ -237,18 +274,19 @@ def _stop_tokens(model, tokenizer, given) -> tuple[int, ...]:
     return () if end is None else (end,)
 
 
-def _budget(model, length: int, held: int, most: int, index: int) -> int:
-    room = model.config.context - held - length
+def _limit(model, length: int, most: int, index: int) -> int:
+    """How many tokens a request of `length` tokens so far may be given."""
+    room = model.config.context - length
     if room < 1:
         raise ValueError(
             f"generate: a prompt must leave room in the context of {model.config.context} tokens, "
-            f"got {held + length} as number {index}"
+            f"got {length} as number {index}"
         )
     return min(most, room)
 
 
-def _pad(prompts: list[list[int]], B: int):
-    """Prompts as [B, T] padded on the right, and their lengths; rows past the last prompt hold one token."""
+def _pad(prompts: list[list[int]], B: int) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Prompts padded on the right, and their lengths; rows past the last prompt hold one token."""
     T = max(8, bucket(max(map(len, prompts))))
     tokens, lengths = np.zeros((B, T), np.int32), np.ones((B,), np.int32)
     for i, ids in enumerate(prompts):
@@ -256,15 +294,7 @@ def _pad(prompts: list[list[int]], B: int):
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
-def _keys(seed: int | Sequence[int], B: int):
-    if isinstance(seed, int):
-        return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
-    seeds = np.zeros((B,), np.uint32)
-    seeds[: len(seed)] = np.asarray(seed, np.uint64).astype(np.uint32)
-    return jax.vmap(jax.random.key)(jnp.asarray(seeds))
-
-
-def _held(cache: Cache | None, n: int) -> list[int]:
+def _lengths_before(cache: Cache | None, n: int) -> list[int]:
     """How many tokens each request continues."""
     if cache is None:
         return [0] * n
@@ -276,28 +306,27 @@ def _held(cache: Cache | None, n: int) -> list[int]:
     return lengths * n if len(lengths) == 1 else lengths
 
 
-def _check_hold(model, hold: Hold, cache: Cache | None) -> None:
+def _check_budget(model, budget: Hold, cache: Cache | None) -> None:
     if hasattr(model, "encode"):
-        raise ValueError("generate: hold needs a decoder alone, got a model that reads a source")
-    hold.gates.layers(model)  # or it raises
+        raise ValueError("generate: a budget needs a decoder alone, got a model that reads a source")
+    budget.gates.layers(model)  # or it raises
     if cache is not None and (not isinstance(cache, kv.PagedCache) or repack.tail_size(cache)):
         got = f"{repack.tail_size(cache)} rows without scores in a {type(cache).__name__}"
-        raise ValueError(f"generate: with hold, a cache must be an evicted one and nothing more, got {got}")
+        raise ValueError(
+            f"generate: with a budget, a cache must be an evicted one and nothing more, got {got}"
+        )
 
 
-def _given(
-    model, cache: Cache | None, n: int, B: int, rows: int, kv_bits: int | None, hold: Hold | None
-) -> Cache:
-    """An own cache with room for `rows` tokens a request: empty, or a copy of the one given."""
+def _own_cache(model, given: CacheOptions, before: list[int], B: int, new: int) -> Cache:
+    """A cache with room for `new` tokens more a request: empty, or a copy of the one given."""
+    cache = given.start
     if cache is not None:
-        order = [0] * B if cache.lengths.shape[0] == 1 else [min(i, n - 1) for i in range(B)]
+        order = [0] * B if cache.lengths.shape[0] == 1 else [min(i, len(before) - 1) for i in range(B)]
         cache = kv.select(cache, jnp.asarray(order))
-    if hold is not None:
-        cache = model.make_cache(B, 1, slack=hold.buffer, bits=kv_bits) if cache is None else cache
-        return hold.settled(cache, None)
-    return model.make_cache(B, rows, bits=kv_bits) if cache is None else kv.grow(cache, rows)
-
-
-@jax.jit
-def _encode_source(model, tokens, lengths):
-    return model.encode(tokens, lengths)
+    if given.budget is not None:
+        cache = model.make_cache(B, 1, slack=given.budget.buffer, bits=given.bits) if cache is None else cache
+        return given.budget.settled(cache, None)
+    if cache is None:
+        return model.make_cache(B, new, bits=given.bits)
+    there = max(before) - (int(cache.tail.base.min()) if isinstance(cache, kv.PagedCache) else 0)
+    return kv.grow(cache, bucket(there) * (there > 0) + new)

@@ -7,10 +7,13 @@ for the filtered logits (Gumbel-max). Letters: B requests, V vocabulary.
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxllm.pytree import pytree
 
@@ -43,11 +46,14 @@ class Sampler:
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ValueError(f"Sampler: repetition_penalty must be positive, got {self.repetition_penalty}")
 
-    def plan(self) -> "Plan":
+    def params(self) -> "SamplingParams":
         """The same settings as arrays, so that another temperature needs no new compilation."""
         drawn = self.temperature > 0
-        number = lambda value: None if value is None else jnp.asarray(value, jnp.float32)  # noqa: E731
-        return Plan(
+
+        def number(value: float | None) -> jax.Array | None:
+            return None if value is None else jnp.asarray(value, jnp.float32)
+
+        return SamplingParams(
             temperature=number(self.temperature if drawn else None),
             top_k=None if self.top_k is None or not drawn else jnp.asarray(self.top_k, jnp.int32),
             top_p=number(self.top_p if drawn else None),
@@ -57,7 +63,7 @@ class Sampler:
 
 
 @pytree
-class Plan:
+class SamplingParams:
     """A sampler as a jitted function sees it: numbers are traced, which of them exist is not."""
 
     temperature: jax.Array | None  # None is greedy
@@ -67,47 +73,62 @@ class Plan:
     penalty: jax.Array | None
 
 
-def filtered(
-    logits: Float[Array, "B V"], plan: Plan, seen: Bool[Array, "B V"] | None = None
+def process_logits(
+    logits: Float[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """Logits after every filter of the plan; tokens that cannot be chosen are -inf.
+    """Logits after every filter; tokens that cannot be chosen are -inf.
 
     seen: which tokens each request already holds; needed for the repetition penalty.
     """
-    if plan.penalty is not None:
+    if params.penalty is not None:
         assert seen is not None
-        punished = jnp.where(logits > 0, logits / plan.penalty, logits * plan.penalty)
+        punished = jnp.where(logits > 0, logits / params.penalty, logits * params.penalty)
         logits = jnp.where(seen, punished, logits)
-    if plan.temperature is None:
+    if params.temperature is None:
         return logits
-    logits = logits / plan.temperature
-    if plan.top_k is not None:
+    logits = logits / params.temperature
+    if params.top_k is not None:
         best = jnp.sort(logits, axis=-1, descending=True)
-        last = jnp.minimum(plan.top_k, logits.shape[-1]) - 1
+        last = jnp.minimum(params.top_k, logits.shape[-1]) - 1
         logits = jnp.where(logits >= best[:, last][:, None], logits, -jnp.inf)
-    if plan.top_p is not None:
+    if params.top_p is not None:
         order = jnp.argsort(logits, axis=-1, descending=True)
         best = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-        kept = jnp.cumsum(best, axis=-1) - best < plan.top_p  # the likeliest always stays
+        kept = jnp.cumsum(best, axis=-1) - best < params.top_p  # the likeliest always stays
         rank = jnp.argsort(order, axis=-1)
         logits = jnp.where(jnp.take_along_axis(kept, rank, axis=-1), logits, -jnp.inf)
-    if plan.min_p is not None:
+    if params.min_p is not None:
         likely = jax.nn.softmax(logits, axis=-1)
-        enough = likely >= plan.min_p * likely.max(axis=-1, keepdims=True)
+        enough = likely >= params.min_p * likely.max(axis=-1, keepdims=True)
         logits = jnp.where(enough, logits, -jnp.inf)
     return logits
 
 
-def choose(
+def sample(
     logits: Float[Array, "B V"],
-    plan: Plan,
+    params: SamplingParams,
     keys,
     steps: Int[Array, " B"],
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
     """The next token of each request: drawn with its own key and step, so that its batch does not matter."""
-    logits = filtered(logits, plan, seen)
-    if plan.temperature is None:
+    logits = process_logits(logits, params, seen)
+    if params.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    draw = lambda key, step, row: jax.random.categorical(jax.random.fold_in(key, step), row)  # noqa: E731
+
+    def draw(key, step, row):
+        return jax.random.categorical(jax.random.fold_in(key, step), row)
+
     return jax.vmap(draw)(keys, steps, logits).astype(jnp.int32)
+
+
+def request_keys(seed: int | Sequence[int], B: int) -> Key[Array, " B"]:
+    """A random key a request: of one seed folded with its number, or of its own seed whatever its number.
+
+    Seeds may be fewer than B: the requests behind them, which only fill a batch up, get that of 0.
+    """
+    if isinstance(seed, int):
+        return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
+    seeds = np.zeros((B,), np.uint32)
+    seeds[: len(seed)] = np.asarray(seed, np.uint64).astype(np.uint32)
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds))

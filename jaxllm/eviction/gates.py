@@ -3,7 +3,7 @@
     gates = load_gates("gates/")                                       # or jaxllm.training.gates.train_gates
     cache, scores = prefill_scored(model, [ids], gates)                # one pass
     small = evict(cache, scores, ratio=0.3)
-    outs = generate(model, tokenizer, prompts, hold=Hold(gates=gates, tokens=256))
+    outs = generate(model, tokenizer, prompts, cache=CacheOptions(budget=Hold(gates=gates, tokens=256)))
 
 Two published forms. `FastGate` (Fast KVzip) compares queries and a key of few numbers, both made of the
 hidden state x, with learned sinks z as attention does; it learns KVzip's scores by binary cross entropy:

@@ -9,7 +9,7 @@ dropped).
     perplexity(model, tokens, context=512, stride=128)  # overlapping, as in Hugging Face's guide
 
 Any model with the forward signature `model(tokens, lengths=) -> (float32 logits [B, T, V], cache)`
-will do; with `kv_bits` it also needs `make_cache` and the argument `cache`.
+will do; with bits in `cache` it also needs `make_cache` and the argument `cache`.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Integer
 from tqdm import tqdm
 
+from jaxllm.decoding.options import CacheOptions
 from jaxllm.models.inputs import as_tokens, refuse_encoder
 
 # What one call may take: tokens (the host waits for it, the progress bar moves after it), and
@@ -51,16 +52,16 @@ class Scores(NamedTuple):
     greedy: list[Bool[np.ndarray, " _"]]  # whether the token is the arg max
 
 
-@partial(jax.jit, static_argnames="kv_bits")
+@partial(jax.jit, static_argnames="bits")
 def _predict(
     model: Any,
     tokens: Integer[Array, "B T"],
     lengths: Integer[Array, " B"],
     targets: Integer[Array, "B T"],
-    kv_bits: int | None = None,
+    bits: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """log p(target) after each token, and whether the target is the arg max."""
-    more = {} if kv_bits is None else {"cache": model.make_cache(*tokens.shape, bits=kv_bits)}
+    more = {} if bits is None else {"cache": model.make_cache(*tokens.shape, bits=bits)}
     logits, _ = model(tokens, lengths=lengths, **more)
     chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
     logprobs = chosen - jax.nn.logsumexp(logits, axis=2)
@@ -68,7 +69,7 @@ def _predict(
 
 
 def _call(
-    model: Any, rows: list[np.ndarray], batch: int, length: int, kv_bits: int | None = None
+    model: Any, rows: list[np.ndarray], batch: int, length: int, bits: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`_predict` for up to `batch` sequences of up to length + 1 tokens, padded to one shape."""
     tokens, targets = np.zeros((2, batch, length), np.int32)
@@ -76,7 +77,7 @@ def _call(
     for i, row in enumerate(rows):
         n = len(row) - 1
         tokens[i, :n], targets[i, :n], lengths[i] = row[:-1], row[1:], n
-    logprobs, greedy = _predict(model, tokens, lengths, targets, kv_bits)
+    logprobs, greedy = _predict(model, tokens, lengths, targets, bits)
     return np.asarray(logprobs), np.asarray(greedy)
 
 
@@ -138,7 +139,7 @@ def perplexity(
     batch: int | None = None,
     bos: int | None = None,
     num_bytes: int | None = None,
-    kv_bits: int | None = None,
+    cache: CacheOptions | None = None,
     progress: bool = False,
 ) -> Perplexity:
     """Perplexity of a text, read through windows of `context` tokens, `stride` tokens apart.
@@ -160,10 +161,13 @@ def perplexity(
     batch: windows a call; None chooses by their length and the vocabulary.
     num_bytes: bytes of the text, asks for bits per byte: nll_per_token / ln 2 x tokens of the text
       / num_bytes, so tokens that were not predicted count as average ones.
-    kv_bits: 2, 4 or 8: keys and values are read as a cache in codes of so many bits gives them back.
+    cache: its bits, 2, 4 or 8: keys and values are read as a cache in codes of so many gives them back.
     progress: draws a bar on stderr.
     """
     refuse_encoder("perplexity", model)
+    if cache is not None and (cache.start is not None or cache.budget is not None):
+        raise ValueError("perplexity: cache may have bits only, got a start or a budget")
+    bits = None if cache is None else cache.bits
     context = model.config.context if context is None else context
     if not 2 <= context <= model.config.context:
         raise ValueError(f"perplexity: context must lie in [2, {model.config.context}], got {context=}")
@@ -191,7 +195,7 @@ def perplexity(
             rows = [np.concatenate([front, text[s : s + room]]) for s in some]
             # subtle: without bos the last window can be one token, which nothing predicts
             rows = [row for row in rows if len(row) > 1]
-            values, _ = _call(model, rows, size, length, kv_bits)
+            values, _ = _call(model, rows, size, length, bits)
             seen = 0
             for row, value, start in zip(rows, values, some, strict=False):
                 known = 0 if start == 0 else room - stride  # tokens of text that an earlier window predicted

@@ -207,17 +207,19 @@ def test_chunks_tokens_and_the_whole_text_give_the_same_logits(models, name, bit
 def test_generation_streams_continues_and_does_not_depend_on_the_batch(models, name):
     model = models[name]
     prompts = [[1, 2, 3, 4, 5, 6], [7] * 5]
-    outs = jl.generate(model, None, prompts, max_new_tokens=6, kv_bits=4)
+    outs = jl.generate(model, None, prompts, max_new_tokens=6, cache=jl.CacheOptions(bits=4))
     for prompt, out in zip(prompts, outs, strict=True):
-        stream = jl.stream(model, None, prompt, max_new_tokens=6, kv_bits=4)
+        stream = jl.stream(model, None, prompt, max_new_tokens=6, cache=jl.CacheOptions(bits=4))
         assert [token.token_id for token in stream] == out.token_ids
     _, cache = jax.jit(lambda m: m(jnp.array([[1, 2, 3]]), m.make_cache(1, 8, slack=8, bits=4)))(model)
     before = jax.tree.map(np.asarray, cache)
     again = jl.generate(model, None, [[4, 5, 6]], max_new_tokens=6, cache=cache)
     assert again[0].token_ids == outs[0].token_ids
     jax.tree.map(np.testing.assert_array_equal, cache, before)
-    with pytest.raises(ValueError, match="kv_bits must be None where a cache is given, got kv_bits=4"):
-        jl.generate(model, None, [[4]], cache=cache, kv_bits=4)
+    with pytest.raises(
+        ValueError, match="bits must be None where a start, which has its own, is given, got 4"
+    ):
+        jl.CacheOptions(start=cache, bits=4)
 
 
 def test_every_model_takes_a_cache_in_codes():
@@ -229,18 +231,22 @@ def test_every_model_takes_a_cache_in_codes():
     got = jnp.concatenate([got, run(small, text[:, 3:], cache)[0]], axis=1)
     assert_same_but_for_rounding(got, want, run(small, text, small.make_cache(1, 8))[0])
     both = t5.T5(t5.TINY, rngs=nnx.Rngs(0))
-    out = jl.generate(both, None, [[3, 4, 5]], max_new_tokens=4, kv_bits=8, stop_tokens=())
+    out = jl.generate(
+        both, None, [[3, 4, 5]], max_new_tokens=4, cache=jl.CacheOptions(bits=8), stop_tokens=()
+    )
     assert len(out[0].token_ids) == 4
 
 
 def test_perplexity_is_that_of_the_cached_model(models):
     model = models["full"]
     text = np.asarray(jax.random.randint(jax.random.key(1), (60,), 0, 128))
-    plain, coarse, fine = (jl.perplexity(model, text, context=20, kv_bits=bits) for bits in (None, 4, 8))
+    plain, coarse, fine = (
+        jl.perplexity(model, text, context=20, cache=jl.CacheOptions(bits=bits)) for bits in (None, 4, 8)
+    )
     assert plain.tokens == coarse.tokens == fine.tokens
     logits = jax.jit(lambda model, t: model(t, model.make_cache(1, 19, bits=4))[0])(model, text[None, :19])
     logp = jax.nn.log_softmax(logits)[0, jnp.arange(19), text[1:20]]
-    first = jl.perplexity(model, text[:20], context=20, kv_bits=4)
+    first = jl.perplexity(model, text[:20], context=20, cache=jl.CacheOptions(bits=4))
     np.testing.assert_allclose(first.nll_per_token, -logp.mean(), rtol=1e-4)
     assert abs(fine.nll_per_token - plain.nll_per_token) < 2e-3
     assert coarse.nll_per_token != plain.nll_per_token

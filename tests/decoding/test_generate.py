@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxllm as jl
 from jaxllm import cache as kv
-from jaxllm.decoding import generate as module
-from jaxllm.decoding import loop, run
+from jaxllm.decoding import loop, prefill, sampling
 from jaxllm.models import inputs
 from jaxllm.models.decoder import TINY, Decoder
 
@@ -121,16 +120,16 @@ def test_a_long_prompt_behind_a_cache_is_read_in_pieces_that_fit_the_window(mode
 
 def test_nearby_shapes_share_a_compilation(model):
     jl.generate(model, None, [[1] * 9, [2] * 12, [3]], max_new_tokens=13)
-    sizes = loop._decode._cache_size(), module.read._cache_size()
+    sizes = loop.decode_until._cache_size(), prefill.read._cache_size()
     jl.generate(model, None, [[1] * 11, [2] * 10, [3] * 4], max_new_tokens=15)
-    assert (loop._decode._cache_size(), module.read._cache_size()) == sizes
+    assert (loop.decode_until._cache_size(), prefill.read._cache_size()) == sizes
 
 
 def test_another_sampler_compiles_the_prefill_not_again(model):
     jl.generate(model, None, PROMPTS, max_new_tokens=4)
-    size = module.read._cache_size()
+    size = prefill.read._cache_size()
     jl.generate(model, None, PROMPTS, max_new_tokens=4, sampler=jl.Sampler(temperature=1.0, top_k=5))
-    assert module.read._cache_size() == size
+    assert prefill.read._cache_size() == size
 
 
 def test_generation_ends_where_the_context_does(model):
@@ -185,7 +184,7 @@ def test_the_compiled_loop_holds_no_second_copy_of_the_weights(dtype, usual_comp
     request, state = jax.eval_shape(_started, model)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     memory = (
-        loop._decode.lower(model, request, state, step)
+        loop.decode_until.lower(model, request, state, step)
         .compile(compiler_options=usual_compiler)
         .memory_analysis()
     )
@@ -195,14 +194,13 @@ def test_the_compiled_loop_holds_no_second_copy_of_the_weights(dtype, usual_comp
 
 def _started(model):
     """A run of one request about to enter the loop."""
-    request = loop._Request(
-        budgets=jnp.ones((1,), jnp.int32),
-        keys=run._keys(0, 1),
+    request = loop.Requests(
+        limits=jnp.ones((1,), jnp.int32),
+        keys=sampling.request_keys(0, 1),
         stop_tokens=jnp.zeros((1,), jnp.int32),
-        plan=jl.Sampler().plan(),
-        memory=None,
+        sampling=jl.Sampler().params(),
     )
     tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
-    state = loop._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
+    state = loop.first_tokens(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
     return request, state

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.decoding.sampling import Sampler, choose, filtered
+from jaxllm.decoding.sampling import Sampler, process_logits, sample
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.15, 0.1, 0.05]], jnp.float32))
 
 
 def kept(sampler, logits=LOGITS):
     """Which tokens survive the filters."""
-    return np.isfinite(np.asarray(filtered(logits, sampler.plan())))[0].tolist()
+    return np.isfinite(np.asarray(process_logits(logits, sampler.params())))[0].tolist()
 
 
 def test_top_k_keeps_the_k_likeliest():
@@ -46,14 +46,14 @@ def test_filters_apply_in_order_after_the_temperature():
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits = jnp.array([[2.0, -2.0, 1.0]])
     seen = jnp.array([[True, True, False]])
-    got = filtered(logits, Sampler(repetition_penalty=2.0).plan(), seen)
+    got = process_logits(logits, Sampler(repetition_penalty=2.0).params(), seen)
     np.testing.assert_allclose(got, [[1.0, -4.0, 1.0]])
 
 
 def draws(sampler, n=4000):
     keys = jax.vmap(jax.random.key)(jnp.arange(n))
     logits = jnp.broadcast_to(LOGITS, (n, 5))
-    return np.asarray(choose(logits, sampler.plan(), keys, jnp.zeros((n,), jnp.int32)))
+    return np.asarray(sample(logits, sampler.params(), keys, jnp.zeros((n,), jnp.int32)))
 
 
 def test_draws_follow_the_filtered_distribution():
@@ -67,7 +67,7 @@ def test_zero_temperature_takes_the_likeliest():
 
 
 def test_another_temperature_needs_no_new_compilation():
-    one, other = (Sampler(temperature=t, top_p=p).plan() for t, p in ((0.7, 0.9), (1.3, 0.5)))
+    one, other = (Sampler(temperature=t, top_p=p).params() for t, p in ((0.7, 0.9), (1.3, 0.5)))
     assert jax.tree.structure(one) == jax.tree.structure(other)
 
 

@@ -142,7 +142,7 @@ def fast(model):
 def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(model, fast, bits):
     hold = running_budget.Hold(gates=fast, tokens=20, buffer=8, recent=3, sinks=2)
     prompts = [list(range(3, 25)), [7, 8, 9]]
-    outs = jl.generate(model, None, prompts, max_new_tokens=60, hold=hold, kv_bits=bits)
+    outs = jl.generate(model, None, prompts, max_new_tokens=60, cache=jl.CacheOptions(budget=hold, bits=bits))
 
     cache = hold.settled(model.make_cache(2, 1, slack=8, bits=bits), None)
     sizes, made = set(), [[], []]
@@ -181,10 +181,11 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
 def test_a_budget_that_holds_everything_changes_nothing(model, fast):
     hold = running_budget.Hold(gates=fast, tokens=100, buffer=16, recent=3)
     prompts = [[5, 6, 7, 8], list(range(20, 50))]
+    budget = jl.CacheOptions(budget=hold)
     free = jl.generate(model, None, prompts, max_new_tokens=40)
-    held = jl.generate(model, None, prompts, max_new_tokens=40, hold=hold)
+    held = jl.generate(model, None, prompts, max_new_tokens=40, cache=budget)
     assert [o.token_ids for o in held] == [o.token_ids for o in free]
-    streamed = [t.token_id for t in jl.stream(model, None, prompts[1], max_new_tokens=40, hold=hold)]
+    streamed = [t.token_id for t in jl.stream(model, None, prompts[1], max_new_tokens=40, cache=budget)]
     assert streamed == free[1].token_ids
 
 
@@ -194,15 +195,19 @@ def test_a_held_cache_goes_on_from_an_evicted_one_and_from_a_text_read_within_th
     assert read.lengths.tolist() == [40, 32]
     assert sum(len(h) for layer in repack.kept_positions(read) for h in layer[0]) == 16 * 4
     prompts = [ROWS[0] + [8], ROWS[1] + [9]]
-    whole = jl.generate(model, None, prompts, max_new_tokens=20, hold=hold)
-    after = jl.generate(model, None, [[8], [9]], max_new_tokens=20, cache=read, hold=hold)
+    whole = jl.generate(model, None, prompts, max_new_tokens=20, cache=jl.CacheOptions(budget=hold))
+    after = jl.generate(
+        model, None, [[8], [9]], max_new_tokens=20, cache=jl.CacheOptions(budget=hold, start=read)
+    )
     # the text ends with a full buffer, so that both have read it in the same pieces
     assert [o.token_ids for o in after] == [o.token_ids for o in whole]
     cache, scores = prefill.prefill_scored(model, ROWS, fast)
     small = evict(cache, scores, ratio=0.5)
     wide = dataclasses.replace(hold, tokens=64)  # all that was left and will come: nothing more is lost
     free = jl.generate(model, None, [[8], [9]], max_new_tokens=20, cache=small)
-    held = jl.generate(model, None, [[8], [9]], max_new_tokens=20, cache=small, hold=wide)
+    held = jl.generate(
+        model, None, [[8], [9]], max_new_tokens=20, cache=jl.CacheOptions(budget=wide, start=small)
+    )
     assert [o.token_ids for o in held] == [o.token_ids for o in free]
 
 
@@ -236,7 +241,9 @@ def test_wrong_use_is_one_line(model, fast):
     with pytest.raises(
         ValueError, match="must be an evicted one and nothing more, got 40 rows without scores"
     ):
-        jl.generate(model, None, [[5]], cache=prefill.prefill(model, ROWS[:1]), hold=hold)
+        jl.generate(
+            model, None, [[5]], cache=jl.CacheOptions(budget=hold, start=prefill.prefill(model, ROWS[:1]))
+        )
     with pytest.raises(ValueError, match="rows must have more than prefix=32 tokens, got"):
         prefill.prefill_scored(model, ROWS, fast, prefix=32)
     with pytest.raises(

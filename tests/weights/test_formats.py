@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxllm as jl
-from jaxllm.decoding import loop, run
+from jaxllm.decoding import loop, sampling
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit
 from jaxllm.quant.quantize import quantize
@@ -268,7 +268,7 @@ def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
         request, state = jax.eval_shape(_started, model)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         memory = (
-            loop._decode.lower(model, request, state, step)
+            loop.decode_until.lower(model, request, state, step)
             .compile(compiler_options=usual_compiler)
             .memory_analysis()
         )
@@ -280,13 +280,12 @@ def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
 
 def _started(model):
     """A run of one request about to enter the loop."""
-    request = loop._Request(
-        budgets=jnp.ones((1,), jnp.int32),
-        keys=run._keys(0, 1),
+    request = loop.Requests(
+        limits=jnp.ones((1,), jnp.int32),
+        keys=sampling.request_keys(0, 1),
         stop_tokens=jnp.zeros((1,), jnp.int32),
-        plan=jl.Sampler().plan(),
-        memory=None,
+        sampling=jl.Sampler().params(),
     )
     tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
     logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
-    return request, loop._first(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
+    return request, loop.first_tokens(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)

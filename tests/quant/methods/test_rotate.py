@@ -253,5 +253,5 @@ def test_a_model_in_four_bits_throughout_predicts_nearly_as_well():
     small = jl.quantize(model, Rotate(base=jl.Gptq(bits=4, group=32, guided=True)), text, progress=False)
     assert isinstance(small.layers[0].mlp.down.w.get_value(), Rotated)
     measure = lambda model, **more: jl.perplexity(model, text.ravel(), context=32, **more).nll_per_token  # noqa: E731
-    want, got = measure(model), measure(small, kv_bits=4)
+    want, got = measure(model), measure(small, cache=jl.CacheOptions(bits=4))
     assert want != got and abs(got - want) < 0.15

@@ -1,6 +1,7 @@
 """`jaxllm eval`: perplexity of a text, or accuracy at a multiple-choice task."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,7 +48,7 @@ def evaluate(
     if text is not None:
         ids, size = tokenizer.encode(words), len(words.encode())
         bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
-        options = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
+        options: dict[str, Any] = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
         options["cache"] = jl.CacheOptions(bits=kv_bits)
         found = jl.perplexity(model, ids, progress=True, **options)
         held = jl.report_bytes(model)

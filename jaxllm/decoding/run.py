@@ -28,7 +28,7 @@ Prompt = str | Sequence[int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds that the batch of a completion took, compilation included where there was any."""
+    """Seconds that the batch of a completion took by the clock, compilation included."""
 
     prefill_s: float  # from the call until the first token of every request is there
     decode_s: float  # from then until the last token of every request is there
@@ -106,7 +106,7 @@ class GenerationRun:
     def _prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], tail: DenseCache
     ) -> tuple[Float[Array, "B V"], DenseCache]:
-        """Each request's last logits, and the cache: in pieces that layers with a window, or a budget, take."""
+        """Each request's last logits, and the cache: in pieces that a window or a budget takes."""
         last, begin = None, 0
         while begin < tokens.shape[1]:
             room = kv.room(tail) if self.budget is None else min(self.budget.buffer, kv.room(tail))
@@ -328,5 +328,8 @@ def _own_cache(model, given: CacheOptions, before: list[int], B: int, new: int) 
         return given.budget.settled(cache, None)
     if cache is None:
         return model.make_cache(B, new, bits=given.bits)
-    there = max(before) - (int(cache.tail.base.min()) if isinstance(cache, kv.PagedCache) else 0)
+    there = max(before)
+    if isinstance(cache, kv.PagedCache):
+        assert cache.tail.base is not None  # it stands behind a context
+        there -= int(cache.tail.base.min())
     return kv.grow(cache, bucket(there) * (there > 0) + new)

@@ -205,7 +205,7 @@ def _written(pico, tokenizer, args) -> dict[str, list[float]]:
     budget = eviction.Hold(gates=gates, tokens=args.budget)
     works: dict[str, dict[str, Any]] = {
         f"{args.written} tokens by pico": {},
-        f"{args.written} tokens by pico within {args.budget}": {"hold": budget},
+        f"{args.written} tokens by pico within {args.budget}": {"cache": jl.CacheOptions(budget=budget)},
     }
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn, name in rounds(works, args.rounds):

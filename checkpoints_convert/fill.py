@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxllm.pytree import is_variable, path_name
 from jaxllm.sharding import shardings
 from jaxllm.weights.dense import Dense
 
@@ -22,8 +23,7 @@ Read = Callable[[str, tuple[int, ...]], np.ndarray]
 
 def leaf_name(path) -> str:
     """The path of a leaf as a name: without the variable and the dense format inside."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name.removesuffix(".rows").removesuffix(".value")
+    return path_name(path).removesuffix(".rows").removesuffix(".value")
 
 
 def named_leaves(model: nnx.Module) -> dict[str, Any]:
@@ -34,7 +34,6 @@ def named_leaves(model: nnx.Module) -> dict[str, Any]:
 
 def named_weights(model: nnx.Module) -> dict[str, Any]:
     """Every weight of a model by the name of its leaf: an array, or a format other than dense."""
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     found, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model), is_leaf=is_variable)
     values = {leaf_name(path): variable.get_value() for path, variable in found}
     return {name: value.rows if isinstance(value, Dense) else value for name, value in values.items()}
@@ -82,7 +81,6 @@ def with_formats(state, formats: dict[str, Any]):
         name = leaf_name(path)
         return variable.replace(formats.pop(name)) if name in formats else variable
 
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_variable)
 
 
@@ -108,8 +106,7 @@ def _placed(value: np.ndarray, place: jax.sharding.Sharding, dtype, *, mapped: b
 def put(value: np.ndarray, place: jax.sharding.Sharding, dtype=None) -> jax.Array:
     """A copy of `value` on its devices; of a mapped file only each device's part is read."""
     dtype = np.dtype(value.dtype if dtype is None else dtype)
-    part = lambda index: aligned_copy(value[index], dtype)  # noqa: E731
-    made = jax.make_array_from_callback(value.shape, place, part)
+    made = jax.make_array_from_callback(value.shape, place, lambda index: aligned_copy(value[index], dtype))
     return jax.block_until_ready(made)  # where it was copied once more, ours is gone before the next
 
 

@@ -167,7 +167,7 @@ def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_00
     block = {"anyprec": any_precision.any_precision_config(planes, names)} if planes else {}
     dtype = model.dtype
     size = sum(tensor_files.num_bytes(shape, kind) for _, shape, kind, _ in entries)
-    with new_directory(path, num_bytes=size) as out:
+    with new_directory(path, who="huggingface.save", num_bytes=size) as out:
         raw = config_json(family, model.config, tokenizer, jnp.dtype(dtype).name) | block
         _write_json(out / "config.json", raw)
         ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw[key] is not None}

@@ -6,7 +6,6 @@ each weight the name of its format, its static fields, and shape and type of eac
 nothing that a file names is ever imported. A new format needs no code here.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.rope import Rope
+from jaxllm.pytree import is_variable, path_name
 from jaxllm.storage.directory import new_directory
-from jaxllm.storage.manifest import arrays_of, build, describe, from_json, to_json
+from jaxllm.storage.manifest import Make, arrays_of, build, describe, from_json, to_json
+from jaxllm.storage.metadata import one_line, read_meta, write_meta
 from jaxllm.storage.tokenizer import load_tokenizer
 from jaxllm.weights.host_residual import to_host
 
 MANIFEST = "manifest.json"
-
-
-VERSION = 1
+FORMAT, VERSION = "jaxllm", 1
 
 
 def models() -> dict[str, tuple[type, type]]:
@@ -53,15 +52,10 @@ def save_native(model: Any, path, tokenizer=None) -> None:
         value = variable.get_value()
         described[key] = describe(value, key)
         arrays |= dict(arrays_of(value, key))
-    manifest = {
-        "format": "jaxllm",
-        "version": VERSION,
-        "model": name,
-        "config": to_json(config),
-        "weights": described,
-    }
-    with new_directory(path, num_bytes=sum(array.nbytes for array in arrays.values())) as out:
-        (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    manifest = {"model": name, "config": to_json(config), "weights": described}
+    size = sum(array.nbytes for array in arrays.values())
+    with new_directory(path, who="save", num_bytes=size) as out:
+        write_meta(out / MANIFEST, FORMAT, VERSION, manifest)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(out))
         with _quiet(), ocp.StandardCheckpointer() as checkpointer:
@@ -91,9 +85,10 @@ def load_native(path, *, dtype=None, mesh=None):
     graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
     weights = manifest["weights"]
     _check_weights(dict(_variables(state)), weights)
-    rebuild = lambda make: _replace(  # noqa: E731
-        state, {key: build(described, key, make) for key, described in weights.items()}
-    )
+
+    def rebuild(make: Make) -> nnx.State:
+        return _replace(state, {key: build(described, key, make) for key, described in weights.items()})
+
     abstract = rebuild(_shape)
     restored = _restore(path / "weights", nnx.merge(graph, abstract), mesh)
     model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored[key]))
@@ -103,13 +98,8 @@ def load_native(path, *, dtype=None, mesh=None):
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"load: {MANIFEST} of {str(path)!r} must be JSON: {error}") from error
-    version, name = manifest.get("version"), manifest.get("model")
-    if manifest.get("format") != "jaxllm" or version != VERSION:
-        raise ValueError(f"load: {MANIFEST} must be of version {VERSION}, got {version=}")
+    manifest = read_meta("load", path / MANIFEST, FORMAT, VERSION)
+    name = manifest.get("model")
     if name not in models():
         raise ValueError(f"load: model must be one of {', '.join(models())}, got model={name!r}")
     return manifest
@@ -117,18 +107,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _variables(state) -> Iterator[tuple[str, nnx.Variable]]:
     """Name and variable of each weight of a state."""
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)
     for path, variable in found:
-        yield jax.tree_util.keystr(path, simple=True, separator="."), variable
+        yield path_name(path), variable
 
 
 def _replace(state, values: dict[str, Any]):
     """The state with other values, by name."""
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
     return jax.tree_util.tree_map_with_path(
-        lambda path, variable: variable.replace(values[name(path)]), state, is_leaf=is_variable
+        lambda path, variable: variable.replace(values[path_name(path)]), state, is_leaf=is_variable
     )
 
 
@@ -141,7 +128,7 @@ def _check_weights(variables: dict[str, nnx.Variable], weights: dict[str, Any]) 
             f"{differ[0]}, ..."
         )
     for key, variable in variables.items():
-        made = build(weights[key], key, lambda key, shape, dtype: jax.ShapeDtypeStruct(shape, dtype))
+        made = build(weights[key], key, _shape)
         shape, must = tuple(made.shape), tuple(variable.get_value().shape)
         if shape != must:
             raise ValueError(f"load: {key} must have shape {must}, got {shape=}")
@@ -175,8 +162,7 @@ def _restore(path: Path, abstract: nnx.Module, mesh) -> dict[str, jax.Array]:
             _check_stored(stored, target)
             return checkpointer.restore(path, target)
     except (OSError, KeyError, AttributeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"load: the weights in {str(path)!r} cannot be read: {reason}") from error
+        raise ValueError(f"load: the weights in {str(path)!r} cannot be read: {one_line(error)}") from error
 
 
 def _check_stored(stored: dict[str, Any], target: dict[str, jax.ShapeDtypeStruct]) -> None:
@@ -207,5 +193,4 @@ def _cast(model: nnx.Module, dtype) -> nnx.Module:
                 return variable
 
     graph, state = nnx.split(model)
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     return nnx.merge(graph, jax.tree.map(one, state, is_leaf=is_variable))

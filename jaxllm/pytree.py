@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are JAX pytrees: the shape of every weight format and every cache.
+"""Frozen dataclasses that are JAX pytrees: the shape of every weight format and every cache; names of leaves.
 
 Construction runs `__init__`; rebuilding from leaves does not, because JAX rebuilds containers around
 tracers, `None` and extra batch axes, where a check or an annotation would be wrong.
@@ -11,6 +11,7 @@ from typing import TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import ShapeDtypeStruct as Shape
 
 T = TypeVar("T")
@@ -86,3 +87,13 @@ def _brief(value) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_brief, value))})"
     return repr(value)
+
+
+def path_name(path) -> str:
+    """The path of a leaf as people write it: "layers.3.attention.q.w"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def is_variable(leaf: object) -> bool:
+    """Where a walk through a model's state ends: at variables, whatever format their values have."""
+    return isinstance(leaf, nnx.Variable)

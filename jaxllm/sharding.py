@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.pytree import is_variable, path_name
 from jaxllm.weights.host_residual import to_host
 from jaxllm.weights.matmul import FORMATS
 
@@ -23,11 +24,6 @@ from jaxllm.weights.matmul import FORMATS
 def make_mesh(*, data: int = 1, model: int = 1, devices=None) -> Mesh:
     """A mesh of data * model devices with axes "data" and "model"."""
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
-def path_name(path) -> str:
-    """A pytree path as people write it: layers.3.attention.q.w."""
-    return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 def shardings(model, mesh: Mesh):
@@ -53,7 +49,6 @@ def shardings(model, mesh: Mesh):
             specs = value.partition_specs(P(*spec, *(None,) * (2 - len(spec))))
         return variable.replace(jax.tree.map(lambda x, s: _place(name, x, s, mesh), value, specs))
 
-    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     return jax.tree_util.tree_map_with_path(place, nnx.state(model), is_leaf=is_variable)
 
 

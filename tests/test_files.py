@@ -354,7 +354,7 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_kept(tmp_path):
     alive, mine = tmp_path / f"out.tmp{os.getppid()}", tmp_path / f"out.tmp{os.getpid()}"
     for path in (stale, other, alive, mine):
         path.mkdir()
-    with new_directory(tmp_path / "out") as out:
+    with new_directory(tmp_path / "out", who="test") as out:
         (out / "x").write_text("y")
         assert not (tmp_path / "out").exists()
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", other, alive])

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 import jaxllm as jl
 from jaxllm.models.decoder import TINY, Config, Decoder
 from jaxllm.models.rope import Rope
-from jaxllm.sharding import make_mesh, path_name, shard, shardings
+from jaxllm.pytree import path_name
+from jaxllm.sharding import make_mesh, shard, shardings
 
 CONFIG = dataclasses.replace(TINY, heads=8, kv_heads=4, qkv_bias=True, windows=(4, None))
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [9], [3, 4]]

@@ -6,11 +6,10 @@
 A directory knows the model whose keys it holds; none but that opens it.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,9 +18,12 @@ from jaxllm.cache.dense import DenseCache, Rows
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
+from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
+from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
-META, ARRAYS = "cache.json", "arrays.npz"
-FINGERPRINTS = {2: fingerprint_of_first_numbers, 3: fingerprint}  # by the version of the file
+META, ARRAYS, FORMAT, VERSION = "cache.json", "arrays.npz", "jaxllm cache", 3
+FINGERPRINTS = {2: fingerprint_of_first_numbers, VERSION: fingerprint}  # by the version of the file
+CLASSES = (DenseCache, PagedCache, Context, CodedRows)  # what a file may name
 
 
 def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
@@ -29,25 +31,11 @@ def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
 
     Raises FileExistsError where `path` exists, OSError when the disk is full.
     """
-    paged = isinstance(cache, PagedCache)
-    tail = cache.tail if isinstance(cache, PagedCache) else cache
-    meta: dict[str, Any] = {
-        "format": "jaxllm cache",
-        "version": 3,
-        "model": fingerprint(model),
-        "windows": list(tail.windows),
-        "rows": tail.rows,
-        "empty": tail.empty,
-        "keys": _coding(tail.keys[0]),
-        "values": _coding(tail.values[0]),
-        "readers": cache.context.readers if isinstance(cache, PagedCache) else None,
-    }
-    named = {f"{'/'.join(_names(key))}": np.asarray(x) for key, x in jax.tree.leaves_with_path(cache)}
-    meta["arrays"] = {name: [list(x.shape), x.dtype.name] for name, x in named.items()}
-    with new_directory(path, num_bytes=sum(x.nbytes for x in named.values())) as out:
-        (out / META).write_text(json.dumps(meta | {"paged": paged}) + "\n", "utf-8")
-        raw = {name: np.ascontiguousarray(x).reshape(-1).view(np.uint8) for name, x in named.items()}
-        np.savez(out / ARRAYS, **raw)  # type: ignore[arg-type]
+    meta = {"model": fingerprint(model), "cache": describe(cache, "cache", CLASSES)}
+    arrays = dict(arrays_of(cache, "cache", CLASSES))
+    with new_directory(path, who="cache.save", num_bytes=sum(x.nbytes for x in arrays.values())) as out:
+        write_meta(out / META, FORMAT, VERSION, meta)
+        np.savez(out / ARRAYS, **pack_arrays(arrays))
 
 
 def load(path: str | Path, model) -> DenseCache | PagedCache:
@@ -56,38 +44,26 @@ def load(path: str | Path, model) -> DenseCache | PagedCache:
     Raises FileNotFoundError where there is none, ValueError for another model's or one that is damaged.
     """
     path = Path(path)
-    if not (path / META).is_file():
-        raise FileNotFoundError(f"cache.load: {META} must be in the directory, got {str(path)!r}")
+    meta = read_meta("cache.load", path / META, FORMAT, *FINGERPRINTS)
     try:
-        meta = json.loads((path / META).read_text("utf-8"))
-        if meta["format"] != "jaxllm cache" or meta["version"] not in FINGERPRINTS:
-            raise ValueError("it is of another version")
         if meta["model"] != FINGERPRINTS[meta["version"]](model):
             raise ValueError("it holds another model's keys")
         with np.load(path / ARRAYS) as stored:
-            arrays = {
-                name: jnp.asarray(stored[name].view(jnp.dtype(dtype)).reshape(shape))
-                for name, (shape, dtype) in meta["arrays"].items()
-            }
-        return _rebuilt(meta, arrays)
+            if meta["version"] == 2:
+                return _of_version_2(meta, stored)
+            return build(meta["cache"], "cache", unpack_arrays(stored), CLASSES)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {reason}") from error
+        why = one_line(error)
+        raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {why}") from error
 
 
-def _names(path) -> list[str]:
-    return [str(getattr(key, "name", getattr(key, "idx", key))) for key in path]
+def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> DenseCache | PagedCache:
+    """The cache of a file of version 0.1.0, which said its layout in words of its own."""
+    make = unpack_arrays(stored)
+    arrays = {
+        name: make(name, tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in meta["arrays"].items()
+    }
 
-
-def _coding(rows: Rows) -> dict[str, Any] | None:
-    """What a cache's rows are written in besides their words."""
-    if not isinstance(rows, CodedRows):
-        return None
-    names = ("bits", "group", "size", "rotated")
-    return {name: getattr(rows, name) for name in names} | {"dtype": jnp.dtype(rows.dtype).name}
-
-
-def _rebuilt(meta: dict[str, Any], arrays: dict[str, jax.Array]) -> DenseCache | PagedCache:
     def rows(name: str, coding: dict[str, Any] | None) -> Rows:
         if coding is None:
             return arrays[name]

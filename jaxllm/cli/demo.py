@@ -237,7 +237,7 @@ def run(
     """
     out = free_name(Path("jaxllm-report")) if out is None else out
     begin = time.perf_counter()
-    with new_directory(out) as unfinished:
+    with new_directory(out, who="demo") as unfinished:
         if model is None:
             model, tokenizer = jl.load()
         sections = []

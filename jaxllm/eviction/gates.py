@@ -20,7 +20,6 @@ numbers of a gate's key, S sinks, F width of the MLP.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +34,9 @@ from jaxllm.models.taps import Tap, layer_tap
 from jaxllm.ops.attention import FLOAT32
 from jaxllm.pytree import pytree
 from jaxllm.storage.directory import new_directory
+from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
-META, ARRAYS = "gates.json", "gates.safetensors"
+META, ARRAYS, FORMAT = "gates.json", "gates.safetensors", "jaxllm gates"
 SHIPPED = Path(__file__).parents[1] / "pico" / "gates"
 LEAST = 1e-8  # the least score that a logarithm is taken of
 
@@ -164,9 +164,9 @@ def save_gates(gates: Gate, path: str | Path, **notes: Any) -> None:
     form = next(name for name, cls in FORMS.items() if isinstance(gates, cls))
     arrays = {f.name: getattr(gates, f.name) for f in dataclasses.fields(gates)}  # type: ignore[arg-type]
     arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
-    with new_directory(path, num_bytes=sum(x.nbytes for x in arrays.values())) as out:
-        meta = {"format": "jaxllm gates", "version": 1, "form": form, "notes": notes}
-        (out / META).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+    size = sum(x.nbytes for x in arrays.values())
+    with new_directory(path, who="save_gates", num_bytes=size) as out:
+        write_meta(out / META, FORMAT, 1, {"form": form, "notes": notes})
         save_file(arrays, out / ARRAYS)
 
 
@@ -179,12 +179,8 @@ def load_gates(path: str | Path) -> Gate:
     from safetensors.numpy import load_file
 
     path = Path(path)
-    if not (path / META).is_file():
-        raise FileNotFoundError(f"load_gates: {META} must be in the directory, got {str(path)!r}")
+    meta = read_meta("load_gates", path / META, FORMAT, 1)
     try:
-        meta = json.loads((path / META).read_text("utf-8"))
-        if meta["format"] != "jaxllm gates" or meta["version"] != 1:
-            raise ValueError("it is of another version")
         form, arrays = FORMS[meta["form"]], load_file(path / ARRAYS)
         names = [f.name for f in dataclasses.fields(form)]
         needed = {name for name in names if name not in ("up", "up_bias")}
@@ -192,8 +188,7 @@ def load_gates(path: str | Path) -> Gate:
             raise ValueError(f"arrays must be {', '.join(names)}, got {', '.join(arrays)}")
         return form(**{n: jnp.asarray(arrays[n], jnp.float32) if n in arrays else None for n in names})
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"load_gates: {str(path)!r} cannot be opened: {reason}") from error
+        raise ValueError(f"load_gates: {str(path)!r} cannot be opened: {one_line(error)}") from error
 
 
 def pico_gates(form: Literal["fast", "zap"] = "fast") -> Gate:

@@ -12,7 +12,6 @@ text itself.
 Letters: L layers without a window, B requests, K key heads, T tokens.
 """
 
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,8 +21,9 @@ from jaxtyping import Array, Float
 from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
 from jaxllm.storage.directory import new_directory
+from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
-META = "heads.json"
+META, FORMAT = "heads.json", "jaxllm head scores"
 
 
 def head_scores(scores: Float[Array, "L B K T"]) -> Float[Array, "L K"]:
@@ -52,10 +52,9 @@ def spread(
 
 def save_heads(heads: Float[Array, "L K"], path: str | Path, model) -> None:
     """Writes a new directory, whole or not at all. Raises FileExistsError where `path` exists."""
-    with new_directory(path) as out:
-        meta = {"format": "jaxllm head scores", "version": 1, "of": _sizes(model)}
-        meta["scores"] = np.asarray(heads, np.float64).tolist()
-        (out / META).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+    with new_directory(path, who="save_heads") as out:
+        meta = {"of": _sizes(model), "scores": np.asarray(heads, np.float64).tolist()}
+        write_meta(out / META, FORMAT, 1, meta)
 
 
 def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
@@ -68,12 +67,8 @@ def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
         raise ValueError("load_heads: at least one directory must be given, got none")
     found = []
     for path in map(Path, paths):
-        if not (path / META).is_file():
-            raise FileNotFoundError(f"load_heads: {META} must be in the directory, got {str(path)!r}")
+        meta = read_meta("load_heads", path / META, FORMAT, 1)
         try:
-            meta = json.loads((path / META).read_text("utf-8"))
-            if meta["format"] != "jaxllm head scores" or meta["version"] != 1:
-                raise ValueError("it is of another version")
             if meta["of"] != _sizes(model):
                 raise ValueError(f"it is of a model of {meta['of']}, this one has {_sizes(model)}")
             scores = np.asarray(meta["scores"], np.float32)
@@ -81,8 +76,8 @@ def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
                 raise ValueError(f"scores must be numbers [L, K], got {scores.shape}")
             found.append(scores)
         except (ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"load_heads: {str(path)!r} cannot be used with this model: {reason}") from error
+            why = one_line(error)
+            raise ValueError(f"load_heads: {str(path)!r} cannot be used with this model: {why}") from error
     if len({scores.shape for scores in found}) > 1:
         raise ValueError(f"load_heads: all must have as many layers, got {[len(scores) for scores in found]}")
     return jnp.asarray(np.max(found, axis=0))

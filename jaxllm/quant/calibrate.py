@@ -15,7 +15,6 @@ What each statistic is: `stats.py`. Sums are float32 at highest matmul precision
 tokens, K inputs, N outputs, g groups of consecutive outputs.
 """
 
-import json
 import shutil
 import sys
 import tempfile
@@ -37,12 +36,10 @@ from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, Sums
 from jaxllm.quant.text import Text
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
+from jaxllm.storage.metadata import read_meta, write_meta
 
-META, VERSION = "calibration.json", 2
-FINGERPRINTS = {
-    1: fingerprint_of_first_numbers,
-    2: fingerprint,
-}  # by the version of the file; the first wrote none
+META, FORMAT, VERSION = "calibration.json", "jaxllm calibration", 2
+FINGERPRINTS = {1: fingerprint_of_first_numbers, VERSION: fingerprint}  # by the version of the file
 
 
 class Calibration(Mapping[str, Stats]):
@@ -50,13 +47,8 @@ class Calibration(Mapping[str, Stats]):
 
     def __init__(self, path: str | Path, *, temporary: bool = False):
         self.path = Path(path)
-        file = self.path / META
-        if not file.is_file():
-            raise FileNotFoundError(f"calibration: {META} must be in the directory, got path={self.path}")
-        meta = json.loads(file.read_text())
-        self._version = meta.get("version", 1)
-        if self._version not in FINGERPRINTS:
-            raise ValueError(f"calibration: version must be at most {VERSION}, got {self._version}")
+        meta = read_meta("calibration", self.path / META, FORMAT, *FINGERPRINTS, older=_of_version_1)
+        self._version = meta["version"]
         self.want, self._fingerprint, self.text = frozenset(meta["want"]), meta["fingerprint"], meta["text"]
         self.groups, self._inputs, self._tokens = meta["groups"], meta["inputs"], meta["tokens"]
         if temporary:  # the directory goes with the handle
@@ -111,8 +103,6 @@ def calibrate(
     linears = linears_by_name(model)
     check(linears, want, groups, text)
     meta = {
-        "version": VERSION,
-        "fingerprint": fingerprint(model),
         "text": text.digest(),
         "want": sorted(want),
         "groups": groups,
@@ -181,11 +171,10 @@ def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (META, f"{META}.begun"):
         if (folder / name).is_file():
-            begun = json.loads((folder / name).read_text())
-            if "version" not in begun:  # the first version began it
-                meta = {key: value for key, value in meta.items() if key != "version"}
-                meta["fingerprint"] = fingerprint_of_first_numbers(model)
-            if begun != meta:
+            begun = read_meta("calibrate", folder / name, FORMAT, *FINGERPRINTS, older=_of_version_1)
+            version = begun["version"]
+            whole = {"format": FORMAT, "version": version, "fingerprint": FINGERPRINTS[version](model)} | meta
+            if begun != whole:
                 raise ValueError(
                     "calibrate: path must be new or hold the same model, text and wishes, "
                     f"got path={str(folder)!r}"
@@ -193,5 +182,10 @@ def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
             return name == META
     if any(folder.iterdir()):
         raise ValueError(f"calibrate: path must be new or empty, got path={str(folder)!r}")
-    (folder / f"{META}.begun").write_text(json.dumps(meta))
+    write_meta(folder / f"{META}.begun", FORMAT, VERSION, {"fingerprint": fingerprint(model)} | meta)
     return False
+
+
+def _of_version_1(meta: Any) -> Any:
+    """What 0.1.0 wrote, which said neither format nor version."""
+    return meta if "version" in meta else {"format": FORMAT, "version": 1} | meta

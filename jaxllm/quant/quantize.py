@@ -23,7 +23,7 @@ from flax import nnx
 
 from jaxllm.models.layers import Embedding
 from jaxllm.models.linears import block_of, in_memory, linear_variables, linear_weights, replace_weights
-from jaxllm.quant.checkpoint import _Kept
+from jaxllm.quant.checkpoint import BlockCheckpoint
 from jaxllm.quant.recipe import Recipe, _plan
 from jaxllm.quant.source import Source
 from jaxllm.quant.statistics import Allocator, Method, Stats
@@ -74,7 +74,7 @@ def quantize(
         progress=progress,
     )
     masks = _allocate(plan, weights, source)
-    kept = None if checkpoint is None else _Kept(checkpoint, model, repr(method), source.identity())
+    kept = None if checkpoint is None else BlockCheckpoint(checkpoint, model, repr(method), source.identity())
     variables = linear_variables(model) if consume else {}
     tables = {".".join(map(str, path)) for path, m in nnx.iter_modules(model) if isinstance(m, Embedding)}
     new: dict[str, Any] = {}

@@ -14,16 +14,17 @@ from pathlib import Path
 
 
 @contextmanager
-def new_directory(out, *, num_bytes: int = 0) -> Iterator[Path]:
+def new_directory(out, *, who: str, num_bytes: int = 0) -> Iterator[Path]:
     """A temporary directory that becomes `out` when the block ends, and vanishes when it raises.
 
-    num_bytes: the least that will be written; a disk without that room is refused at once.
+    who: whose errors these are. num_bytes: the least that will be written; a disk without that room is
+      refused at once.
 
     Raises FileExistsError when `out` exists, OSError in one line when the disk is full.
     """
     out = Path(out).absolute()
     if out.exists():
-        raise FileExistsError(f"save: the output must not exist yet, got {str(out)!r}")
+        raise FileExistsError(f"{who}: the output must not exist yet, got {str(out)!r}")
     made = _make_parents(out.parent)
     _remove_stale(out)
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
@@ -40,7 +41,7 @@ def new_directory(out, *, num_bytes: int = 0) -> Iterator[Path]:
         for parent in made:
             parent.rmdir()
         if _is_full(error):
-            message = f"save: the disk must have room for the output, got {str(out)!r}"
+            message = f"{who}: the disk must have room for the output, got {str(out)!r}"
             raise OSError(errno.ENOSPC, message) from error
         raise
 

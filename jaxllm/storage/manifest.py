@@ -1,33 +1,42 @@
 """What a saved pytree is made of, as JSON: formats by name, static fields, shapes and types of arrays.
 
-An array is described by shape and type, a format by its name, static fields and parts, a tuple by its items.
-Names are looked up in a closed table and never imported.
+An array is described by shape and type, a pytree's class by its name, static fields and parts, a tuple by its
+items. Names are looked up among the classes that a caller gives, weights' where none are, and never imported.
+
+    described = describe(weight, "head")
+    np.savez(file, **pack_arrays(dict(arrays_of(weight, "head"))))
+    weight = build(described, "head", unpack_arrays(np.load(file)))
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-import jaxllm.weights.matmul
+from jaxllm.weights.matmul import FORMATS, PARTS
+
+Classes = tuple[type, ...]
+WEIGHTS: Classes = (*FORMATS, *PARTS)
+
+# What gives each array of a pytree: from its name, its shape and its type.
+Make = Callable[[str, tuple[int, ...], Any], Any]
 
 
-def formats() -> dict[str, type]:
-    """What a file may name, and what it is made of."""
-    known = (*jaxllm.weights.matmul.FORMATS, *jaxllm.weights.matmul.PARTS)
-    return {cls.__name__: cls for cls in known}
-
-
-def describe(value: Any, name: str) -> dict[str, Any] | None:
-    """What the manifest says of a weight."""
+def describe(value: Any, name: str, classes: Classes = WEIGHTS) -> dict[str, Any] | None:
+    """What the manifest says of a weight, or of another pytree made of `classes`."""
     if value is None:
         return None
     if hasattr(value, "dtype") and not dataclasses.is_dataclass(value):
         return {"type": "array", "shape": list(value.shape), "dtype": jnp.dtype(value.dtype).name}
     if isinstance(value, tuple):
-        return {"type": "tuple", "items": [describe(part, f"{name}/{i}") for i, part in enumerate(value)]}
-    if type(value) not in formats().values():
+        return {
+            "type": "tuple",
+            "items": [describe(part, f"{name}/{i}", classes) for i, part in enumerate(value)],
+        }
+    if type(value) not in classes:
         raise TypeError(f"save: {name} must be an array or a format, got {type(value).__name__}")
     described: dict[str, Any] = {"type": type(value).__name__}
     for field in dataclasses.fields(value):
@@ -35,24 +44,24 @@ def describe(value: Any, name: str) -> dict[str, Any] | None:
         if field.metadata.get("static"):
             described.setdefault("static", {})[field.name] = to_json(part)
         else:
-            described.setdefault("fields", {})[field.name] = describe(part, f"{name}/{field.name}")
+            described.setdefault("fields", {})[field.name] = describe(part, f"{name}/{field.name}", classes)
     return described
 
 
-def arrays_of(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+def arrays_of(value: Any, name: str, classes: Classes = WEIGHTS) -> Iterator[tuple[str, Any]]:
     """Each array of a weight by its name in the file: the weight's, then the path of fields."""
     if isinstance(value, tuple):
         for i, part in enumerate(value):
-            yield from arrays_of(part, f"{name}/{i}")
-    elif dataclasses.is_dataclass(value) and type(value) in formats().values():
+            yield from arrays_of(part, f"{name}/{i}", classes)
+    elif type(value) in classes:
         for field in dataclasses.fields(value):
             if not field.metadata.get("static"):
-                yield from arrays_of(getattr(value, field.name), f"{name}/{field.name}")
+                yield from arrays_of(getattr(value, field.name), f"{name}/{field.name}", classes)
     elif value is not None:
         yield name, value
 
 
-def build(described: dict[str, Any] | None, name: str, make) -> Any:
+def build(described: dict[str, Any] | None, name: str, make: Make, classes: Classes = WEIGHTS) -> Any:
     """A weight from what the manifest says; `make(name, shape, dtype)` gives each array."""
     if described is None:
         return None
@@ -60,18 +69,35 @@ def build(described: dict[str, Any] | None, name: str, make) -> Any:
     if kind == "array":
         return make(name, tuple(described["shape"]), jnp.dtype(described["dtype"]))
     if kind == "tuple":
-        return tuple(build(part, f"{name}/{i}", make) for i, part in enumerate(described["items"]))
-    if kind not in formats():
-        raise ValueError(f"load: {name} must be of a format of {', '.join(formats())}, got format={kind!r}")
-    parts = {key: build(part, f"{name}/{key}", make) for key, part in described.get("fields", {}).items()}
+        items = enumerate(described["items"])
+        return tuple(build(part, f"{name}/{i}", make, classes) for i, part in items)
+    known = {cls.__name__: cls for cls in classes}
+    if kind not in known:
+        raise ValueError(f"load: {name} must be of a format of {', '.join(known)}, got format={kind!r}")
+    fields = described.get("fields", {})
+    parts = {key: build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
     static = {key: from_json(part) for key, part in described.get("static", {}).items()}
-    names = {field.name for field in dataclasses.fields(formats()[kind])}
+    names = {field.name for field in dataclasses.fields(known[kind])}
     if names != parts.keys() | static.keys():
         raise ValueError(f"load: {name} must have the fields of {kind}, got {[*parts, *static]}")
-    made: Any = object.__new__(formats()[kind])  # as when JAX rebuilds it: leaves may be shapes
+    made: Any = object.__new__(known[kind])  # as when JAX rebuilds it: leaves may be shapes
     for key, part in (parts | static).items():
         object.__setattr__(made, key, part)
     return made
+
+
+def pack_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays as their bytes, for `np.savez`, which knows no bfloat16."""
+    return {name: np.ascontiguousarray(x).reshape(-1).view(np.uint8) for name, x in arrays.items()}
+
+
+def unpack_arrays(stored: Mapping[str, np.ndarray]) -> Make:
+    """What gives `build` the arrays that `pack_arrays` packed."""
+
+    def make(name: str, shape: tuple[int, ...], dtype) -> jax.Array:
+        return jnp.asarray(stored[name].view(dtype).reshape(shape))
+
+    return make
 
 
 def to_json(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jaxllm.storage.metadata import one_line
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -20,5 +22,4 @@ def load_tokenizer(path: Path):
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # whatever a broken or unsupported tokenizer file raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"huggingface.load: the tokenizer files must load, got {reason}") from error
+        raise ValueError(f"load: the tokenizer files must load, got {one_line(error)}") from error

@@ -54,9 +54,11 @@ def test_another_model_damage_and_a_place_that_is_taken_are_one_line(model, tmp_
     with pytest.raises(FileNotFoundError, match=r"cache\.json must be in the directory"):
         jl.cache.load(tmp_path / "b", model)
     meta = json.loads((tmp_path / "a" / "cache.json").read_text())
-    del meta["arrays"]["lengths"]
+    del meta["cache"]["fields"]["lengths"]
     (tmp_path / "a" / "cache.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="cannot be opened with this model: 'lengths'"):
+    with pytest.raises(
+        ValueError, match="cannot be opened with this model: .* must have the fields of DenseCache"
+    ):
         jl.cache.load(tmp_path / "a", model)
     with pytest.raises(ValueError, match=r"prefill: rows must have 1 to 128 tokens, got \[0\]"):
         jl.prefill(model, [[]])

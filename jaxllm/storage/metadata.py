@@ -1,0 +1,47 @@
+"""What a file says of itself, in JSON beside it: of which format and version it is, and what it needs to say.
+
+write_meta(out / "heads.json", "jaxllm head scores", 1, {"scores": [[0.5]]})
+read_meta("load_heads", path / "heads.json", "jaxllm head scores", 1)["scores"]
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_meta(file: Path, kind: str, version: int, meta: dict[str, Any], *, indent: int | None = 1) -> None:
+    """Writes a JSON object with `kind` as its "format" and its "version" in front."""
+    whole = {"format": kind, "version": version} | meta
+    file.write_text(json.dumps(whole, indent=indent) + "\n", "utf-8")
+
+
+def read_meta(
+    who: str, file: Path, kind: str, *versions: int, older: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
+    """What `write_meta` wrote, of one of the versions that the caller can read.
+
+    who: whose errors these are. older: makes an object of today's form out of what was written before files
+      of this kind said their format; given whatever JSON was read.
+
+    Raises FileNotFoundError where there is none, ValueError for another format or version, in one line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{who}: {file.name} must be in the directory, got {str(file.parent)!r}")
+    try:
+        meta = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{who}: {str(file)!r} must be JSON: {one_line(error)}") from error
+    meta = meta if older is None else older(meta)
+    found, version = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else (None, None)
+    if found != kind:
+        raise ValueError(f"{who}: {file.name} must be of format {kind!r}, got format={found!r}")
+    if version not in versions:
+        known = " or ".join(map(str, versions))
+        raise ValueError(f"{who}: {file.name} must be of version {known}, got {version=}")
+    return meta
+
+
+def one_line(error: BaseException) -> str:
+    """An error's reason, without what follows its first line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from .quant.methods.rotate import Rotate
 from .quant.methods.rtn import Rtn
 from .quant.methods.squeeze_llm import SqueezeLlm
 from .quant.quantize import quantize
-from .quant.sensitivity import sensitivity, spend
+from .quant.sensitivity import allocate_bits, sensitivity
 from .quant.text import text_sequences
 from .sharding import make_mesh, shard
 from .weights.bit_planes import read_at
@@ -47,6 +47,7 @@ __all__ = [
     "SqueezeLlm",
     "Timings",
     "Token",
+    "allocate_bits",
     "cache",
     "calibrate",
     "chat",
@@ -65,7 +66,6 @@ __all__ = [
     "score_choices",
     "sensitivity",
     "shard",
-    "spend",
     "stream",
     "text_sequences",
 ]

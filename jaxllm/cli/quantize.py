@@ -49,7 +49,7 @@ def quantize(
     from jaxllm.measure.report import linear_bits
     from jaxllm.quant.methods import METHODS, make_method
     from jaxllm.quant.recipe import Budget, read_recipe
-    from jaxllm.quant.sensitivity import sensitivity, spend
+    from jaxllm.quant.sensitivity import allocate_bits, sensitivity
     from jaxllm.quant.text import text_sequences
 
     if lists:
@@ -70,7 +70,7 @@ def quantize(
     rows = None if words is None else text_sequences(model, tokenizer, words, length=length, limit=sequences)
     start = time.perf_counter()
     if isinstance(chosen, Budget):
-        chosen = spend(sensitivity(model, chosen.methods, rows), bits=chosen.bits)
+        chosen = allocate_bits(sensitivity(model, chosen.methods, rows), bits=chosen.bits)
     small = jl.quantize(model, chosen, rows, sequential=sequential, checkpoint=checkpoint, consume=True)
     seconds = time.perf_counter() - start
     jl.save(small, out, tokenizer)

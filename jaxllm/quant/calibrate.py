@@ -11,7 +11,7 @@ square of the gradient per token and group is kept (arXiv:2505.07004, Algorithm 
 of weights ("fisher") are summed in files. Linears that read the same input (q, k and v) share one copy of
 what depends on it alone.
 
-What each statistic is: `stats.py`. Sums are float32 at highest matmul precision. Letters: S sequences, T
+What each statistic is: `statistics.py`. Sums are float32 at highest matmul precision. Letters: S sequences, T
 tokens, K inputs, N outputs, g groups of consecutive outputs.
 """
 
@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.quant.gradients import _fisher, gradients
+from jaxllm.quant.gradients import gradients, squared_gradients
 from jaxllm.quant.stages import LinearInfo, linears_by_name, linears_of
 from jaxllm.quant.stages import stages as stages_of
 from jaxllm.quant.statistics import STATISTICS, Stats
-from jaxllm.quant.sums import OF_OUTPUT, Sums
+from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.metadata import read_meta, write_meta
@@ -130,16 +130,16 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     want = frozenset(meta["want"])
     if want & OF_OUTPUT:
         gradients(model, text, folder, groups=meta["groups"], want=want, bar=bar)
-    states = text.begun()
+    states = text.initial_states()
     for stage in bar(stages_of(model), desc="calibrate", unit="block"):
         prefix = stage.name
         if not prefix or (folder / f"{prefix}.done").is_file():
-            states = text.through(stage, states)
+            states = text.run(stage, states)
             continue
-        sums, stage = Sums(want, meta["sample"]), stage.here()
-        states = sums.take(stage, text, states, folder)
+        sums, stage = StatsAccumulator(want, meta["sample"]), stage.loaded()
+        states = sums.update(stage, text, states, folder)
         for name, linear in linears_of(model, stage).items():
-            arrays = sums.arrays(name, linear) | _fisher(folder, f"{prefix}.{name}")
+            arrays = sums.arrays(name, linear) | squared_gradients(folder, f"{prefix}.{name}")
             for end, keys in (("in", arrays.keys() - OF_OUTPUT), ("out", arrays.keys() & OF_OUTPUT)):
                 if keys:
                     np.savez(folder / f"{prefix}.{name}.{end}.npz", **{key: arrays[key] for key in keys})

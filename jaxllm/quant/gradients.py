@@ -34,9 +34,9 @@ def gradients(model, text: Text, folder: Path, *, groups: int, want: frozenset[s
         states: list[State] = [{}]
         for stage in chain:
             states.append(stage(states[-1], batch))
-        g = _top(model, states.pop(), batch)
+        g = loss_gradient(model, states.pop(), batch)
         for stage in reversed(chain[1:]):  # nothing is asked of what embeds
-            g, saliency, squares = _pull(
+            g, saliency, squares = backward_block(
                 stage.block,
                 stage.shared,
                 states.pop(),
@@ -62,12 +62,12 @@ def gradients(model, text: Text, folder: Path, *, groups: int, want: frozenset[s
     (place / "done").touch()
 
 
-def _fisher(folder: Path, name: str) -> dict[str, np.ndarray]:
+def squared_gradients(folder: Path, name: str) -> dict[str, np.ndarray]:
     file = folder / "gradients" / f"{name}.fisher.npy"
     return {"fisher": np.load(file)} if file.is_file() else {}
 
 
-def _saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarray]:
+def output_saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarray]:
     file = folder / "gradients" / f"{prefix}.{batch}.npz"
     if not file.is_file():
         return {}
@@ -76,7 +76,7 @@ def _saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def _top(model, state, batch):
+def loss_gradient(model, state, batch):
     """The gradient of the loss, a sequence's mean negative log-likelihood, at what the last block left."""
 
     def loss(state):
@@ -90,7 +90,7 @@ def _top(model, state, batch):
 
 
 @partial(jax.jit, static_argnames=("run", "groups", "fisher"))
-def _pull(block, shared, state, batch, g, *, run, groups: int, fisher: bool):
+def backward_block(block, shared, state, batch, g, *, run, groups: int, fisher: bool):
     """The gradient before a stage, each linear's saliency [B, T, g], and its squared weight gradients.
 
     A zero is added to each linear's output, and the loss differentiated by it. Square first, sum later: the

@@ -25,7 +25,7 @@ from jaxllm.models.layers import Embedding
 from jaxllm.models.linears import block_of, in_memory, linear_variables, linear_weights, replace_weights
 from jaxllm.quant.checkpoint import BlockCheckpoint
 from jaxllm.quant.recipe import Recipe, _plan
-from jaxllm.quant.source import Source
+from jaxllm.quant.source import CalibrationStream
 from jaxllm.quant.statistics import Allocator, Method, Stats
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import can_gather_rows
@@ -64,7 +64,7 @@ def quantize(
         (model, _), consume = load(model, mapped=True), True
     weights = linear_weights(model)
     plan = _plan(method, weights)
-    source = Source(
+    source = CalibrationStream(
         model,
         {name: [chosen] for name, chosen in plan.items()},
         sequences,
@@ -111,7 +111,7 @@ def _solve(method: Method, w: Dense, stats: Stats, name: str, **more: Any) -> An
     return method.solve(rows, stats, name=name, dtype=w.dtype, **more)
 
 
-def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: Source) -> dict[str, Any]:
+def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: CalibrationStream) -> dict[str, Any]:
     """What a method that spends its bits across layers gives each of them."""
     shared: dict[Any, dict[str, Any]] = {}
     for name, method in plan.items():

@@ -1,7 +1,7 @@
 """Which layer gets how many bits: what each method costs each layer, and the cheapest recipe in a budget.
 
     table = sensitivity(model, [DashQ(bits=2), DashQ(bits=3), DashQ(bits=4)], tokens)
-    small = quantize(model, spend(table, bits=2.5), tokens)
+    small = quantize(model, allocate_bits(table, bits=2.5), tokens)
 
 A layer's cost is a second-order estimate of what its own error adds to the loss, other layers being exact:
 
@@ -11,8 +11,8 @@ H is the end-loss-guided Hessian with one group (arXiv:2505.07004, eq. 7) by def
 can stand in its place. Costs of different layers compare only where H knows the loss ("guided_hessian",
 "fisher"): "hessian" weighs an output's square the same everywhere. That costs add up is an assumption.
 
-`spend` solves a multiple-choice knapsack exactly (scipy's HiGHS): one choice a layer, the least sum of costs
-whose stored bits are at most `bits` a weight in all. A larger budget never costs more.
+`allocate_bits` solves a multiple-choice knapsack exactly (scipy's HiGHS): one choice a layer, the least sum
+of costs whose stored bits are at most `bits` a weight in all. A larger budget never costs more.
 
 Letters: K inputs, N outputs.
 """
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.models.linears import block_of, in_memory, linear_weights
-from jaxllm.quant.source import Source
+from jaxllm.quant.source import CalibrationStream
 from jaxllm.quant.statistics import Allocator, Method
 from jaxllm.weights.matmul import num_bytes
 
@@ -73,7 +73,7 @@ def sensitivity(
     weights = {name: w for name, w in linear_weights(model).items() if re.search(layers, name)}
     if not weights:
         raise ValueError(f"sensitivity: layers must match a linear, got {layers!r}")
-    source = Source(
+    source = CalibrationStream(
         model,
         dict.fromkeys(weights, methods),
         sequences,
@@ -112,7 +112,7 @@ FORMS = {
 }
 
 
-def spend(table: Table, *, bits: float) -> list[tuple[str, Method | None]]:
+def allocate_bits(table: Table, *, bits: float) -> list[tuple[str, Method | None]]:
     """The recipe of least cost among those that store at most `bits` a weight of the table, for `quantize`.
 
     Where the table leaves linears out, append a rule for them, such as (r"\\.", None): they stay.
@@ -121,13 +121,13 @@ def spend(table: Table, *, bits: float) -> list[tuple[str, Method | None]]:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     if not table:
-        raise ValueError("spend: the table must have a layer, got none")
+        raise ValueError("allocate_bits: the table must have a layer, got none")
     choices = [(name, choice) for name, several in table.items() for choice in several]
     size = sum(several[0].weights for several in table.values())
     least = sum(min(choice.num_bits for choice in several) for several in table.values()) / size
     if bits < least:
         raise ValueError(
-            f"spend: bits must be at least {least:.3f}, what the smallest choices need, got {bits=}"
+            f"allocate_bits: bits must be at least {least:.3f}, what the smallest choices need, got {bits=}"
         )
     cost = np.asarray([choice.cost for _, choice in choices])
     stored = np.asarray([choice.num_bits for _, choice in choices], np.float64)
@@ -140,7 +140,7 @@ def spend(table: Table, *, bits: float) -> list[tuple[str, Method | None]]:
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
-        raise ValueError(f"spend: the solver found no choice within {bits=}: {found.message}")
+        raise ValueError(f"allocate_bits: the solver found no choice within {bits=}: {found.message}")
     taken = [choices[i] for i in np.flatnonzero(found.x > 0.5)]
     rules: list[tuple[str, Method | None]] = [(f"^{re.escape(name)}$", one.method) for name, one in taken]
     return rules

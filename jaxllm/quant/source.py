@@ -1,6 +1,6 @@
 """Where the statistics that methods ask for come from: nowhere, a finished calibration, or text.
 
-    source = Source(model, {"layers.0.mlp.up": [DashQ()], ...}, tokens)
+    source = CalibrationStream(model, {"layers.0.mlp.up": [DashQ()], ...}, tokens)
     for block, stats in source.blocks(): ...                    # stats: {"layers.0.mlp.up": Stats, ...}
 
 Text goes through the blocks as they come, so only one block's statistics are in memory at a time.
@@ -24,11 +24,11 @@ from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
 from jaxllm.quant.stages import linears_by_name, stages
 from jaxllm.quant.statistics import Method, Stats, output_groups
-from jaxllm.quant.sums import OF_OUTPUT, Sums
+from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
 
 
-class Source:
+class CalibrationStream:
     """Statistics by block, for linears and the methods that will be asked to solve each.
 
     also: statistics wanted of every linear, whatever its methods want. desc: what the bar says.
@@ -112,27 +112,27 @@ class Source:
         for prefix in prefixes:  # embeddings and the head, which nothing is measured for
             if all(prefix != stage.name for stage in chain):
                 yield prefix, {}
-        states = self.text.begun()
+        states = self.text.initial_states()
         for stage in self.bar(chain):
             prefix, after = stage.name, states
             if not prefix:
-                states = self.text.through(stage, states)
+                states = self.text.run(stage, states)
                 continue
-            stage = stage.here()
+            stage = stage.loaded()
             if skip(prefix):
                 if not self.sequential:
-                    after = self.text.through(stage, states)
+                    after = self.text.run(stage, states)
                 yield prefix, {}
             else:
-                sums = Sums(self.want, self.sample)
-                after = sums.take(stage, self.text, states, self.folder)
+                sums = StatsAccumulator(self.want, self.sample)
+                after = sums.update(stage, self.text, states, self.folder)
                 yield prefix, sums.stats(self.model, stage, self.folder)
                 del sums
             if self.sequential:
                 new = done or {}
                 own = {n.removeprefix(prefix + "."): w for n, w in new.items() if block_of(n) == prefix}
                 quantized = dataclasses.replace(stage, block=replace_weights(stage.block, own))
-                after = self.text.through(quantized, states)
+                after = self.text.run(quantized, states)
             states = after
 
     def _known(self, name: str) -> Stats:

@@ -45,7 +45,7 @@ class Stage:
     side: str  # that it changes
     run: Callable[..., State]  # (block, shared, state, batch, tap): the hidden states that change
 
-    def here(self) -> "Stage":
+    def loaded(self) -> "Stage":
         """The same with its block in memory, where it lay in a mapped file."""
         return dataclasses.replace(self, block=in_memory(self.block)) if self.name else self
 

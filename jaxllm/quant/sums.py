@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.models.taps import linear_io
-from jaxllm.quant.gradients import _fisher, _saliency
+from jaxllm.quant.gradients import output_saliency, squared_gradients
 from jaxllm.quant.stages import Batch, LinearInfo, Stage, State, linears_of, side_of
 from jaxllm.quant.statistics import Stats
 from jaxllm.quant.text import Text
@@ -20,7 +20,7 @@ from jaxllm.quant.text import Text
 OF_OUTPUT = frozenset({"guided_hessian", "fisher"})
 
 
-class Sums:
+class StatsAccumulator:
     """The statistics of one block, summed batch by batch."""
 
     def __init__(self, want: frozenset[str], sample: int):
@@ -29,11 +29,12 @@ class Sums:
         self.rows: dict[str, list[np.ndarray]] = {}
         self.tokens: dict[str, int] = {}  # by side
 
-    def take(self, stage: Stage, text: Text, states: list[State], folder: Path) -> list[State]:
+    def update(self, stage: Stage, text: Text, states: list[State], folder: Path) -> list[State]:
         """Takes in all batches that a block reads; gives what it leaves for the next."""
         batches = enumerate(zip(states, text.batches(), strict=True))
         return [
-            self.add(stage, state, batch, _saliency(folder, stage.name, i)) for i, (state, batch) in batches
+            self.add(stage, state, batch, output_saliency(folder, stage.name, i))
+            for i, (state, batch) in batches
         ]
 
     def add(self, stage: Stage, state: State, batch: Batch, saliency: dict[str, np.ndarray]) -> State:
@@ -57,7 +58,11 @@ class Sums:
         found = {}
         for name, linear in linears_of(model, stage).items():
             full = f"{stage.name}.{name}"
-            arrays = self.arrays(linear.source, linear) | self.arrays(name, linear) | _fisher(folder, full)
+            arrays = (
+                self.arrays(linear.source, linear)
+                | self.arrays(name, linear)
+                | squared_gradients(folder, full)
+            )
             found[full] = Stats(
                 **{key: jnp.asarray(x) for key, x in arrays.items()}, tokens=self.tokens[linear.side]
             )

@@ -79,11 +79,11 @@ class Text:
             }
             yield Batch(tokens, lengths, part)
 
-    def through(self, stage: Stage, states: list[State]) -> list[State]:
+    def run(self, stage: Stage, states: list[State]) -> list[State]:
         """The states of all batches after a stage."""
         return [stage(state, batch) for state, batch in zip(states, self.batches(), strict=True)]
 
-    def begun(self) -> list[State]:
+    def initial_states(self) -> list[State]:
         """The states of all batches before the first stage."""
         return [{} for _ in range(0, len(self.real), self.batch)]
 

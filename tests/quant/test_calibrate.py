@@ -150,13 +150,13 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_block(model, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         blocks = []
 
-        def take(self, block, *rest, take=sums.Sums.take):
+        def update(self, block, *rest, update=sums.StatsAccumulator.update):
             blocks.append(block)
             if len(blocks) == 2:
                 raise KeyboardInterrupt
-            return take(self, block, *rest)
+            return update(self, block, *rest)
 
-        patch.setattr(sums.Sums, "take", take)
+        patch.setattr(sums.StatsAccumulator, "update", update)
         calibrate(model, ROWS, **options)
     with pytest.raises(FileNotFoundError, match=r"calibration\.json must be in the directory"):
         Calibration(tmp_path / "stats")

@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         recipe = [(r"layers\.0", Spy()), (r"layers\.1", Stops(seen=[]))]
         quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
-    spy, measured, take = Spy(), [], sums.Sums.take
+    spy, measured, take = Spy(), [], sums.StatsAccumulator.update
 
     def watched(self, *rest):
         measured.append(rest[0].name)
@@ -161,7 +161,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
 
     recipe = [(r"layers\.0", spy), (r"layers\.1", Stops(seen=[0]))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sums.Sums, "take", watched)
+        patch.setattr(sums.StatsAccumulator, "update", watched)
         small = quantize(model, recipe, ROWS, checkpoint=tmp_path / "run", progress=False)
     assert spy.seen == [] and measured == ["layers.1"]  # block 0 came from the checkpoint, unmeasured
     whole = quantize(model, Spy(), ROWS, progress=False)
@@ -194,7 +194,7 @@ def test_no_more_than_one_blocks_statistics_are_held(quick_gc, model):
             return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
 
     alive: list = []
-    take = sums.Sums.take
+    take = sums.StatsAccumulator.update
 
     def watched(self, *rest):
         gc.collect()
@@ -204,7 +204,7 @@ def test_no_more_than_one_blocks_statistics_are_held(quick_gc, model):
         return take(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sums.Sums, "take", watched)
+        patch.setattr(sums.StatsAccumulator, "update", watched)
         quantize(model, Watch(), ROWS, progress=False)
     assert len(alive) == 2 and len(held) == 14
 

@@ -14,7 +14,7 @@ from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.models.linears import linear_weights
 from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.recipe import Budget, read_recipe
-from jaxllm.quant.sensitivity import FORMS, Choice, sensitivity, spend
+from jaxllm.quant.sensitivity import FORMS, Choice, allocate_bits, sensitivity
 
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [30, 60, 90, 120, 3, 3]]
 METHODS = [jl.Rtn(bits=bits, group=16) for bits in (2, 3, 5)]
@@ -70,10 +70,10 @@ def test_the_choice_is_the_best_of_all_choices():
             ]
             within = [cost for cost, stored in every if stored <= bits * 500]
             if not within:
-                with pytest.raises(ValueError, match="spend: bits must be at least"):
-                    spend(table, bits=bits)
+                with pytest.raises(ValueError, match="allocate_bits: bits must be at least"):
+                    allocate_bits(table, bits=bits)
                 continue
-            recipe = spend(table, bits=bits)
+            recipe = allocate_bits(table, bits=bits)
             taken = [
                 next(c for c in several if c.method is method)
                 for several, (_, method) in zip(table.values(), recipe, strict=True)
@@ -86,7 +86,7 @@ def test_the_recipe_keeps_the_budget_and_more_bits_cost_less(model, table):
     assert table.keys() == {name for name in linear_weights(model) if "." in name}
     costs = []
     for bits in (3.2, 3.9, 5.0, 6.5):
-        recipe = spend(table, bits=bits)
+        recipe = allocate_bits(table, bits=bits)
         small = jl.quantize(model, recipe, progress=False)
         assert linear_bits(small) <= bits
         cost = {(f"^{name}$".replace(".", r"\."), c.method): c.cost for name, cs in table.items() for c in cs}
@@ -118,4 +118,4 @@ def test_what_makes_no_table_is_refused(model, options, message):
 
 def test_a_budget_too_small_is_refused(table):
     with pytest.raises(ValueError, match=r"bits must be at least 3\.\d+, what the smallest choices need"):
-        spend(table, bits=1.0)
+        allocate_bits(table, bits=1.0)

@@ -86,7 +86,7 @@ def load_native(path, *, dtype=None, mesh=None):
     weights = manifest["weights"]
     _check_weights(dict(_variables(state)), weights)
 
-    def rebuild(make: Make) -> nnx.State:
+    def rebuild(make: Make):
         return _replace(state, {key: build(described, key, make) for key, described in weights.items()})
 
     abstract = rebuild(_shape)

@@ -129,7 +129,10 @@ def linears_of(model, stage: Stage) -> dict[str, LinearInfo]:
     if not stage.name:
         return {}
     sides = ("source", "target") if isinstance(model, T5) else ("target",)
-    rows = lambda shape, dtype: {side: jax.ShapeDtypeStruct(shape, dtype) for side in sides}  # noqa: E731
+
+    def rows(shape: tuple[int, ...], dtype) -> dict[str, jax.ShapeDtypeStruct]:
+        return {side: jax.ShapeDtypeStruct(shape, dtype) for side in sides}
+
     batch = Batch(rows((1, 2), jnp.int32), rows((1,), jnp.int32), rows((1, 2), jnp.int32))
     found: dict[str, LinearInfo] = {}
 

@@ -1,8 +1,8 @@
 """Other people's files to our models and back: tables of names, and one loop.
 
 huggingface    Hugging Face directories to models and back
-assemble       a family's table, a config, tensors: one loop to a model
-fill           a model filled leaf by leaf, straight to its sharding
+build_model    a family's table, a config, tensors: one loop to a model
+materialize    a model filled leaf by leaf, straight to its sharding
 tensor_files   safetensors as views of the mapped file
 llama2c        llama2.c files and their tokenizer
 mingpt         minGPT's json

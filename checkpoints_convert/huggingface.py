@@ -6,8 +6,8 @@
 Reading goes tensor by tensor from the mapped files straight to each leaf's sharding, so the host
 holds at most the model and one tensor; numbers keep their type (float64 becomes float32). Writing
 gives the tensors back byte for byte. Pickled files are never opened. Which tensor is which leaf is
-told by tables (`families/`); one loop serves all (`assemble.py`). Linears that another tool quantized stay so
-(`quantized/`).
+told by tables (`families/`); one loop serves all (`build_model.py`). Linears that another tool quantized stay
+so (`quantized/`).
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import tensor_files
-from checkpoints_convert.assemble import assemble
+from checkpoints_convert.build_model import build_model
 from checkpoints_convert.families import gpt, llama_line, t5
 from checkpoints_convert.families.family import Family, Tensor, tensors_of
-from checkpoints_convert.fill import named_weights
+from checkpoints_convert.materialize import named_weights
 from checkpoints_convert.quantized import any_precision
 from checkpoints_convert.quantized import scheme as quantized
 from jaxllm.storage.directory import new_directory
@@ -54,7 +54,7 @@ def load(path_or_id, *, dtype=None, mesh=None, mapped=False, revision=None, loca
     config = translate(family, raw, path)
     scheme = quantized.scheme_of(raw)
     found = tensor_files.open_directory(path)
-    model = assemble(family, config, found, dtype=dtype, mesh=mesh, mapped=mapped, scheme=scheme)
+    model = build_model(family, config, found, dtype=dtype, mesh=mesh, mapped=mapped, scheme=scheme)
     return model, load_tokenizer(path)
 
 
@@ -140,7 +140,7 @@ def family_of(model, model_type: str | None = None) -> Family:
 def _says(family: Family, config) -> bool:
     """Whether writing the config as this family and reading it again gives it back."""
     try:
-        return family.config(family.defaults | family.to_config(config)) == config
+        return family.config(family.defaults | family.to_hf_config(config)) == config
     except (ValueError, KeyError):
         return False
 
@@ -184,7 +184,7 @@ def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "pad_token_id": None if tokenizer is None else tokenizer.pad_token_id,
-        **family.to_config(config),
+        **family.to_hf_config(config),
         "bos_token_id": None if tokenizer is None else tokenizer.bos_token_id,
         "eos_token_id": None if not ends else ends[0] if len(ends) == 1 else list(ends),
         "dtype": dtype,

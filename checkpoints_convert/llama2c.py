@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert.fill import fill
+from checkpoints_convert.materialize import materialize
 from jaxllm.models.decoder import Config, Decoder
 from jaxllm.models.rope import Rope
 
@@ -60,7 +60,7 @@ def load(path, *, tokenizer=None, dtype=None, mesh=None):
         raise ValueError(f"llama2c.load: {path.name} ends inside its header, got {data.size} bytes")
     quantized = int(data[:4].view("<u4")[0]) == MAGIC
     config, tensors = (_int8 if quantized else _float)(path.name, data)
-    model = fill(
+    model = materialize(
         lambda: Decoder(config, rngs=nnx.Rngs(0)),
         lambda name, shape: tensors[name](),
         dtype=dtype,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_convert.assemble import assemble
+from checkpoints_convert.build_model import build_model
 from checkpoints_convert.families import gpt
 from jaxllm.models.gpt import Config
 
@@ -44,7 +44,7 @@ def load(path, *, dtype=None, mesh=None):
             f"mingpt.load: must be minGPT's config and tensors in JSON, got {path.name}: "
             f"{type(error).__name__} {error}"
         ) from error
-    return assemble(FAMILY, config, tensors, dtype=dtype, mesh=mesh), None
+    return build_model(FAMILY, config, tensors, dtype=dtype, mesh=mesh), None
 
 
 def tensor(entry: dict) -> np.ndarray:

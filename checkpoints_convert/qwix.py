@@ -31,7 +31,10 @@ def to_qwix(w: Affine) -> Any:
     if K % w.group:
         raise ValueError(f"to_qwix: group must divide K, got group={w.group}, {K=}")
     name = f"int{bits}" if f"int{bits}" in WIDTHS else "int8"
-    shift = lambda codes: (codes.astype(jnp.int32) - 2 ** (bits - 1)).astype(name)  # noqa: E731
+
+    def shift(codes):
+        return (codes.astype(jnp.int32) - 2 ** (bits - 1)).astype(name)
+
     zero = None if w.zero is None else shift(unpack(w.zero))
     return QArray(shift(unpack(w.codes).T), affine.scales(w), zero, qtype=jnp.dtype(name))
 
@@ -53,7 +56,10 @@ def from_qwix(array: Any, *, dtype=None) -> Affine:
     for what, part in (("scale", array.scale), ("zero_point", zero)):
         if part is not None and (part.shape[0] != G or part.shape[1] not in (1, N) or K % G):
             raise ValueError(f"from_qwix: {what} must be [G, N or 1], G dividing {K=}, got {part.shape}")
-    shift = lambda v: v.astype(jnp.int32) + 2 ** (bits - 1)  # noqa: E731
+
+    def shift(v):
+        return v.astype(jnp.int32) + 2 ** (bits - 1)
+
     return affine.from_codes(
         shift(array.qvalue).T.astype(jnp.uint8),
         jnp.broadcast_to(array.scale.astype(jnp.float32), (G, N)).T,

@@ -3,7 +3,7 @@
 A `Row` says that one of their tensors is some of our leaves stacked along the first axis ("{i}" is
 the layer): a plain rename has one leaf, a fused q, k, v three. A row whose leaves a model does not
 have (biases, a tied head) is left out. So one table serves reading and writing, and every family
-goes through the one loop of `assemble.py`.
+goes through the one loop of `build_model.py`.
 """
 
 import dataclasses
@@ -46,11 +46,11 @@ class Family:
     architecture: str  # its class with a language model head
     model: type  # ours
     config: Callable[[dict[str, Any]], Any]  # config.json, defaults filled in, to ours
-    to_config: Callable[[Any], dict[str, Any]]  # ours to config.json
+    to_hf_config: Callable[[Any], dict[str, Any]]  # ours to config.json
     rows: tuple[Row, ...]
     defaults: dict[str, Any]  # what a key means that config.json leaves out
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # patterns of tensors that say nothing
-    also: tuple[tuple[str, str], ...] = ()  # (usual name, name some files have in its place)
+    aliases: tuple[tuple[str, str], ...] = ()  # (usual name, name some files have in its place)
     prefixes: tuple[str, ...] = ("model.",)  # of files: each is tried in place of the first, "" too
 
 

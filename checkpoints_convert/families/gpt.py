@@ -169,7 +169,7 @@ GPT2 = Family(
     architecture="GPT2LMHeadModel",
     model=Gpt,
     config=gpt2,
-    to_config=gpt2_to,
+    to_hf_config=gpt2_to,
     rows=GPT2_ROWS,
     defaults={
         "vocab_size": 50_257,
@@ -195,7 +195,7 @@ OPT = Family(
     architecture="OPTForCausalLM",
     model=Gpt,
     config=opt,
-    to_config=opt_to,
+    to_hf_config=opt_to,
     rows=OPT_ROWS,
     defaults={
         "vocab_size": 50_272,

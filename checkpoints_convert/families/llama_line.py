@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from checkpoints_convert.families.family import ACTIVATIONS, Family, row
-from checkpoints_convert.families.rope import SCALED, rope_to, ropes
+from checkpoints_convert.families.rope import SCALED, rope_to_hf, ropes
 from jaxllm.models.decoder import Config, Decoder
 
 
@@ -155,7 +155,7 @@ def phi3(raw: dict[str, Any]) -> Config:
     return Config(**sizes(raw), **ropes(raw, fraction=fraction), windows=windows(raw, None))
 
 
-def to_config(c: Config) -> dict[str, Any]:
+def to_hf_config(c: Config) -> dict[str, Any]:
     """Our config in the keys that families share; one without such a key does not read it."""
     names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
     scalar = c.head_dim if c.attention_scale is None else round(c.attention_scale**-2, 9)
@@ -171,7 +171,7 @@ def to_config(c: Config) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "hidden_act": names[c.activation],
-        "rope_parameters": rope_to(c.rope),
+        "rope_parameters": rope_to_hf(c.rope),
     }
     if c.rope.kind in SCALED:
         raw["original_max_position_embeddings"] = c.rope.original_context
@@ -190,7 +190,7 @@ def _types(c: Config) -> list[str]:
 
 def _plain(*keys: str):
     """Writes the shared keys but `keys`, which the family does not have."""
-    return lambda c: {key: value for key, value in to_config(c).items() if key not in keys}
+    return lambda c: {key: value for key, value in to_hf_config(c).items() if key not in keys}
 
 
 _GEMMA_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
@@ -204,13 +204,13 @@ def qwen_to(c: Config) -> dict[str, Any]:
 
 def gemma_to(c: Config) -> dict[str, Any]:
     raw = _plain("mlp_bias", "hidden_act")(c)
-    raw |= {"hidden_activation": to_config(c)["hidden_act"], "layer_types": _types(c)}
+    raw |= {"hidden_activation": to_hf_config(c)["hidden_act"], "layer_types": _types(c)}
     return raw
 
 
 def gemma3_to(c: Config) -> dict[str, Any]:
     local = c.rope if c.local_rope is None else c.local_rope
-    both = {"full_attention": rope_to(c.rope), "sliding_attention": rope_to(local)}
+    both = {"full_attention": rope_to_hf(c.rope), "sliding_attention": rope_to_hf(local)}
     return gemma_to(c) | {"rope_parameters": both}
 
 
@@ -289,7 +289,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     model=Decoder,
     config=llama,
-    to_config=_plain(*_GEMMA_ONLY, "sliding_window"),
+    to_hf_config=_plain(*_GEMMA_ONLY, "sliding_window"),
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
     defaults=COMMON | {"max_position_embeddings": 2048, "eos_token_id": 2},
 )
@@ -298,7 +298,7 @@ MISTRAL = Family(
     architecture="MistralForCausalLM",
     model=Decoder,
     config=mistral,
-    to_config=_plain(*_GEMMA_ONLY, "attention_bias", "mlp_bias"),
+    to_hf_config=_plain(*_GEMMA_ONLY, "attention_bias", "mlp_bias"),
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
     defaults=COMMON
     | {
@@ -313,7 +313,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     model=Decoder,
     config=qwen2,
-    to_config=qwen_to,
+    to_hf_config=qwen_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
     defaults=QWEN,
 )
@@ -322,7 +322,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     model=Decoder,
     config=qwen3,
-    to_config=qwen_to,
+    to_hf_config=qwen_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *QK_NORMS, *MLP),
     defaults=QWEN | {"head_dim": 128},
 )
@@ -331,7 +331,7 @@ GEMMA2 = Family(
     architecture="Gemma2ForCausalLM",
     model=Decoder,
     config=gemma2,
-    to_config=gemma_to,
+    to_hf_config=gemma_to,
     rows=(*HEAD, *GEMMA_NORMS, *ATTENTION, *MLP),
     defaults=GEMMA
     | {
@@ -345,7 +345,7 @@ GEMMA3_TEXT = Family(
     architecture="Gemma3ForCausalLM",
     model=Decoder,
     config=gemma3_text,
-    to_config=gemma3_to,
+    to_hf_config=gemma3_to,
     rows=(*HEAD, *GEMMA_NORMS, *ATTENTION, *QK_NORMS, *MLP),
     defaults=GEMMA
     | {
@@ -362,7 +362,7 @@ PHI3 = Family(
     architecture="Phi3ForCausalLM",
     model=Decoder,
     config=phi3,
-    to_config=phi3_to,
+    to_hf_config=phi3_to,
     rows=(*HEAD, *NORMS, *FUSED),
     defaults=COMMON
     | {

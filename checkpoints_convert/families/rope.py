@@ -61,7 +61,10 @@ def _or(value, default):
 
 def _yarn_attention(p: dict[str, Any], factor: float) -> float:
     """What multiplies cos and sin (arXiv:2309.00071, equation 15, with DeepSeek's two `mscale`)."""
-    scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
+
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
     if p.get("attention_factor") is not None:
         return float(p["attention_factor"])
     if p.get("mscale") and p.get("mscale_all_dim"):
@@ -87,7 +90,7 @@ def ropes(raw: dict[str, Any], *, theta=10_000.0, local_theta=None, fraction=1.0
     return fields
 
 
-def rope_to(r: Rope) -> dict[str, Any]:
+def rope_to_hf(r: Rope) -> dict[str, Any]:
     """The rope dictionary of a rotation, as transformers 5 spells it."""
     p: dict[str, Any] = {"rope_type": r.kind, "rope_theta": r.theta}
     if r.fraction != 1.0:

@@ -102,7 +102,7 @@ FAMILY = Family(
     architecture="T5ForConditionalGeneration",
     model=T5,
     config=t5,
-    to_config=t5_to,
+    to_hf_config=t5_to,
     rows=(
         row("shared.weight", "embedding.table"),
         row(f"encoder.{RELATIVE}", "encoder.relative.table"),
@@ -136,7 +136,7 @@ FAMILY = Family(
         r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
     ),
     # converters that keep one of equal tensors do not all keep this one
-    also=(
+    aliases=(
         ("shared.weight", "encoder.embed_tokens.weight"),
         ("shared.weight", "decoder.embed_tokens.weight"),
     ),

@@ -16,8 +16,8 @@ from flax import nnx
 from tiny_llama import TINY, tiny_weights, write_checkpoint
 
 from checkpoints_convert import huggingface, tensor_files
-from checkpoints_convert.assemble import same
-from checkpoints_convert.fill import fill, named_leaves
+from checkpoints_convert.build_model import same
+from checkpoints_convert.materialize import materialize, named_leaves
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.rope import Rope
@@ -734,7 +734,7 @@ def test_filling_holds_one_tensor_beside_the_model():
         calls.append(name)
         return value
 
-    model = fill(lambda: Decoder(decoder.TINY, rngs=nnx.Rngs(0)), read)
+    model = materialize(lambda: Decoder(decoder.TINY, rngs=nnx.Rngs(0)), read)
     sizes = [value.nbytes for value in named_leaves(model).values()]
     assert most[0] == max(sizes) and alive[0] == 0
     assert len(calls) == len(set(calls)) == len(sizes)

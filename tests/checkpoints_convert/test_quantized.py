@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxllm as jl
 from checkpoints_convert import huggingface
-from checkpoints_convert.fill import named_weights
+from checkpoints_convert.materialize import named_weights
 from jaxllm.files import convert
 from jaxllm.models.decoder import TINY as SMALLEST
 from jaxllm.models.decoder import Decoder

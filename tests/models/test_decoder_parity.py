@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert import huggingface
-from checkpoints_convert.fill import fill, named_leaves
+from checkpoints_convert.materialize import materialize, named_leaves
 from jaxllm.decoding.generate import generate
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.rope import Rope
@@ -233,7 +233,9 @@ def changed(model: Decoder, **changes) -> Decoder:
     """The same weights under another config; what that config has no use for is left out."""
     config = dataclasses.replace(model.config, **changes)
     leaves = named_leaves(model)
-    return fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), lambda name, shape: np.asarray(leaves[name]))
+    return materialize(
+        lambda: Decoder(config, rngs=nnx.Rngs(0)), lambda name, shape: np.asarray(leaves[name])
+    )
 
 
 # (checkpoint, field of the config, its value when off; a function takes the rope as it is)

@@ -39,7 +39,7 @@ def named_weights(model: nnx.Module) -> dict[str, Any]:
     return {name: value.rows if isinstance(value, Dense) else value for name, value in values.items()}
 
 
-def fill(
+def materialize(
     make: Callable[[], nnx.Module],
     read: Read,
     *,

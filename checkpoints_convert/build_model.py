@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert.families.family import Family, Tensor, tensors_of
-from checkpoints_convert.fill import Read, fill, named_leaves
+from checkpoints_convert.materialize import Read, materialize, named_leaves
 from checkpoints_convert.quantized.linears import (
     names_of,
     possible_names,
@@ -18,7 +18,7 @@ from checkpoints_convert.quantized.linears import (
 from checkpoints_convert.tensor_files import FLOATS, NAMES, listed
 
 
-def assemble(
+def build_model(
     family: Family,
     config,
     found: dict[str, np.ndarray],
@@ -30,17 +30,20 @@ def assemble(
 ) -> nnx.Module:
     """The model of a config with the tensors that were found, each read when its leaf is filled.
 
-    mapped: as in `fill`. scheme: how some linears are quantized (`quantized.Scheme`).
+    mapped: as in `materialize`. scheme: how some linears are quantized (`quantized.Scheme`).
 
     Raises ValueError, listing names, when tensors are missing or left over, or of another shape.
     """
-    make = lambda: family.model(config, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make() -> nnx.Module:
+        return family.model(config, rngs=nnx.Rngs(0))
+
     leaves = named_leaves(nnx.eval_shape(make))
     wanted = tensors_of(family, leaves)
     if scheme is None:
         found = with_usual_names(family, found, [tensor.theirs for tensor in wanted])
         check_names(family, found, wanted)
-        return fill(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh, mapped=mapped)
+        return materialize(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh, mapped=mapped)
     names = [tensor.theirs for tensor in wanted] + possible_names(scheme, wanted)
     found = with_usual_names(family, found, names)
     dense, linears = split(scheme, wanted, found)
@@ -50,13 +53,13 @@ def assemble(
     table = next(tensor for tensor in dense if "embedding.table" in tensor.ours)
     kind = read(table.ours[0], leaves[table.ours[0]].shape).dtype if dtype is None else np.dtype(dtype)
     formats = read_linears(scheme, linears, found, leaves, kind)
-    return fill(make, read, dtype=dtype, mesh=mesh, mapped=mapped, formats=formats)
+    return materialize(make, read, dtype=dtype, mesh=mesh, mapped=mapped, formats=formats)
 
 
 def with_usual_names(family: Family, found: dict, wanted: list[str]) -> dict:
     """The tensors under the family's usual names: files differ in what stands before (`model.`)."""
     found = dict(found)
-    for name, other in family.also:
+    for name, other in family.aliases:
         if name not in found and other in found:
             found[name] = found.pop(other)
     usual = family.prefixes[0]
@@ -96,7 +99,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def reader(found: dict[str, np.ndarray], wanted: list[Tensor], leaves: dict[str, Any]) -> Read:
-    """What gives `fill` each leaf: its rows of the mapped tensor it lies in."""
+    """What gives `materialize` each leaf: its rows of the mapped tensor it lies in."""
     place = {}
     for tensor in wanted:
         value = found[tensor.theirs]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxllm.decoding.options import GenerationOptions
+from jaxllm.decoding.options import GenerationOptions, spells_out_options
 from jaxllm.decoding.run import Completion, GenerationRun, Prompt, Timings
 
 TOKENS_PER_STOP_CHECK = 16  # made between two looks for a stop string
@@ -29,6 +29,7 @@ class Token:
     logprob: float | None
 
 
+@spells_out_options
 def generate(
     model, tokenizer, prompts: Sequence[Prompt], *, timings: bool = False, **options: Any
 ) -> list[Completion]:
@@ -53,6 +54,7 @@ def generate(
     return run.completions(seconds)
 
 
+@spells_out_options
 def stream(model, tokenizer, prompt: Prompt, **options: Any) -> Iterator[Token]:
     """The tokens of `generate` for one prompt, each as soon as it is made. Options as there."""
     return _tokens(GenerationRun(model, tokenizer, [prompt], GenerationOptions(**options)))
@@ -85,6 +87,7 @@ def stable_prefix(text: str, stop: Sequence[str]) -> int:
     return end
 
 
+@spells_out_options
 def chat(model, tokenizer, messages: Sequence[dict[str, str]], **options: Any) -> Completion:
     """The model's answer to a conversation, laid out by the tokenizer's chat template.
 

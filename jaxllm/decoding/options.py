@@ -4,7 +4,9 @@ options = GenerationOptions(max_new_tokens=64, cache=CacheOptions(bits=4))
 """
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from jaxllm.cache import Cache
 from jaxllm.decoding.sampling import Sampler
@@ -60,3 +62,15 @@ class GenerationOptions:
     def cache_options(self) -> CacheOptions:
         """`cache` as options, whatever was given."""
         return self.cache if isinstance(self.cache, CacheOptions) else CacheOptions(start=self.cache)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def spells_out_options(function: F) -> F:
+    """Shows the fields of `GenerationOptions` in place of `**options`: in help, in a notebook's tooltip."""
+    own = inspect.signature(function)
+    shown = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    shown += inspect.signature(GenerationOptions).parameters.values()  # keywords only
+    function.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function

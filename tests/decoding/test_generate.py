@@ -1,6 +1,7 @@
 """Generation equals choosing token after token from whole forward passes, however it is batched or cut."""
 
 import dataclasses
+import inspect
 import time
 
 import jax
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import jaxllm as jl
 from jaxllm import cache as kv
 from jaxllm.decoding import loop, prefill, sampling
+from jaxllm.decoding.options import GenerationOptions
 from jaxllm.models import inputs
 from jaxllm.models.decoder import TINY, Decoder
 
@@ -204,3 +206,10 @@ def _started(model):
     logits, cache = model(tokens, model.make_cache(1, 16), lengths=lengths, logits="last")
     state = loop.first_tokens(model, request, tokens, lengths, logits, cache, N=8, logprobs=False)
     return request, state
+
+
+@pytest.mark.parametrize("function", [jl.generate, jl.stream, jl.chat])
+def test_signatures_spell_the_options_out(function):
+    shown = inspect.signature(function).parameters
+    assert {field.name for field in dataclasses.fields(GenerationOptions)} <= shown.keys()
+    assert "options" not in shown and shown["max_new_tokens"].default == 64

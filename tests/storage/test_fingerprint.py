@@ -1,6 +1,7 @@
 """A fingerprint changes with any one number of a model, and with nothing else."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,7 @@ from jaxllm.sharding import make_mesh, shard
 from jaxllm.storage.fingerprint import fingerprint
 
 ROWS = [list(range(3, 40)), [5, 9, 2, 7]]
-RECIPE = [
-    ("0.attention.q", jl.Lnq(bits=3)),
-    ("0.attention.k", jl.AnyPrecision(parent_bits=4, seed_bits=2, restarts=1)),
-    ("0.attention.v", jl.MixedTwoBit(target_bits=4.5)),
-    ("0.attention.o", jl.NestedFp()),
-    ("0.mlp.gate", jl.DecDec(base=jl.Rtn(bits=3, group=16, zero_code=False), k_chunk=64)),
-    ("0.mlp.up", jl.Awq(bits=4, group=16)),
-    ("0.mlp.down", jl.Rotate(base=jl.Rtn(bits=4, group=16), activation_bits=8)),
-    ("1.mlp.up", jl.Rtn(bits=2, group=16, scale_bits=6)),
-    (".", None),
-]
+EVERY_FORMAT = Path(__file__).parents[1] / "files_of_0_1_0" / "decoder"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +34,7 @@ def models(plain):
         "float32": plain,
         "bfloat16": gpt.Gpt(gpt.TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16),
         "encoder": t5.T5(t5.TINY, rngs=nnx.Rngs(0)),
-        "quantized": jl.quantize(plain, RECIPE, ROWS, progress=False),
+        "quantized": jl.load(EVERY_FORMAT)[0],
     }
 
 

@@ -16,17 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.weights.matmul import FORMATS, PARTS
+from jaxllm.weights import matmul
 
 Classes = tuple[type, ...]
-WEIGHTS: Classes = (*FORMATS, *PARTS)
 
 # What gives each array of a pytree: from its name, its shape and its type.
 Make = Callable[[str, tuple[int, ...], Any], Any]
 
 
-def describe(value: Any, name: str, classes: Classes = WEIGHTS) -> dict[str, Any] | None:
+def weight_classes() -> Classes:
+    """What weights are made of."""
+    return (*matmul.FORMATS, *matmul.PARTS)
+
+
+def describe(value: Any, name: str, classes: Classes | None = None) -> dict[str, Any] | None:
     """What the manifest says of a weight, or of another pytree made of `classes`."""
+    classes = weight_classes() if classes is None else classes
     if value is None:
         return None
     if hasattr(value, "dtype") and not dataclasses.is_dataclass(value):
@@ -48,8 +53,9 @@ def describe(value: Any, name: str, classes: Classes = WEIGHTS) -> dict[str, Any
     return described
 
 
-def arrays_of(value: Any, name: str, classes: Classes = WEIGHTS) -> Iterator[tuple[str, Any]]:
+def arrays_of(value: Any, name: str, classes: Classes | None = None) -> Iterator[tuple[str, Any]]:
     """Each array of a weight by its name in the file: the weight's, then the path of fields."""
+    classes = weight_classes() if classes is None else classes
     if isinstance(value, tuple):
         for i, part in enumerate(value):
             yield from arrays_of(part, f"{name}/{i}", classes)
@@ -61,8 +67,9 @@ def arrays_of(value: Any, name: str, classes: Classes = WEIGHTS) -> Iterator[tup
         yield name, value
 
 
-def build(described: dict[str, Any] | None, name: str, make: Make, classes: Classes = WEIGHTS) -> Any:
+def build(described: dict[str, Any] | None, name: str, make: Make, classes: Classes | None = None) -> Any:
     """A weight from what the manifest says; `make(name, shape, dtype)` gives each array."""
+    classes = weight_classes() if classes is None else classes
     if described is None:
         return None
     kind = described["type"]

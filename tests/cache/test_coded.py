@@ -11,7 +11,7 @@ from flax import nnx
 import jaxllm as jl
 from jaxllm import cache as kv
 from jaxllm.cache import coded as quantized
-from jaxllm.decoding import generate as generating
+from jaxllm.decoding import run
 from jaxllm.models import decoder, gpt, t5
 from jaxllm.models.decoder import TINY, Decoder
 
@@ -274,4 +274,4 @@ def test_a_decoding_loop_updates_the_codes_in_place(models, usual_compiler):
 
 
 def test_names_are_those_of_the_public_interface():
-    assert kv.CodedRows is quantized.CodedRows and decoder.kv is kv and generating.kv is kv
+    assert kv.CodedRows is quantized.CodedRows and decoder.kv is kv and run.kv is kv

@@ -15,6 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import coded as quantized
@@ -38,6 +39,28 @@ class DenseCache:
     rows: int = static()  # how many tokens a request may have
     # True until the first chunk, which then attends to itself only: cheaper, and known before tracing.
     empty: bool = static()
+
+    def __repr__(self) -> str:
+        """Tokens of each request, rows there are, what a row is, bytes; never the numbers in it."""
+        of = f"{len(self.windows)} layers of {_row_type(self.keys[0])}"
+        return f"DenseCache({_tokens(self.lengths)} of {self.rows}, {of}, {_size(self)})"
+
+
+def _tokens(lengths: jax.Array) -> str:
+    """How many tokens each request has seen, where that is known."""
+    if isinstance(lengths, jax.core.Tracer) or not isinstance(lengths, jax.Array):
+        return f"{lengths.shape[0]} requests"
+    return f"tokens {np.asarray(lengths).tolist()}"
+
+
+def _row_type(rows: Rows) -> str:
+    coded = isinstance(rows, CodedRows)
+    return f"{rows.bits} bits" if coded else jnp.dtype(rows.dtype).name  # type: ignore[union-attr]
+
+
+def _size(tree) -> str:
+    """The bytes of all arrays in a tree, as people write them."""
+    return f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)):,} bytes"
 
 
 def make(

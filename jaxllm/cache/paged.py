@@ -61,6 +61,12 @@ class PagedCache:
     context: Context
     tail: DenseCache
 
+    def __repr__(self) -> str:
+        """The pages that hold what was kept, and the tail; never the numbers in them."""
+        pages, rows = self.context.positions.shape
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.context))
+        return f"PagedCache({pages} pages of {rows} rows, {held:,} bytes, tail={self.tail})"
+
     @property
     def lengths(self) -> jax.Array:
         """How many tokens each request has seen, those evicted too: where the next one stands [B]."""

@@ -1,7 +1,9 @@
 """What every language model offers beside its forward pass: its type, its windows, its cache."""
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,6 +21,18 @@ class LanguageModel(nnx.Module):
 
     config: Any
     embedding: Embedding
+
+    def __repr__(self) -> str:
+        """Family, sizes, type, weights, bytes and bits; never the numbers in it."""
+        c, leaves = self.config, jax.tree.leaves(self)
+        values = [v.get_value() for _, v in nnx.to_flat_state(nnx.state(self))]
+        weights = sum(math.prod(value.shape) for value in values)
+        held = sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves)
+        return (
+            f"{type(self).__name__}({c.layers} layers, width {c.width}, vocabulary {c.vocab:,}, context "
+            f"{c.context:,}, {jnp.dtype(self.dtype).name}; {weights:,} weights, {held:,} bytes, "
+            f"{8 * held / weights:.2f} bits a weight)"
+        )
 
     @property
     def dtype(self):

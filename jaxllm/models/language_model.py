@@ -34,6 +34,8 @@ class LanguageModel(nnx.Module):
             f"{8 * held / weights:.2f} bits a weight)"
         )
 
+    __str__ = __repr__  # NNX's lists every parameter
+
     @property
     def dtype(self):
         """The type of activations: that of the embedding."""

@@ -8,7 +8,6 @@ from flax import nnx
 import jaxllm as jl
 from jaxllm.models import decoder, gpt, t5
 
-
 MAKE = {
     "decoder": lambda: decoder.Decoder(decoder.TINY, rngs=nnx.Rngs(0)),
     "gpt": lambda: gpt.Gpt(gpt.TINY, rngs=nnx.Rngs(0)),
@@ -24,7 +23,7 @@ def test_a_model_prints_in_a_line_what_it_is(make):
     assert text.startswith(f"{type(model).__name__}({model.config.layers} layers, width {model.config.width}")
     assert f"{held:,} bytes, 32.00 bits a weight" in text and "float32" in text
     assert "\n" not in text and "Array" not in text
-    assert repr(nnx.eval_shape(make)) == text
+    assert repr(nnx.eval_shape(make)) == text == str(model)
 
 
 def test_a_quantized_model_prints_its_bits():

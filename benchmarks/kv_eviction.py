@@ -160,8 +160,8 @@ def part_budget(model, tokenizer, gates: dict[str, eviction.Gate], args) -> Foun
 def _within(model, name: str, gate: eviction.Gate, row: list[int], given, tokens: int, seed: int):
     """Divergence of each prediction where a text is read within a budget, and the cache at its end."""
     buffer = 32
-    hold = eviction.Hold(gates=gate, tokens=tokens, buffer=buffer, recent=16)
-    cache, kl = hold.settled(model.make_cache(1, 1), None), []
+    hold = eviction.CacheBudget(gates=gate, tokens=tokens, buffer=buffer, recent=16)
+    cache, kl = hold.enforce(model.make_cache(1, 1), None), []
     for start in range(0, len(row), buffer):
         piece = jnp.asarray([row[start : start + buffer]])
         got, tail, scores = _piece(model, gate, *kv.split(cache), piece)
@@ -169,7 +169,7 @@ def _within(model, name: str, gate: eviction.Gate, row: list[int], given, tokens
             scores = jnp.broadcast_to(jnp.arange(start, start + buffer) * 1.0, scores.shape)
         elif name == "random":
             scores = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), start), scores.shape)
-        cache = hold.settled(kv.join(cache.context, tail), scores)
+        cache = hold.enforce(kv.join(cache.context, tail), scores)
         kl.append(divergence(given[start : start + buffer], got))
     return jnp.concatenate(kl), cache
 

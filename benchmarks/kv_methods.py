@@ -31,7 +31,9 @@ def methods(model, tokenizer, gates: Mapping[str, eviction.Gate], only: Sequence
 
 
 def _kvzip(model, tokenizer) -> Methods:
-    zip_ = partial(eviction.kvzip_scores, model, replay=eviction.Replay.of(tokenizer), prefix=1, chunk=CHUNK)
+    zip_ = partial(
+        eviction.kvzip_scores, model, replay=eviction.RepeatPrompt.of(tokenizer), prefix=1, chunk=CHUNK
+    )
     # heads are learnt from one context that no part measures: a list behind random tokens
     words, rng = Words.of(tokenizer), np.random.default_rng([0, 99])
     sample = [*rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
@@ -50,7 +52,7 @@ def _kvzip(model, tokenizer) -> Methods:
 
 def _learnt(model, tokenizer, gates: Mapping[str, eviction.Gate]) -> Methods:
     def by_gate(gate: eviction.Gate) -> Scorer:
-        return lambda cache, row, asked, seed: jl.prefill_scored(
+        return lambda cache, row, asked, seed: jl.prefill_with_scores(
             model, [[tokenizer.bos_token_id, *row]], gate, prefix=1
         )[1]
 

@@ -139,7 +139,7 @@ def _operations(model, n: int, asked: int = 0, chunk: int = 0, prefix: int = 0) 
 def part_cost(args) -> list[dict[str, Any]]:
     """Operations of scoring, and seconds of each step of preparing a context and of asking it."""
     pico, tokenizer = load(args)
-    replay = eviction.Replay.of(tokenizer)
+    replay = eviction.RepeatPrompt.of(tokenizer)
     asked = len(replay.before(np.zeros(replay.seed, np.int32)))
     model, found = llama(args), []
     for name, one, n, chunk in (
@@ -202,7 +202,7 @@ def _written(pico, tokenizer, args) -> dict[str, list[float]]:
     """Seconds of writing with and without a budget."""
     prompts = [[tokenizer.bos_token_id]] * 4
     gates = new_gates(pico, "fast") if args.tiny else eviction.pico_gates()
-    budget = eviction.Hold(gates=gates, tokens=args.budget)
+    budget = eviction.CacheBudget(gates=gates, tokens=args.budget)
     works: dict[str, dict[str, Any]] = {
         f"{args.written} tokens by pico": {},
         f"{args.written} tokens by pico within {args.budget}": {"cache": jl.CacheOptions(budget=budget)},

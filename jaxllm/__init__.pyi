@@ -3,7 +3,7 @@
 from . import cache, eviction
 from .decoding.generate import Token, chat, generate, stream
 from .decoding.options import CacheOptions, GenerationOptions
-from .decoding.prefill import prefill, prefill_held, prefill_scored
+from .decoding.prefill import prefill, prefill_with_scores, prefill_within_budget
 from .decoding.run import Completion, Timings
 from .decoding.sampling import Sampler
 from .files import load, save
@@ -57,8 +57,8 @@ __all__ = [
     "make_mesh",
     "perplexity",
     "prefill",
-    "prefill_held",
-    "prefill_scored",
+    "prefill_with_scores",
+    "prefill_within_budget",
     "quantize",
     "read_at",
     "report_bytes",

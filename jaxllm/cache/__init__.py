@@ -11,7 +11,7 @@ context, tail = split(cache)                   what never changes, and what is w
 room(cache), num_bytes(cache)                  the longest chunk that fits; bytes really held
 
 `DenseCache` holds every token of a request, `PagedCache` what `eviction.evict` has left of a context and all
-that came since. Either may hold `CodedRows`.
+that came since. Either may hold `QuantizedRows`.
 
     dense     rows for every token: append, attend, truncate, select
     coded     rows in codes of 2, 4 or 8 bits, in place of an array
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxllm.cache import dense, paged
-from jaxllm.cache.coded import CodedRows
+from jaxllm.cache.coded import QuantizedRows
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.files import load, save
 from jaxllm.cache.paged import Context, PagedCache
@@ -99,9 +99,9 @@ def num_bytes(cache: Cache) -> int:
 
 __all__ = [
     "Cache",
-    "CodedRows",
     "DenseCache",
     "PagedCache",
+    "QuantizedRows",
     "advance",
     "append",
     "attend",

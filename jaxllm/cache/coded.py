@@ -37,7 +37,7 @@ LIMIT = 32000.0  # so that a float16 holds the range of a group
 
 
 @pytree
-class CodedRows:
+class QuantizedRows:
     """Numbers [J, R, D] in codes."""
 
     words: jax.Array  # uint32 [J, R, G + W]
@@ -55,17 +55,17 @@ class CodedRows:
 
 def zeros(
     shape: tuple[int, int, int], *, bits: int, group: int | None = None, rotated: bool, dtype
-) -> CodedRows:
+) -> QuantizedRows:
     """Rows of zeros. group: None is the whole row."""
     J, R, D = shape
     group = D if group is None else group
     if bits not in (2, 4, 8) or not 1 <= group <= D:
         raise ValueError(f"cache: bits must be 2, 4 or 8, group 1 to head_dim, got {bits=}, {group=}, {D=}")
     width = -(-D // group) + -(-D * bits // 32)
-    return CodedRows(jnp.zeros((J, R, width), jnp.uint32), bits, group, D, rotated, jnp.dtype(dtype))
+    return QuantizedRows(jnp.zeros((J, R, width), jnp.uint32), bits, group, D, rotated, jnp.dtype(dtype))
 
 
-def encode(x: Float[Array, "J T D"], like: CodedRows) -> CodedRows:
+def encode(x: Float[Array, "J T D"], like: QuantizedRows) -> QuantizedRows:
     """The numbers as rows like those given."""
     D, top = like.size, 2**like.bits - 1
     G = -(-D // like.group)
@@ -86,7 +86,7 @@ def encode(x: Float[Array, "J T D"], like: CodedRows) -> CodedRows:
     return dataclasses.replace(like, words=words)
 
 
-def numbers(rows: CodedRows) -> Float[Array, "J R D"]:
+def numbers(rows: QuantizedRows) -> Float[Array, "J R D"]:
     """What the rows hold, rotated if they are."""
     D, G = rows.size, -(-rows.size // rows.group)
     half = lambda v: jax.lax.bitcast_convert_type(v.astype(jnp.uint16), jnp.float16)  # noqa: E731
@@ -98,12 +98,12 @@ def numbers(rows: CodedRows) -> Float[Array, "J R D"]:
     return (codes * scale[..., :D] + low[..., :D]).astype(rows.dtype)
 
 
-def turn(q: Float[Array, "*B D"], rows: CodedRows) -> Float[Array, "*B D"]:
+def turn(q: Float[Array, "*B D"], rows: QuantizedRows) -> Float[Array, "*B D"]:
     """Queries in the basis of the keys."""
     return hadamard.rotate(q, SEED).astype(q.dtype) if rows.rotated else q
 
 
-def kept(x: Float[Array, "J T D"], like: CodedRows) -> Float[Array, "J T D"]:
+def kept(x: Float[Array, "J T D"], like: QuantizedRows) -> Float[Array, "J T D"]:
     """The numbers as rows like those given will give them back, in the basis in which they came."""
     held = numbers(encode(x, like))
     return hadamard.unrotate(held, SEED).astype(x.dtype) if like.rotated else held.astype(x.dtype)

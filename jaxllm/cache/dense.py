@@ -4,7 +4,7 @@ One array [B K, R, D] a layer for keys and one for values; R rows a request and 
 lies in row p mod R. A layer that attends to everything has R >= the longest request, so its row is the
 position; a layer with a sliding window has R = window + slack and overwrites its oldest rows. The slack is
 what a chunk may write, or a rollback forget, without losing a row that a query still sees. Keys are stored
-after rotation. In place of an array there may be `CodedRows` of the same shape (`quantized.py`): a cache in
+after rotation. In place of an array there may be `QuantizedRows` of the same shape (`coded.py`): a cache in
 2, 4 or 8 bits. Then a chunk that attends to itself, too, sees its keys and values as they will be read back,
 so that how a text is cut into chunks changes no more than the rounding of sums does.
 
@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import coded as quantized
-from jaxllm.cache.coded import CodedRows
-from jaxllm.ops.attention import DistanceBias, attention, by_head
+from jaxllm.cache.coded import QuantizedRows
+from jaxllm.ops.attention import DistanceBias, attention, heads_first
 from jaxllm.pytree import pytree, static
 
-Rows = jax.Array | CodedRows  # [B K, R, D]
+Rows = jax.Array | QuantizedRows  # [B K, R, D]
 
 
 @pytree
@@ -54,7 +54,7 @@ def _tokens(lengths: jax.Array) -> str:
 
 
 def _row_type(rows: Rows) -> str:
-    coded = isinstance(rows, CodedRows)
+    coded = isinstance(rows, QuantizedRows)
     return f"{rows.bits} bits" if coded else jnp.dtype(rows.dtype).name  # type: ignore[union-attr]
 
 
@@ -132,13 +132,13 @@ def append(
         put = lambda x, y: x.at[block, row].set(y, mode="drop")  # noqa: E731
         write = lambda old, new: jax.tree.map(put, old, new)  # noqa: E731
     keys, values = list(cache.keys), list(cache.values)
-    keys[layer] = write(keys[layer], _stored(by_head(k), keys[layer]))
-    values[layer] = write(values[layer], _stored(by_head(v), values[layer]))
+    keys[layer] = write(keys[layer], _stored(heads_first(k), keys[layer]))
+    values[layer] = write(values[layer], _stored(heads_first(v), values[layer]))
     return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
 
 def _stored(x: Float[Array, "J T D"], like: Rows) -> Rows:
-    return quantized.encode(x, like) if isinstance(like, CodedRows) else x.astype(like.dtype)
+    return quantized.encode(x, like) if isinstance(like, QuantizedRows) else x.astype(like.dtype)
 
 
 def kept(
@@ -147,9 +147,9 @@ def kept(
     """A chunk's keys and values as a layer that holds codes will give them back; else as they are."""
 
     def one(x, like: Rows):
-        if not isinstance(like, CodedRows):
+        if not isinstance(like, QuantizedRows):
             return x
-        held = quantized.kept(by_head(x), like).reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
+        held = quantized.kept(heads_first(x), like).reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
         return held.transpose(0, 2, 1, 3)
 
     return (k, v) if cache is None else (one(k, cache.keys[layer]), one(v, cache.values[layer]))
@@ -190,9 +190,9 @@ def attend(
     keys, values = cache.keys[layer], cache.values[layer]
     held, seen = visible(cache, layer, positions, lengths, mask)
     added = None if bias is None else bias(held - positions[:, :, None])  # [B, H, T, R]
-    if isinstance(keys, CodedRows):
+    if isinstance(keys, QuantizedRows):
         q, keys = quantized.turn(q, keys), quantized.numbers(keys)
-    if isinstance(values, CodedRows):
+    if isinstance(values, QuantizedRows):
         values = quantized.numbers(values)
     return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
 

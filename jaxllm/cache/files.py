@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.cache.coded import CodedRows
+from jaxllm.cache.coded import QuantizedRows
 from jaxllm.cache.dense import DenseCache, Rows
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.storage.directory import new_directory
@@ -23,7 +23,7 @@ from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
 META, ARRAYS, FORMAT, VERSION = "cache.json", "arrays.npz", "jaxllm cache", 3
 FINGERPRINTS = {2: fingerprint_of_first_numbers, VERSION: fingerprint}  # by the version of the file
-CLASSES = (DenseCache, PagedCache, Context, CodedRows)  # what a file may name
+CLASSES = (DenseCache, PagedCache, Context, QuantizedRows)  # what a file may name
 
 
 def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
@@ -67,7 +67,7 @@ def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> Den
     def rows(name: str, coding: dict[str, Any] | None) -> Rows:
         if coding is None:
             return arrays[name]
-        return CodedRows(arrays[f"{name}/words"], **(coding | {"dtype": jnp.dtype(coding["dtype"])}))
+        return QuantizedRows(arrays[f"{name}/words"], **(coding | {"dtype": jnp.dtype(coding["dtype"])}))
 
     at = "tail/" if meta["paged"] else ""
     layers = range(len(meta["windows"]))

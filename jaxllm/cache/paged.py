@@ -31,9 +31,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import coded as quantized
 from jaxllm.cache import dense
-from jaxllm.cache.coded import CodedRows
+from jaxllm.cache.coded import QuantizedRows
 from jaxllm.cache.dense import DenseCache, Rows
-from jaxllm.ops.attention import FLOAT32, HIDDEN
+from jaxllm.ops.attention import FLOAT32, MASK_VALUE
 from jaxllm.pytree import pytree, static
 
 
@@ -134,7 +134,7 @@ def attend(
     keys, values = tail.keys[layer], tail.values[layer]
     J = keys.shape[0]
     K, G = J // B, H * B // J
-    if isinstance(keys, CodedRows):
+    if isinstance(keys, QuantizedRows):
         q = quantized.turn(q, keys)
     q = q.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
     rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
@@ -150,7 +150,7 @@ def attend(
 
 def numbers(rows: Rows) -> jax.Array:
     """Rows as plain numbers, in the basis in which they are stored."""
-    return quantized.numbers(rows) if isinstance(rows, CodedRows) else rows
+    return quantized.numbers(rows) if isinstance(rows, QuantizedRows) else rows
 
 
 def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
@@ -193,7 +193,7 @@ def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
         return i + new.sum(), sums
 
     none = (
-        jnp.full((J + W, M * n), HIDDEN),
+        jnp.full((J + W, M * n), MASK_VALUE),
         jnp.zeros((J + W, M * n)),
         jnp.zeros((J + W, M * n, D)),
     )
@@ -213,7 +213,7 @@ def _weighed(q, k, v, seen, *, scale: float, softcap: float | None):
     scores = jnp.einsum("jnd,jsd->jns", q, k, **FLOAT32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(seen, scores, HIDDEN)
+    scores = jnp.where(seen, scores, MASK_VALUE)
     greatest = scores.max(-1)
     weights = jnp.where(seen, jnp.exp(scores - greatest[..., None]), 0.0)
     out = jnp.einsum("jns,jsd->jnd", weights.astype(v.dtype), v, **FLOAT32)
@@ -231,7 +231,7 @@ def _by_head(sums, part, head: Int[Array, " W"]):
     """The sums of W heads with those of W pages taken in; head[page] is W for a page of none of them."""
     W = len(head)
     owner = head[None] == jnp.arange(W)[:, None]  # [head, page]
-    greatest = jnp.maximum(sums[0], jnp.where(owner[:, :, None], part[0][None], HIDDEN).max(1))
+    greatest = jnp.maximum(sums[0], jnp.where(owner[:, :, None], part[0][None], MASK_VALUE).max(1))
     mine = owner.astype(jnp.float32)
     shrink = jnp.exp(sums[0] - greatest)
     factor = jnp.where(head[:, None] < W, jnp.exp(part[0] - greatest[jnp.minimum(head, W - 1)]), 0.0)

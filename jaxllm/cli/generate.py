@@ -88,7 +88,7 @@ def generate(
     if kv_hold is not None or kv_method in GATES:
         form = GATES.get(kv_method, "fast")
         gates = jl.eviction.pico_gates(form) if kv_gates is None else jl.eviction.load_gates(kv_gates)
-        hold = None if kv_hold is None else jl.eviction.Hold(gates=gates, tokens=kv_hold)
+        hold = None if kv_hold is None else jl.eviction.CacheBudget(gates=gates, tokens=kv_hold)
         options["cache"] = jl.CacheOptions(bits=kv_bits, budget=hold)
     if text is not None:
         given = context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits, gates, hold)
@@ -128,7 +128,7 @@ def context_cache(
     method: str,
     bits: int | None,
     gates: jl.eviction.Gate | None,
-    hold: jl.eviction.Hold | None,
+    hold: jl.eviction.CacheBudget | None,
 ):
     """A text read into a cache, of which a part is kept."""
     if tokenizer is None:
@@ -138,10 +138,10 @@ def context_cache(
     slack = min(2000, len(ids)) + 128  # for prompts; KVzip's repeats the text
     if ratio is None:
         if hold is not None:
-            return jl.prefill_held(model, [ids], hold, bits=bits)
+            return jl.prefill_within_budget(model, [ids], hold, bits=bits)
         return jl.prefill(model, [ids], slack=slack, bits=bits)
     if gates is not None and method in GATES:
-        cache, scores = jl.prefill_scored(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
+        cache, scores = jl.prefill_with_scores(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
     elif method.startswith("kvzip"):
         cache = jl.prefill(model, [ids], slack=slack, bits=bits)
         scores = jl.eviction.kvzip_scores(

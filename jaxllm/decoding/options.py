@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from jaxllm.cache import Cache
 from jaxllm.decoding.sampling import Sampler
-from jaxllm.eviction.running_budget import Hold
+from jaxllm.eviction.running_budget import CacheBudget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class CacheOptions:
     """
 
     bits: int | None = None
-    budget: Hold | None = None
+    budget: CacheBudget | None = None
     start: Cache | None = None
 
     def __post_init__(self):

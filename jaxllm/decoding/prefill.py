@@ -17,7 +17,7 @@ from jaxllm import cache as kv
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.eviction.gates import Gate
-from jaxllm.eviction.running_budget import Hold
+from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import STEP, padded
 
 
@@ -34,7 +34,7 @@ def prefill(
     return _read(model, cache, rows, lengths, chunk)[0]
 
 
-def prefill_scored(
+def prefill_with_scores(
     model,
     tokens: Sequence[Sequence[int]],
     gates: Gate,
@@ -45,9 +45,11 @@ def prefill_scored(
     chunk: int = 2048,
 ) -> tuple[DenseCache, Float[Array, "L B K T"]]:
     """As `prefill`, and the gates' scores of what stands behind `prefix`, from the same pass."""
-    rows, lengths = _filled_up("prefill_scored", model, tokens)
+    rows, lengths = _filled_up("prefill_with_scores", model, tokens)
     if not 0 <= prefix < lengths.min():
-        raise ValueError(f"prefill_scored: rows must have more than {prefix=} tokens, got {lengths.tolist()}")
+        raise ValueError(
+            f"prefill_with_scores: rows must have more than {prefix=} tokens, got {lengths.tolist()}"
+        )
     cache = model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits)
     cache, scores = _read(model, cache, rows, lengths, chunk, gates)
     real = np.arange(rows.shape[1]) < lengths[:, None]
@@ -55,23 +57,23 @@ def prefill_scored(
     return cache, scores[..., prefix : lengths.max()]
 
 
-def prefill_held(
-    model, tokens: Sequence[Sequence[int]], hold: Hold, *, bits: int | None = None
+def prefill_within_budget(
+    model, tokens: Sequence[Sequence[int]], hold: CacheBudget, *, bits: int | None = None
 ) -> PagedCache:
     """The cache of some texts within a budget, `hold.buffer` tokens being read at a time.
 
     What lies in memory does not grow with the texts; while the budget is restored it is two pools and a tail.
     """
-    rows, lengths = _filled_up("prefill_held", model, tokens)
+    rows, lengths = _filled_up("prefill_within_budget", model, tokens)
     hold.gates.layers(model)  # or it raises
-    cache = hold.settled(model.make_cache(len(rows), 1, slack=hold.buffer, bits=bits), None)
+    cache = hold.enforce(model.make_cache(len(rows), 1, slack=hold.buffer, bits=bits), None)
     at = 0
     while at < lengths.max():
         context, tail = kv.split(cache)
         part = rows[:, at : at + min(hold.buffer, kv.room(tail))]
         sizes = np.clip(lengths - at, 0, part.shape[1])
         _, tail, scores = read(model, hold.gates, None, context, part, tail, sizes)
-        cache = hold.settled(kv.join(context, tail), scores)
+        cache = hold.enforce(kv.join(context, tail), scores)
         at += part.shape[1]
     return cache
 

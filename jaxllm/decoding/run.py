@@ -20,7 +20,7 @@ from jaxllm.decoding.loop import Requests, active, decode_until, first_tokens
 from jaxllm.decoding.options import CacheOptions, GenerationOptions
 from jaxllm.decoding.prefill import read
 from jaxllm.decoding.sampling import request_keys
-from jaxllm.eviction.running_budget import Hold
+from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import bucket
 
 Prompt = str | Sequence[int]
@@ -127,7 +127,7 @@ class GenerationRun:
         """An empty tail behind a context that holds the budget."""
         assert self.budget is not None
         self.room = self.budget.buffer
-        context, tail = kv.split(self.budget.settled(kv.join(self.requests.context, tail), scores))
+        context, tail = kv.split(self.budget.enforce(kv.join(self.requests.context, tail), scores))
         self.requests = dataclasses.replace(self.requests, context=context)
         return tail
 
@@ -306,7 +306,7 @@ def _lengths_before(cache: Cache | None, n: int) -> list[int]:
     return lengths * n if len(lengths) == 1 else lengths
 
 
-def _check_budget(model, budget: Hold, cache: Cache | None) -> None:
+def _check_budget(model, budget: CacheBudget, cache: Cache | None) -> None:
     if hasattr(model, "encode"):
         raise ValueError("generate: a budget needs a decoder alone, got a model that reads a source")
     budget.gates.layers(model)  # or it raises
@@ -325,7 +325,7 @@ def _own_cache(model, given: CacheOptions, before: list[int], B: int, new: int) 
         cache = kv.select(cache, jnp.asarray(order))
     if given.budget is not None:
         cache = model.make_cache(B, 1, slack=given.budget.buffer, bits=given.bits) if cache is None else cache
-        return given.budget.settled(cache, None)
+        return given.budget.enforce(cache, None)
     if cache is None:
         return model.make_cache(B, new, bits=given.bits)
     there = max(before)

@@ -25,20 +25,20 @@ from jaxllm.eviction.baselines import (
 from jaxllm.eviction.budget import evict
 from jaxllm.eviction.gates import FastGate, Gate, ZapGate, load_gates, pico_gates, save_gates
 from jaxllm.eviction.heads import head_scores, load_heads, save_heads, spread
-from jaxllm.eviction.kvzip import Replay, kvzip_scores
-from jaxllm.eviction.running_budget import Hold, hold
+from jaxllm.eviction.kvzip import RepeatPrompt, kvzip_scores
+from jaxllm.eviction.running_budget import CacheBudget, evict_to_budget
 
 __all__ = [
+    "CacheBudget",
     "FastGate",
     "Gate",
-    "Hold",
-    "Replay",
+    "RepeatPrompt",
     "ZapGate",
     "evict",
+    "evict_to_budget",
     "expected_scores",
     "h2o_scores",
     "head_scores",
-    "hold",
     "kvzip_scores",
     "load_gates",
     "load_heads",

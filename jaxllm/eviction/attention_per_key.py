@@ -8,7 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.ops.attention import FLOAT32, HIDDEN
+from jaxllm.ops.attention import FLOAT32, MASK_VALUE
 
 LEAST, BLOCKS = 64, 8  # queries at once at least, and how often at most: weights take J G S T / 8 numbers
 
@@ -43,7 +43,7 @@ def received(
         )
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(seen[:, None, None, start:end, :n], scores, HIDDEN)
+        scores = jnp.where(seen[:, None, None, start:end, :n], scores, MASK_VALUE)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         part = share[:, None, None, start:end] / weights.sum(-1)
         weights = weights * part[..., None]

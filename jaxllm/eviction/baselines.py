@@ -28,7 +28,7 @@ from jaxllm.eviction.attention_per_key import received
 from jaxllm.models.inputs import padded, sees_all
 from jaxllm.models.rope import rotate
 from jaxllm.models.taps import layer_tap
-from jaxllm.ops.attention import FLOAT32, HIDDEN, by_head
+from jaxllm.ops.attention import FLOAT32, MASK_VALUE, heads_first
 
 Rows = Sequence[Sequence[int]]
 
@@ -129,7 +129,7 @@ def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max
     def of_layer(layer: int, q, k) -> None:
         attention = model.layers[layer].attention
         rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
-        found.append(received(q, by_head(k), seen, reduce=reduce, **rule))
+        found.append(received(q, heads_first(k), seen, reduce=reduce, **rule))
 
     tap = layer_tap(of_layer, ("attention.queries", "attention.keys"), global_layers(model.windows))
     model(tokens, lengths=lengths, logits="last", tap=tap)
@@ -163,7 +163,7 @@ def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float
         mean, cov = mean.reshape(B, K, -1, D), cov.reshape(B, K, -1, D, D)
         logits = jnp.einsum("bkgd,btkd->bkgt", mean, k, **FLOAT32) * attention.scale
         logits += jnp.einsum("btkd,bkgde,btke->bkgt", k, cov, k, **FLOAT32) * (square / 2)
-        weights = jax.nn.log_softmax(jnp.where(real[:, None, None], logits, HIDDEN), axis=-1)
+        weights = jax.nn.log_softmax(jnp.where(real[:, None, None], logits, MASK_VALUE), axis=-1)
         weights = jax.nn.logsumexp(weights, axis=2) - np.log(weights.shape[2])
         if epsilon:
             weights = jnp.logaddexp(weights, np.float32(np.log(epsilon)))

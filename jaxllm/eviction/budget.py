@@ -20,8 +20,8 @@ lossless.
 A cache may be evicted again. Scores stay with their rows, so none need be given, and a smaller ratio keeps
 what it would have kept at once. What is gone stays gone: a budget that wants more than is left is refused.
 
-`hold` evicts while a text grows: what was read or written since goes from the tail to the pages, and so many
-tokens' worth of all rows stay.
+`evict_to_budget` evicts while a text grows: what was read or written since goes from the tail to the pages,
+and so many tokens' worth of all rows stay.
 
 Letters: L layers without a window, B requests, K key heads, T tokens of the longest context, M most rows that
 a head has.

@@ -1,9 +1,10 @@
 """Gates: small networks that tell a row's worth from what its layer reads, so that no text is read twice.
 
     gates = load_gates("gates/")                                       # or jaxllm.training.gates.train_gates
-    cache, scores = prefill_scored(model, [ids], gates)                # one pass
+    cache, scores = prefill_with_scores(model, [ids], gates)                # one pass
     small = evict(cache, scores, ratio=0.3)
-    outs = generate(model, tokenizer, prompts, cache=CacheOptions(budget=Hold(gates=gates, tokens=256)))
+    budget = CacheBudget(gates=gates, tokens=256)
+    outs = generate(model, tokenizer, prompts, cache=CacheOptions(budget=budget))
 
 Two published forms. `FastGate` (Fast KVzip) compares queries and a key of few numbers, both made of the
 hidden state x, with learned sinks z as attention does; it learns KVzip's scores by binary cross entropy:

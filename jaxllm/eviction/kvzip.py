@@ -28,13 +28,13 @@ from jaxtyping import Array, Float
 
 from jaxllm import cache as kv
 from jaxllm.cache import coded as quantized
-from jaxllm.cache.coded import CodedRows
+from jaxllm.cache.coded import QuantizedRows
 from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache, numbers
 from jaxllm.eviction.attention_per_key import received
 from jaxllm.models.inputs import STEP, padded, sees_all
 from jaxllm.models.taps import layer_tap
-from jaxllm.ops.attention import FLOAT32, by_head
+from jaxllm.ops.attention import FLOAT32, heads_first
 
 CHUNK, LEAST = 2000, 16
 # of the published code; pico was trained on them
@@ -43,7 +43,7 @@ LATER = "\n\nRepeat the part of the previous context exactly, starting with "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Replay:
+class RepeatPrompt:
     """What stands before each chunk that is repeated, in token ids.
 
     first: before the first chunk. later: before the others, then the last `seed` ids of the chunk before.
@@ -56,7 +56,7 @@ class Replay:
     seed: int = 8
 
     @classmethod
-    def of(cls, tokenizer: Any, *, first: str = FIRST, later: str = LATER) -> "Replay":
+    def of(cls, tokenizer: Any, *, first: str = FIRST, later: str = LATER) -> "RepeatPrompt":
         """The published prompts in a tokenizer's ids, with its chat template's end of turn or a line end."""
         encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
         bridge = "\n"
@@ -79,7 +79,7 @@ def kvzip_scores(
     context: Sequence[Sequence[int]],
     *,
     tokenizer: Any = None,
-    replay: Replay | None = None,
+    replay: RepeatPrompt | None = None,
     prefix: int = 0,
     chunk: int | None = None,
     output_aware: bool = False,
@@ -95,7 +95,7 @@ def kvzip_scores(
     tokens, sizes = padded("kvzip", model, context)
     sees_all("kvzip", model)
     _check(model, cache, tokens, sizes, prefix)
-    replay = replay or (Replay() if tokenizer is None else Replay.of(tokenizer))
+    replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.of(tokenizer))
     B, T = tokens.shape
     asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
     held = prefix + T
@@ -133,13 +133,13 @@ def kvzip_scores(
             fed[b, : lengths[b]] = [*ids, *row[at : at + size[b]]]
         where = np.int32(prefix + at)
         found.append(
-            _of_chunk(model, wide, fed, lengths, size, where, prefix=prefix, m=m, output_aware=output_aware)
+            score_chunk(model, wide, fed, lengths, size, where, prefix=prefix, m=m, output_aware=output_aware)
         )
     return jnp.concatenate(found, axis=-1)[..., :T]
 
 
 @partial(jax.jit, static_argnames=("prefix", "m", "output_aware"))
-def _of_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int, output_aware: bool):
+def score_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int, output_aware: bool):
     """Scores [L, B, K, m] of the keys at `where`, while `tokens` are read behind the cache."""
     B, T = tokens.shape
     step = jnp.arange(T)
@@ -153,8 +153,8 @@ def _of_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int
         held, attention = cache.keys[layer], model.layers[layer].attention
         at = lambda y: jax.lax.dynamic_slice_in_dim(y, where, m, axis=1)  # noqa: E731
         cut = lambda x: jnp.concatenate([x[:, :prefix], at(x)], axis=1)  # noqa: E731
-        before, new = numbers(jax.tree.map(cut, held)), by_head(keys)
-        if isinstance(held, CodedRows):  # as they will be read back, all in the rotated basis
+        before, new = numbers(jax.tree.map(cut, held)), heads_first(keys)
+        if isinstance(held, QuantizedRows):  # as they will be read back, all in the rotated basis
             q, new = quantized.turn(q, held), quantized.numbers(quantized.encode(new, held))
         k = jnp.concatenate([before, new.astype(before.dtype)], axis=1)
         share = None
@@ -164,7 +164,7 @@ def _of_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int
         got = received(q, k, seen, share=share, **rule)[..., prefix : prefix + m]  # [B, K, G, m]
         if output_aware:
             values = jax.tree.map(at, cache.values[layer])
-            got = got * _reach(attention.o.w.get_value(), numbers(values), got.shape)
+            got = got * _output_norms(attention.o.w.get_value(), numbers(values), got.shape)
         scores.append(jnp.where(jnp.arange(m)[None, None] < size[:, None, None], got.max(2), 0.0))
 
     names = ("attention.q.in", "attention.queries", "attention.keys")
@@ -173,7 +173,7 @@ def _of_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int
     return jnp.stack(scores)
 
 
-def _reach(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K G m"]:
+def _output_norms(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K G m"]:
     """|W_O v| of each query head's part of the output weight and each value."""
     B, K, G, m = shape
     rows = w.T if isinstance(w, jax.Array) else w.dequantize_rows(jnp.float32)  # [N, H D]
@@ -197,7 +197,7 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
         )
     T, R = tokens.shape[1], cache.keys[0].shape[1]
     tokens = np.pad(tokens, ((0, 0), (0, -T % STEP)))
-    far = np.asarray(_strange(model, cache.keys[0], tokens, np.int32(prefix)))[:, :T]  # [B, T]
+    far = np.asarray(_key_distance(model, cache.keys[0], tokens, np.int32(prefix)))[:, :T]  # [B, T]
     at = prefix + np.arange(T)[None]
     there = (at < np.asarray(held)[:, None]) & (at >= np.asarray(held)[:, None] - R)
     if (far > 0.7)[there].any():
@@ -206,7 +206,7 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
 
 
 @jax.jit
-def _strange(model, held, tokens, prefix):
+def _key_distance(model, held, tokens, prefix):
     """How far the first layer's keys of these tokens are from those held, relative to their size [B, T]."""
     B, T = tokens.shape
     keys: list[jax.Array] = []
@@ -217,8 +217,8 @@ def _strange(model, held, tokens, prefix):
     positions = jnp.broadcast_to(prefix + jnp.arange(T, dtype=jnp.int32), (B, T))
     tap = layer_tap(note, ("attention.keys",), [0])
     model(tokens, positions=positions, logits="last", tap=tap)  # all but the keys is never computed
-    new, old = by_head(keys[0]).astype(jnp.float32), numbers(held).astype(jnp.float32)
-    if isinstance(held, CodedRows):
+    new, old = heads_first(keys[0]).astype(jnp.float32), numbers(held).astype(jnp.float32)
+    if isinstance(held, QuantizedRows):
         new = quantized.turn(new, held)
     old = old[:, (prefix + jnp.arange(T)) % old.shape[1]]
     square = lambda x: jnp.square(x).reshape(B, -1, T, x.shape[-1]).sum((1, 3))  # noqa: E731

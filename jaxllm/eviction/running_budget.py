@@ -18,7 +18,7 @@ from jaxllm.eviction.budget import _check_room, _greatest
 from jaxllm.eviction.gates import Gate
 
 
-def hold(
+def evict_to_budget(
     cache: DenseCache | PagedCache,
     scores: Float[Array, "L B K R"],
     *,
@@ -40,20 +40,22 @@ def hold(
     """
     if sinks < 0 or recent < 0 or tokens <= sinks + recent:
         got = f"{tokens=}, {sinks=}, {recent=}"
-        raise ValueError(f"hold: tokens must be more than sinks and recent together, got {got}")
-    _check_room("hold", rows, page)
+        raise ValueError(f"evict_to_budget: tokens must be more than sinks and recent together, got {got}")
+    _check_room("evict_to_budget", rows, page)
     there = repack.held(cache, tail=True)
     L, B, K, M = there.positions.shape
     if not L:
-        raise ValueError("hold: a layer must see all of the text, got windows only")
+        raise ValueError("evict_to_budget: a layer must see all of the text, got windows only")
     new = repack.tail_size(cache)
     if scores.ndim != 4 or scores.shape[:3] != (L, B, K) or scores.shape[3] < new:
-        raise ValueError(f"hold: scores must be [L, B, K, R] of {(L, B, K, new)} rows, got {scores.shape}")
+        raise ValueError(
+            f"evict_to_budget: scores must be [L, B, K, R] of {(L, B, K, new)} rows, got {scores.shape}"
+        )
     s = there.scores.copy()
     real = there.positions >= 0
     s[..., M - new :] = np.where(real[..., M - new :], np.asarray(scores)[..., :new], -np.inf)
     if not np.isfinite(s[..., M - new :][real[..., M - new :]]).all():
-        raise ValueError("hold: scores must be finite, got NaN or infinity")
+        raise ValueError("evict_to_budget: scores must be finite, got NaN or infinity")
     s = np.where(real & (there.positions < sinks), np.inf, s)
     lengths = np.asarray(cache.lengths)
     stays = (s == np.inf) | (real & (there.positions >= lengths[None, :, None, None] - recent))
@@ -61,7 +63,9 @@ def hold(
     count = tokens * L * K - stays.sum((0, 2, 3))
     if (count < 0).any():
         most = int(-(-stays.sum((0, 2, 3)).max() // (L * K)))
-        raise ValueError(f"hold: tokens must be at least the {most} a head that always stay, got {tokens=}")
+        raise ValueError(
+            f"evict_to_budget: tokens must be at least the {most} a head that always stay, got {tokens=}"
+        )
     keep = stays | _greatest(open_, count).reshape(B, L, K, M).swapaxes(0, 1)
     tail = repack.new_tail(cache, rows)
     most = tokens * L * K * B
@@ -70,7 +74,7 @@ def hold(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hold:
+class CacheBudget:
     """A budget that holds while a text grows, whether it is read or written.
 
     Rows wait in a buffer; when it is full, they compete with all others, and so many stay.
@@ -89,12 +93,14 @@ class Hold:
         if self.buffer < 1 or min(self.recent, self.sinks) < 0 or self.tokens <= self.recent + self.sinks:
             names = ("tokens", "buffer", "recent", "sinks")
             got = ", ".join(f"{name}={getattr(self, name)}" for name in names)
-            raise ValueError(f"hold: tokens must be more than recent and sinks, buffer at least 1, got {got}")
+            raise ValueError(
+                f"CacheBudget: tokens must be more than recent and sinks, buffer at least 1, got {got}"
+            )
 
-    def settled(self, cache: DenseCache | PagedCache, scores: Float[Array, "L B K R"] | None) -> PagedCache:
+    def enforce(self, cache: DenseCache | PagedCache, scores: Float[Array, "L B K R"] | None) -> PagedCache:
         """The cache with its tail among the pages, and the budget kept. None: the tail must be empty."""
         if scores is None:
             L, _, K = self.gates.sizes()
             scores = jnp.zeros((L, cache.lengths.shape[0], K, 0), jnp.float32)
         kept = {"tokens": self.tokens, "recent": self.recent, "sinks": self.sinks}
-        return hold(cache, scores, rows=self.buffer, **kept)
+        return evict_to_budget(cache, scores, rows=self.buffer, **kept)

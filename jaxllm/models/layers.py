@@ -38,7 +38,7 @@ def split_heads(x: Float[Array, "B T N"], head_dim: int) -> Float[Array, "B T H 
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def along_last(v: Float[Array, " N"], like: jax.Array) -> jax.Array:
+def broadcast_last(v: Float[Array, " N"], like: jax.Array) -> jax.Array:
     """`v` with axes of size 1 in front, ready to meet the last axis of `like`."""
     return jnp.expand_dims(v, range(like.ndim - 1))
 
@@ -60,7 +60,7 @@ class Linear(nnx.Module):
         else:
             y = matmul(x, self.w.get_value(), jnp.float32)
             bias = self.bias.get_value().astype(jnp.float32)
-            y = (y + along_last(bias, y)).astype(out_dtype)
+            y = (y + broadcast_last(bias, y)).astype(out_dtype)
         return probe(tap, "out", y)
 
 
@@ -94,7 +94,7 @@ class RmsNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         scale = self.scale.get_value().astype(jnp.float32) + self.offset
-        return (y * along_last(scale, y)).astype(x.dtype)
+        return (y * broadcast_last(scale, y)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -111,4 +111,4 @@ class LayerNorm(nnx.Module):
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         scale = self.scale.get_value().astype(jnp.float32)
         bias = self.bias.get_value().astype(jnp.float32)
-        return (y * along_last(scale, y) + along_last(bias, y)).astype(x.dtype)
+        return (y * broadcast_last(scale, y) + broadcast_last(bias, y)).astype(x.dtype)

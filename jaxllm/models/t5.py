@@ -37,7 +37,7 @@ from jaxllm.models.attention import cached_attention
 from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, chunk, last_token, split_heads
 from jaxllm.models.taps import Tap, probe, scoped
-from jaxllm.ops.attention import DistanceBias, attention, by_head
+from jaxllm.ops.attention import DistanceBias, attention, heads_first
 from jaxllm.pytree import pytree
 
 
@@ -261,7 +261,7 @@ class EncoderBlock(nnx.Module):
         part, t = self.attention, scoped(tap, "attention")
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
-        y = attention(q, by_head(k), by_head(v), mask, scale=1.0, bias=bias)
+        y = attention(q, heads_first(k), heads_first(v), mask, scale=1.0, bias=bias)
         x = add(x, part.out(y, t))
         x = add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
         return probe(tap, "out", x)
@@ -368,8 +368,8 @@ class T5(LanguageModel):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             t = scoped(tap, f"layers.{i}.cross")
-            keys.append(by_head(layer.cross.keys(x, t)))
-            values.append(by_head(layer.cross.values(x, t)))
+            keys.append(heads_first(layer.cross.keys(x, t)))
+            values.append(heads_first(layer.cross.values(x, t)))
         return Memory(tuple(keys), tuple(values), lengths)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

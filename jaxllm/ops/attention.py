@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 DistanceBias = Callable[[jax.Array], jax.Array]
 
 # What a hidden key scores: finite, so that a row that may see nothing (padding) stays free of NaN.
-HIDDEN = -1e30
+MASK_VALUE = -1e30
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """Softmax attention where `mask` says which key each query may see.
 
-    k, v: J = B K blocks of rows, one a request and key head, as `by_head` makes them.
+    k, v: J = B K blocks of rows, one a request and key head, as `heads_first` makes them.
     softcap: scores are bent to softcap * tanh(score / softcap) (Gemma 2).
     bias: added to the scores (T5's relative positions).
     """
@@ -43,13 +43,13 @@ def attention(
         scores = scores + bias.astype(jnp.float32).reshape(-1, K, G, T, S)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, None, None], scores, HIDDEN)
+    scores = jnp.where(mask[:, None, None], scores, MASK_VALUE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(J, G * T, S)
     out = jnp.einsum("jns,jsd->jnd", weights, v, **FLOAT32).astype(v.dtype)
     return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-def by_head(x: Float[Array, "B T K D"]) -> Float[Array, "J T D"]:
+def heads_first(x: Float[Array, "B T K D"]) -> Float[Array, "J T D"]:
     """Keys or values as `attention` and the caches hold them: one block of rows a request and head.
 
     subtle: one axis J = B K, not two. With an axis of size 1 XLA:CPU rewrites the product to drop it, fuses
@@ -78,7 +78,7 @@ def causal_attention(
     to 44 % of the work, and each block is recomputed in the backward pass, so that scores are never stored.
     """
     T = q.shape[1]
-    k, v = by_head(k), by_head(v)
+    k, v = heads_first(k), heads_first(v)
     size = max(64, -(-T // 8))
     block = jax.checkpoint(
         lambda q, k, v, mask, bias: attention(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)

@@ -22,7 +22,7 @@ import numpy as np
 from jaxllm.models.linears import in_memory
 from jaxllm.models.t5 import T5, Memory, both_ways
 from jaxllm.models.taps import linear_io, scoped
-from jaxllm.ops.attention import by_head
+from jaxllm.ops.attention import heads_first
 
 State = dict[str, Any]  # hidden states by side
 
@@ -99,7 +99,7 @@ def _between(model, norm, state, batch, tap) -> State:
 
 def _decode_with_memory(block, relative, state, batch, tap) -> State:
     seen, t = state["source"], scoped(tap, "cross")
-    keys, values = by_head(block.cross.keys(seen, t)), by_head(block.cross.values(seen, t))
+    keys, values = heads_first(block.cross.keys(seen, t)), heads_first(block.cross.values(seen, t))
     memory = Memory((keys,), (values,), batch.lengths["source"])
     lengths = batch.lengths["target"]
     return {"target": block(state["target"], memory=memory, bias=relative, lengths=lengths, tap=tap)[0]}

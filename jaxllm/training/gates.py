@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip
 from jaxllm.eviction.gates import FastGate, Gate, ZapGate
-from jaxllm.eviction.kvzip import LEAST, Replay
+from jaxllm.eviction.kvzip import LEAST, RepeatPrompt
 from jaxllm.models.inputs import padded
 from jaxllm.training.trainer import Trained, train
 
@@ -61,7 +61,7 @@ def train_gates(
     *,
     form: Form = "fast",
     tokenizer: Any = None,
-    replay: Replay | None = None,
+    replay: RepeatPrompt | None = None,
     prefix: int = 0,
     tokens: int = 2**18,
     steps: int = 4000,
@@ -87,7 +87,7 @@ def train_gates(
             "train_gates: texts must be longer than the prefix, tokens, steps and batch positive, got "
             f"{prefix=}, shortest={lengths.min()}, {tokens=}, {steps=}, {batch=}"
         )
-    replay = replay or (Replay() if tokenizer is None else Replay.of(tokenizer))
+    replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.of(tokenizer))
     gates = new_gates(model, form, hidden=hidden, seed=seed)
     slack = prefix + rows.shape[1] + 64
     at = np.arange(rows.shape[1])

@@ -274,4 +274,4 @@ def test_a_decoding_loop_updates_the_codes_in_place(models, usual_compiler):
 
 
 def test_names_are_those_of_the_public_interface():
-    assert kv.CodedRows is quantized.CodedRows and decoder.kv is kv and run.kv is kv
+    assert kv.QuantizedRows is quantized.QuantizedRows and decoder.kv is kv and run.kv is kv

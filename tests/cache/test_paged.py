@@ -70,7 +70,7 @@ def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
             gone = jnp.asarray(hidden[layer // 2, :, head])[:, None]
             part = q.reshape(*q.shape[:2], 2, 2, -1)[:, :, head]
             keys, values = (x[layer] for x in (cache.keys, cache.values))
-            if isinstance(keys, kv.CodedRows):
+            if isinstance(keys, kv.QuantizedRows):
                 part = coded.turn(part, keys)
             k, v = (paged.numbers(x).reshape(3, 2, 64, -1)[:, head] for x in (keys, values))
             outs.append(attention(part, k, v, seen & ~gone, scale=scale, softcap=softcap))
@@ -238,13 +238,13 @@ def test_a_threshold_keeps_what_reaches_it(filled):
 def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(model, filled, bits):
     cache = filled(bits=bits)
     scores = drawn(8)
-    small = running_budget.hold(cache, scores, tokens=12, recent=2, sinks=1, rows=8, page=4)
+    small = running_budget.evict_to_budget(cache, scores, tokens=12, recent=2, sinks=1, rows=8, page=4)
     forward = jax.jit(lambda cache, tokens, lengths: model(tokens, cache, lengths=lengths))
     chunk = jnp.asarray(np.random.default_rng(1).integers(3, 120, (3, 7)), jnp.int32)
     lengths = np.asarray([7, 4, 6], np.int32)
     _, read = forward(small, chunk, lengths)
     new = jax.random.uniform(jax.random.key(2), (2, 3, 2, 7))
-    again = running_budget.hold(read, new, tokens=12, recent=2, sinks=1, rows=8, page=4)
+    again = running_budget.evict_to_budget(read, new, tokens=12, recent=2, sinks=1, rows=8, page=4)
     shapes = lambda c: [x.shape for x in jax.tree.leaves(c)]  # noqa: E731
     assert shapes(small) == shapes(again)  # a budget, whatever was read: one compilation
     ends = np.asarray(LENGTHS)
@@ -270,17 +270,19 @@ def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(mod
         got, _ = forward(again, jnp.full((3, 1), 7), jnp.ones(3, jnp.int32))
         want, _ = masked(model, whole, keep, jnp.full((3, 1), 7), jnp.ones(3, jnp.int32), ends)
         np.testing.assert_allclose(got, want, atol=1e-5)
-    with pytest.raises(ValueError, match="hold: tokens must be more than sinks and recent together"):
-        running_budget.hold(cache, scores, tokens=3, recent=2, sinks=1)
-    with pytest.raises(ValueError, match=r"hold: scores must be \[L, B, K, R\] of"):
-        running_budget.hold(cache, scores[..., :20], tokens=12)
-    with pytest.raises(ValueError, match="hold: scores must be finite"):
-        running_budget.hold(cache, scores.at[0, 0, 0, 3].set(jnp.inf), tokens=12)
+    with pytest.raises(
+        ValueError, match="evict_to_budget: tokens must be more than sinks and recent together"
+    ):
+        running_budget.evict_to_budget(cache, scores, tokens=3, recent=2, sinks=1)
+    with pytest.raises(ValueError, match=r"evict_to_budget: scores must be \[L, B, K, R\] of"):
+        running_budget.evict_to_budget(cache, scores[..., :20], tokens=12)
+    with pytest.raises(ValueError, match="evict_to_budget: scores must be finite"):
+        running_budget.evict_to_budget(cache, scores.at[0, 0, 0, 3].set(jnp.inf), tokens=12)
     protected = evict(cache, scores[..., 20:], ratio=0.5, prefix=20)
     with pytest.raises(
         ValueError, match="tokens must be at least the 2[0-9] a head that always stay, got tokens=12"
     ):
-        running_budget.hold(protected, jnp.zeros((2, 3, 2, 0)), tokens=12)
+        running_budget.evict_to_budget(protected, jnp.zeros((2, 3, 2, 0)), tokens=12)
 
 
 def chosen_rows(small):

@@ -71,7 +71,7 @@ def test_scores_are_the_published_formula_of_what_layers_read(model, gates):
         return x
 
     read = jax.jit(lambda: [model(jnp.asarray([ROWS[0]]), tap=tap), dict(seen)][1])()
-    _, scores = prefill.prefill_scored(model, ROWS, gates, prefix=2)
+    _, scores = prefill.prefill_with_scores(model, ROWS, gates, prefix=2)
     assert scores.shape == (2, 2, 2, 38) and not np.asarray(scores)[:, 1, :, 30:].any()
     for i, layer in enumerate((0, 2)):
         want = by_hand(gates, i, read[f"layers.{layer}.attention.q.in"][0])
@@ -80,9 +80,9 @@ def test_scores_are_the_published_formula_of_what_layers_read(model, gates):
 
 def test_a_text_is_read_once_and_its_cache_is_that_of_prefill(model, gates):
     plain = prefill.prefill(model, ROWS)
-    cache, scores = prefill.prefill_scored(model, ROWS, gates)
+    cache, scores = prefill.prefill_with_scores(model, ROWS, gates)
     jax.tree.map(np.testing.assert_array_equal, cache, plain)
-    parts, again = prefill.prefill_scored(model, ROWS, gates, chunk=12)
+    parts, again = prefill.prefill_with_scores(model, ROWS, gates, chunk=12)
     np.testing.assert_allclose(again, scores, atol=1e-5, rtol=1e-5)
     assert evict(parts, again, ratio=0.3).lengths.tolist() == [40, 32]
 
@@ -112,7 +112,7 @@ def test_training_lowers_the_loss_and_learns_the_ranks(model, form, monkeypatch)
         output_aware=form != "fast",
     )
     rank = lambda x: np.argsort(np.argsort(np.asarray(x), axis=-1), axis=-1).ravel()  # noqa: E731
-    guess = lambda gates: prefill.prefill_scored(model, texts, gates, prefix=1)[1]  # noqa: E731
+    guess = lambda gates: prefill.prefill_with_scores(model, texts, gates, prefix=1)[1]  # noqa: E731
     before, after = (
         np.corrcoef(rank(guess(g)), rank(want))[0, 1] for g in (new_gates(model, form, hidden=12), gates)
     )
@@ -140,11 +140,11 @@ def fast(model):
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(model, fast, bits):
-    hold = running_budget.Hold(gates=fast, tokens=20, buffer=8, recent=3, sinks=2)
+    hold = running_budget.CacheBudget(gates=fast, tokens=20, buffer=8, recent=3, sinks=2)
     prompts = [list(range(3, 25)), [7, 8, 9]]
     outs = jl.generate(model, None, prompts, max_new_tokens=60, cache=jl.CacheOptions(budget=hold, bits=bits))
 
-    cache = hold.settled(model.make_cache(2, 1, slack=8, bits=bits), None)
+    cache = hold.enforce(model.make_cache(2, 1, slack=8, bits=bits), None)
     sizes, made = set(), [[], []]
     read = jax.jit(prefill.forward)
     token = None
@@ -154,7 +154,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
         real = jnp.clip(jnp.asarray([22, 3], jnp.int32) - at, 0, 8)
         logits, tail, scores = read(model, fast, None, cache.context, piece, cache.tail, real)
         token = jnp.where(real > 0, logits.argmax(-1), 0 if token is None else token)
-        cache = hold.settled(kv.join(cache.context, tail), scores)
+        cache = hold.enforce(kv.join(cache.context, tail), scores)
         sizes.add(kv.num_bytes(cache))
     waiting = []
     for _ in range(60):
@@ -166,7 +166,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
         token, cache = logits.argmax(-1), kv.join(cache.context, tail)
         waiting.append(scores)
         if len(waiting) == 8:
-            cache, waiting = hold.settled(cache, jnp.concatenate(waiting, axis=-1)), []
+            cache, waiting = hold.enforce(cache, jnp.concatenate(waiting, axis=-1)), []
             sizes.add(kv.num_bytes(cache))
             rows = repack.kept_positions(cache)
             for b in range(2):
@@ -179,7 +179,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
 
 
 def test_a_budget_that_holds_everything_changes_nothing(model, fast):
-    hold = running_budget.Hold(gates=fast, tokens=100, buffer=16, recent=3)
+    hold = running_budget.CacheBudget(gates=fast, tokens=100, buffer=16, recent=3)
     prompts = [[5, 6, 7, 8], list(range(20, 50))]
     budget = jl.CacheOptions(budget=hold)
     free = jl.generate(model, None, prompts, max_new_tokens=40)
@@ -190,8 +190,8 @@ def test_a_budget_that_holds_everything_changes_nothing(model, fast):
 
 
 def test_a_held_cache_goes_on_from_an_evicted_one_and_from_a_text_read_within_the_budget(model, fast):
-    hold = running_budget.Hold(gates=fast, tokens=16, buffer=8, recent=2)
-    read = prefill.prefill_held(model, ROWS, hold)
+    hold = running_budget.CacheBudget(gates=fast, tokens=16, buffer=8, recent=2)
+    read = prefill.prefill_within_budget(model, ROWS, hold)
     assert read.lengths.tolist() == [40, 32]
     assert sum(len(h) for layer in repack.kept_positions(read) for h in layer[0]) == 16 * 4
     prompts = [ROWS[0] + [8], ROWS[1] + [9]]
@@ -201,7 +201,7 @@ def test_a_held_cache_goes_on_from_an_evicted_one_and_from_a_text_read_within_th
     )
     # the text ends with a full buffer, so that both have read it in the same pieces
     assert [o.token_ids for o in after] == [o.token_ids for o in whole]
-    cache, scores = prefill.prefill_scored(model, ROWS, fast)
+    cache, scores = prefill.prefill_with_scores(model, ROWS, fast)
     small = evict(cache, scores, ratio=0.5)
     wide = dataclasses.replace(hold, tokens=64)  # all that was left and will come: nothing more is lost
     free = jl.generate(model, None, [[8], [9]], max_new_tokens=20, cache=small)
@@ -232,12 +232,12 @@ def test_wrong_use_is_one_line(model, fast):
     other = Decoder(dataclasses.replace(CONFIG, width=64), rngs=nnx.Rngs(0))
     message = r"layers without a window, width and key heads must be \(2, 64, 2\), got \(2, 32, 2\)"
     with pytest.raises(ValueError, match=message):
-        prefill.prefill_scored(other, ROWS, fast)
+        prefill.prefill_with_scores(other, ROWS, fast)
     with pytest.raises(
         ValueError, match="tokens must be more than recent and sinks, buffer at least 1, got tokens=36"
     ):
-        running_budget.Hold(gates=fast, tokens=36)
-    hold = running_budget.Hold(gates=fast, tokens=40)
+        running_budget.CacheBudget(gates=fast, tokens=36)
+    hold = running_budget.CacheBudget(gates=fast, tokens=40)
     with pytest.raises(
         ValueError, match="must be an evicted one and nothing more, got 40 rows without scores"
     ):
@@ -245,7 +245,7 @@ def test_wrong_use_is_one_line(model, fast):
             model, None, [[5]], cache=jl.CacheOptions(budget=hold, start=prefill.prefill(model, ROWS[:1]))
         )
     with pytest.raises(ValueError, match="rows must have more than prefix=32 tokens, got"):
-        prefill.prefill_scored(model, ROWS, fast, prefix=32)
+        prefill.prefill_with_scores(model, ROWS, fast, prefix=32)
     with pytest.raises(
         ValueError, match="texts must be longer than the prefix, tokens, steps and batch positive"
     ):

@@ -12,13 +12,13 @@ from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip
 from jaxllm.eviction.attention_per_key import received
 from jaxllm.eviction.budget import evict
-from jaxllm.eviction.kvzip import Replay, kvzip_scores
+from jaxllm.eviction.kvzip import RepeatPrompt, kvzip_scores
 from jaxllm.models import gpt
 from jaxllm.models.decoder import TINY, Decoder
 
 CONFIG = dataclasses.replace(TINY, layers=3, windows=(None, 8, None), context=256)
 ROWS = [list(range(3, 43)), [5, 9, 2, 7] * 8]
-REPLAY = Replay(first=(100, 101), later=(102,), bridge=(103,), seed=4)
+REPLAY = RepeatPrompt(first=(100, 101), later=(102,), bridge=(103,), seed=4)
 PREFIX = [90, 91, 92]
 
 
@@ -87,11 +87,11 @@ def test_one_chunk_is_the_greatest_weight_of_the_whole_softmax(model):
 
 
 def test_contexts_of_about_one_length_share_a_compilation(model):
-    size = kvzip._of_chunk._cache_size()
+    size = kvzip.score_chunk._cache_size()
     for n in (126, 128):  # in chunks: twice their length does not fit
         row = [5 + i % 80 for i in range(n)]
         kvzip_scores(model, prefill.prefill(model, [row], slack=128), [row])
-    assert kvzip._of_chunk._cache_size() == size + 1
+    assert kvzip.score_chunk._cache_size() == size + 1
 
 
 def test_a_context_that_can_be_repeated_whole_is_repeated_whole(model):
@@ -175,7 +175,7 @@ def test_prompts_are_the_published_ones():
         def encode(self, text, add_special_tokens):
             return [ord(c) for c in text]
 
-    replay = Replay.of(Letters())
+    replay = RepeatPrompt.of(Letters())
     text = lambda ids: "".join(map(chr, ids))  # noqa: E731
     assert text(replay.before(None)) == "\n\nRepeat the previous context exactly.\n"
     last = np.asarray([ord(c) for c in "abcdefgh"])
@@ -197,7 +197,7 @@ def test_wrong_contexts_and_repetitions_that_do_not_fit_are_one_line(model):
     with pytest.raises(ValueError, match="chunk must be at least 16 tokens, got chunk=4"):
         score(ROWS, chunk=4)
     with pytest.raises(ValueError, match=r"must fit the model's context of 256, got 43 \+ 343 tokens"):
-        score(ROWS, replay=Replay(first=(1,) * 303))
+        score(ROWS, replay=RepeatPrompt(first=(1,) * 303))
     evicted = evict(cache, jnp.ones((2, 2, 2, 40)), ratio=0.5, prefix=3)
     with pytest.raises(ValueError, match="must hold every token, got a PagedCache of some"):
         kvzip_scores(model, evicted, ROWS, prefix=3)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.attention import attention, by_head, causal_attention
+from jaxllm.ops.attention import attention, causal_attention, heads_first
 
 
 def brute_force(q, k, v, see, scale, softcap):
@@ -51,7 +51,7 @@ def test_bias_is_added_to_the_scores():
 
     @jax.jit
     def attend(q, k, v, bias):
-        return attention(q, by_head(k), by_head(v), mask, scale=1.0, bias=bias[None])
+        return attention(q, heads_first(k), heads_first(v), mask, scale=1.0, bias=bias[None])
 
     got = attend(q, k, v, bias)
     scores = np.einsum("bthd,bshd->bhts", q, np.repeat(k, 2, axis=2)) + bias[None]
@@ -64,7 +64,7 @@ def test_bias_is_added_to_the_scores():
 def test_a_query_that_may_see_nothing_gives_finite_numbers():
     q, k, v = example(2, 3)
     mask = jnp.zeros((1, 1, 3), bool)
-    out = jax.jit(lambda q, k, v: attention(q, by_head(k), by_head(v), mask, scale=1.0))(q, k, v)
+    out = jax.jit(lambda q, k, v: attention(q, heads_first(k), heads_first(v), mask, scale=1.0))(q, k, v)
     assert np.isfinite(out).all()
 
 

@@ -203,3 +203,16 @@ def test_lowest_versions_of_ci_are_the_lower_bounds_of_the_package(root, project
 def test_what_tests_compare_with_is_pinned(project):
     pins = [line for line in project["optional-dependencies"]["test"] if "==" in line]
     assert {line.partition("==")[0] for line in pins} == {"transformers", "qwix", "torch"}
+
+
+def test_test_files_that_documents_name_exist(root):
+    pages = [path for folder in ("docs", "tests") for path in (root / folder).rglob("*.md")]
+    pages += [root / "README.md", root / "CONTRIBUTING.md"]
+    named = {
+        (page.name, path)
+        for page in pages
+        for path in re.findall(r"\btests/[\w/]+\.py\b", page.read_text("utf-8"))
+    }
+    written = {("add_method.md", "tests/quant/methods/test_quantiles.py")}  # by whoever follows the guide
+    assert written <= named
+    assert [(page, path) for page, path in sorted(named - written) if not (root / path).exists()] == []

@@ -43,7 +43,7 @@ class DenseCache:
     def __repr__(self) -> str:
         """Tokens of each request, rows there are, what a row is, bytes; never the numbers in it."""
         of = f"{len(self.windows)} layers of {_row_type(self.keys[0])}"
-        return f"DenseCache({_tokens(self.lengths)} of {self.rows}, {of}, {_size(self)})"
+        return f"DenseCache({_tokens(self.lengths)} of {self.rows}, {of}, {size_text(self)})"
 
 
 def _tokens(lengths: jax.Array) -> str:
@@ -58,7 +58,7 @@ def _row_type(rows: Rows) -> str:
     return f"{rows.bits} bits" if coded else jnp.dtype(rows.dtype).name  # type: ignore[union-attr]
 
 
-def _size(tree) -> str:
+def size_text(tree) -> str:
     """The bytes of all arrays in a tree, as people write them."""
     return f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)):,} bytes"
 

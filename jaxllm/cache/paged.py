@@ -64,8 +64,7 @@ class PagedCache:
     def __repr__(self) -> str:
         """The pages that hold what was kept, and the tail; never the numbers in them."""
         pages, rows = self.context.positions.shape
-        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.context))
-        return f"PagedCache({pages} pages of {rows} rows, {held:,} bytes, tail={self.tail})"
+        return f"PagedCache({pages} pages of {rows} rows, {dense.size_text(self.context)}, tail={self.tail})"
 
     @property
     def lengths(self) -> jax.Array:

@@ -19,7 +19,7 @@ what can be known there is the bytes fetched, not their speed.
 Lossy; with k_chunk = 0 the base, bit for bit; with k_chunk = 1024 the base plus the whole coded residual.
 
     w = DecDec(base=Rtn(bits=3), k_chunk=8).solve(rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
-    y = matmul(x, w.base) + compensation(x, w)                  # what quant.matmul.matmul does
+    y = matmul(x, w.base) + compensation(x, w)                  # what weights.matmul does
 
 Letters: K inputs, N outputs, k inputs fetched a token, R tokens, *B any leading axes.
 """

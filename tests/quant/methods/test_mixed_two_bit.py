@@ -1,63 +1,20 @@
-"""Columns at 2 and 4 bits and residuals at 16 in one matrix, every bit counted (arXiv:2311.16442)."""
+"""Which columns get 4 bits, how steps are fitted, which weights stay at 16 bits (arXiv:2311.16442)."""
 
 import dataclasses
-import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mixed_ablations
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from mixed_columns_example import K, N, error, example, mask_of, num_bits, solve, solve_for_words, values
 
-from checkpoints_convert.quantized import two_bit_words
-from checkpoints_convert.quantized.two_bit_words import from_interleaved, to_interleaved
-from jaxllm.ops.packing import from_words, to_words
 from jaxllm.quant.methods import two_bit_fit
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit, allocate
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import mixed_columns
-from jaxllm.weights.mixed_columns import MixedColumns, stored_bits
-
-BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
-N, K = 48, 192  # 12 column groups, 3 blocks of outputs
-matmul = jax.jit(mixed_columns.matmul)
-values = jax.jit(MixedColumns.dequantize_rows)
-
-
-def example(n=N, k=K, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = jnp.asarray(rng.standard_t(4, (n, k)).astype(np.float32) * 0.02)
-    return rows, Stats(hessian_diag=jnp.asarray(rng.lognormal(0, 1.2, k).astype(np.float32)))
-
-
-def mask_of(*groups, size=12):
-    mask = np.zeros(size, bool)
-    mask[list(groups)] = True
-    return mask
-
-
-def solve(rows, stats, mask=None, **options):
-    return MixedTwoBit(**options).solve(rows, stats, name="a", dtype=rows.dtype, mask=mask)
-
-
-def solve_for_words(rows, stats, mask, **options):
-    limits = two_bit_words.step_limits(mask)
-    method = MixedTwoBit(**options)
-    return method.solve(rows, stats, name="a", dtype=rows.dtype, mask=mask, step_limits=limits)
-
-
-def error(w, rows, stats):
-    h = np.asarray(stats.hessian_diag)[None]
-    h = h / h.mean() + 1e-4
-    return float((h * np.square(np.asarray(values(w)) - np.asarray(rows))).sum())
-
-
-def num_bits(w):
-    return 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(w))
+from jaxllm.weights.mixed_columns import stored_bits
 
 
 @pytest.fixture(scope="module")
@@ -65,217 +22,17 @@ def layer():
     return example()
 
 
-@pytest.fixture(scope="module")
-def w(layer):
-    return solve(*layer, mask_of(1, 4, 5), outliers=0.02)
-
-
-# -- packing and layout
-
-
-def test_every_word_of_the_papers_metadata_is_read_and_written_back():
-    words = np.arange(2**16, dtype=np.uint16)
-    zero, step = two_bit_words.unpack_words(words)
-    assert (two_bit_words.pack_words(zero, step) == words).all()
-    assert zero.max() == 3 and step[:, :2].max() == 7 and step[:, 2].max() == 15
-    assert len(np.unique(np.concatenate([zero, step], 1), axis=0)) == 2**16
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_codes_in_words_come_back_the_first_lowest(bits):
-    codes = np.random.default_rng(0).integers(0, 2**bits, (3, 5, 64)).astype(np.uint32)
-    words = to_words(jnp.asarray(codes), bits)
-    assert words.shape == (3, 5, 2 * bits) and (from_words(words, bits) == codes).all()
-    assert (np.asarray(words[..., 0]) & (2**bits - 1) == codes[..., 0]).all()
-
-
-@pytest.mark.parametrize(
-    "n, k, groups, p",
-    [(48, 192, (1, 4, 5), 0.02), (20, 100, (0, 6), 0.01), (16, 64, (), 0.0), (33, 64, (0, 1, 2, 3), 0.1)],
-)
-def test_the_papers_layout_is_a_lossless_round_trip(n, k, groups, p):
-    rows, stats = example(n, k)
-    w = solve_for_words(rows, stats, mask_of(*groups, size=-(-k // 16)), outliers=p)
-    layout = to_interleaved(w)
-    C = -(-k // 16)
-    assert layout.main.shape == (C, n) and layout.side.shape == (len(groups), n)
-    assert layout.words.shape == (-(-(C - len(groups)) // 3), n)
-    again = from_interleaved(layout)
-    assert jax.tree.structure(again) == jax.tree.structure(w)
-    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(w), strict=True):
-        assert a.dtype == b.dtype and (a == b).all()
-
-
-def test_the_papers_layout_reads_as_its_figure_says(layer):
-    """A reference written from the figure: main and side words, 16-bit metadata, compressed rows."""
-    w = solve_for_words(*layer, mask_of(1, 4, 5), outliers=0.02)
-    p = to_interleaved(w)
-    want = np.zeros((N, K), np.float32)
-    at_two = 0
-    for c in range(12):
-        side = p.side_index[c]
-        for n in range(N):
-            if side < 0:
-                codes = np.array([p.main[c, n] >> (2 * i) & 3 for i in range(16)], np.float32)
-                word, zeros = int(p.words[at_two // 3, n]), int(p.zeros[at_two // 3, n // 16])
-                place = at_two % 3
-                zero = word >> (2 * place) & 3
-                step = word >> (6, 9, 12)[place] & (7, 7, 15)[place]
-                shared = zeros >> (4 * place) & (7, 7, 15)[place]
-                scale = np.float32(step + shared) * np.float32(p.scales[at_two, n // 16])
-            else:
-                pair = int(p.main[c, n]) | int(p.side[side, n]) << 32
-                codes = np.array([pair >> (4 * i) & 15 for i in range(16)], np.float32)
-                group = side * 16 // p.group4
-                zero, scale = p.four_zero[group, n], np.float32(p.four_scale[group, n])
-            want[n, 16 * c : 16 * c + 16] = (codes - np.float32(zero)) * scale
-        at_two += side < 0
-    row = np.repeat(np.arange(N), np.diff(p.row_starts))
-    want[row, p.columns] += p.values.astype(np.float32)
-    assert (np.asarray(values(w)) == want).all()  # bit for bit
-
-
-def test_metadata_that_does_not_fit_the_papers_words_is_refused(layer):
-    wide = solve(*layer, mask_of())
-    with pytest.raises(ValueError, match="to_interleaved: two of three steps must fit 3 bits.*got step=1"):
-        to_interleaved(wide)
-
-
-@pytest.mark.parametrize(
-    "n, k, groups, p", [(48, 192, (1, 4, 5), 0.02), (20, 100, (0, 6), 0.01), (1, 1, (), 0.0)]
-)
-def test_the_count_of_bits_is_what_is_stored(n, k, groups, p):
-    rows, stats = example(n, k)
-    for where in ("exclusive", "none"):
-        w = solve(rows, stats, mask_of(*groups, size=-(-k // 16)), outliers=p, where=where, group4=32)
-        assert num_bits(w) == stored_bits(k, n, len(groups), group4=32, outliers=p, where=where)
-
-
-@pytest.mark.parametrize(
-    "r, group4, p, want",
-    [
-        (0.0, 128, 0.0, 2.453),
-        (0.125, 16, 0.0, 2.803),
-        (0.25, 16, 0.0, 3.152),
-        (0.25, 128, 0.0, 2.879),
-        (0.25, 128, 0.002, 2.943),
-    ],
-)
-def test_the_count_of_bits_is_the_papers_formula_in_a_large_matrix(r, group4, p, want):
-    """2.848 and 2.912, as published, where three groups share 16 bits (`to_interleaved`) and not 18."""
-    size = 4096
-    four = int(r * size / 16)
-    got = stored_bits(size, size, four, group4=group4, outliers=p) / size**2
-    formula = 2 + 2 * r + (1 - r) * (6 / 16 + 20 / 256) + r * 20 / group4 + 32 * p
-    assert abs(got - formula) < 1e-3 and abs(got - want) < 1e-3
-    packed = formula - (1 - r) * (6 / 16 - 16 / 48)
-    if (r, group4) == (0.25, 128):
-        assert packed == pytest.approx({0: 2.848, 0.002: 2.912}[p], abs=1e-3)
-
-
-# -- the product
-
-
-@pytest.mark.parametrize(
-    "n, k, groups, p",
-    [
-        (48, 192, (), 0.0),
-        (48, 192, (1, 4, 5), 0.002),
-        (20, 100, (0, 6), 0.02),
-        (33, 64, (0, 1, 2, 3), 0.02),
-        (1, 1, (0,), 0.0),
-    ],
-)
-def test_the_product_is_that_of_the_rows_and_of_the_factored_form(n, k, groups, p):
-    rows, stats = example(n, k)
-    w = solve(rows, stats, mask_of(*groups, size=-(-k // 16)), outliers=p)
-    x = jax.random.normal(jax.random.key(0), (2, 3, k))
-    want = np.asarray(x) @ np.asarray(values(w)).T
-    np.testing.assert_allclose(matmul(x, w), want, rtol=1e-5, atol=1e-5)
-    assert values(w).shape == (n, k)
-    if w.two is not None:  # sum of q x less zero times sum of x, once a group
-        moved = np.asarray(mixed_columns.permute(x, w)).reshape(2, 3, -1, 16)[:, :, : w.two.shape[1]]
-        codes = np.asarray(from_words(w.two[..., None], 2), np.float32)
-        scale, zero = map(np.asarray, mixed_columns.two_bit_steps(w))
-        sums = np.einsum("abci,nci->abnc", moved, codes) - zero * moved.sum(-1)[:, :, None]
-        dense = np.einsum("abci,nci->abn", moved, (codes - zero[..., None]) * scale[..., None])
-        np.testing.assert_allclose((sums * scale).sum(-1), dense, rtol=1e-4, atol=1e-5)
-
-
-def test_steps_known_before_the_codes_give_the_same_rows(layer, w):
-    """What the paper overlaps with loading the codes: the order of the two does not change a bit."""
-    scale, zero = jax.jit(mixed_columns.two_bit_steps)(w)  # without codes
-    without = dataclasses.replace(w, two=jnp.zeros_like(w.two))
-    assert all(
-        (a == b).all() for a, b in zip(mixed_columns.two_bit_steps(without), (scale, zero), strict=True)
-    )
-    codes = from_words(w.two[..., None], 2).astype(jnp.float32)
-    late = (codes - zero[..., None]) * scale[..., None]
-    plain = dataclasses.replace(w, outlier=None, place=None)
-    assert (jax.jit(mixed_columns.permuted_rows)(plain)[:, : late[0].size] == late.reshape(N, -1)).all()
-
-
-def test_sixteen_bit_inputs_accumulate_in_float32(w):
-    x = jax.random.normal(jax.random.key(0), (3, K)).astype(jnp.bfloat16)
-    got = matmul(x, w)
-    want = np.asarray(x, np.float32) @ np.asarray(values(w).astype(jnp.bfloat16), np.float32).T
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_permuted_columns_hold_the_same_numbers(w):
-    assert sorted(np.asarray(w.order).tolist()) == list(range(12)) and np.asarray(w.order)[-3:].tolist() == [
-        1,
-        4,
-        5,
-    ]
-    wide = np.asarray(mixed_columns.permuted_rows(w)).reshape(N, 12, 16)
-    back = np.asarray(values(w)).reshape(N, 12, 16)
-    assert (back[:, np.asarray(w.order)] == wide).all()
-    x = jnp.arange(K, dtype=jnp.float32)
-    assert (np.asarray(mixed_columns.permute(x, w)).reshape(12, 16)[:, 0] == 16 * np.asarray(w.order)).all()
-
-
-@pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)])
-def test_a_weight_cut_over_devices_gives_the_same_product(spec):
-    rows, stats = example(64, 64)
-    w = solve(rows, stats, mask_of(2, size=4), outliers=0.02)
-    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    specs = w.partition_specs(spec)
-    assert specs.two == P("model", None) and specs.order == P(None)
-    placed = jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), w, specs)
-    x = jax.random.normal(jax.random.key(0), (3, 64))
-    np.testing.assert_allclose(matmul(x, placed), matmul(x, w), rtol=1e-5, atol=1e-5)
-
-
-def test_the_weight_survives_tree_maps_and_vmap(w):
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
-    x = jax.random.normal(jax.random.key(0), (2, 3, K))
-    got = jax.jit(jax.vmap(mixed_columns.matmul))(x, stack)
-    np.testing.assert_allclose(got, matmul(x, w), rtol=1e-5, atol=1e-5)
-    assert w.shape == (K, N) and w.dtype == jnp.float32
-
-
 # -- which columns
 
 
-@pytest.fixture(scope="module")
-def ablations():
-    sys.path.insert(0, BENCHMARKS)
-    try:
-        return importlib.import_module("mixed_ablations")
-    finally:
-        sys.path.remove(BENCHMARKS)
-
-
-def test_one_of_every_four_groups_is_the_best(layer, ablations):
+def test_one_of_every_four_groups_is_the_best(layer):
     rows, stats = layer
-    method = ablations.OneOfFour()
+    method = mixed_ablations.OneOfFour()
     gain, cost = method.gains(rows, stats)
     mask = method.allocate({"a": (gain, cost)}, {"a": (K, N)})["a"]
     assert mask.reshape(-1, 4).sum(1).tolist() == [1, 1, 1]
     assert (mask.reshape(-1, 4).argmax(1) == gain.reshape(-1, 4).argmax(1)).all()
-    assert ablations.one_of_four(np.arange(6.0)).tolist() == [False] * 3 + [True, False, False]
+    assert mixed_ablations.one_of_four(np.arange(6.0)).tolist() == [False] * 3 + [True, False, False]
 
 
 @pytest.mark.parametrize("fit", ["search", "paper"])
@@ -303,14 +60,14 @@ def energy(rows, stats):
     return float((h * np.square(np.asarray(rows))).sum())
 
 
-def test_every_rule_of_selection_gives_a_number_a_group_and_gain_is_the_best(layer, ablations):
+def test_every_rule_of_selection_gives_a_number_a_group_and_gain_is_the_best(layer):
     rows, stats = layer
     options = {"outliers": 0.0, "group4": 16}
     methods = {
         "gain": MixedTwoBit(**options),
-        "weight_hessian": ablations.ByRule(rule=ablations.by_weight_and_hessian, **options),
-        "range": ablations.ByRule(rule=ablations.by_range, **options),
-        "random": ablations.ByRule(rule=ablations.at_random, **options),
+        "weight_hessian": mixed_ablations.ByRule(rule=mixed_ablations.by_weight_and_hessian, **options),
+        "range": mixed_ablations.ByRule(rule=mixed_ablations.by_range, **options),
+        "random": mixed_ablations.ByRule(rule=mixed_ablations.at_random, **options),
     }
     got = {}
     for rule, method in methods.items():

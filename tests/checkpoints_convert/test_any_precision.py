@@ -1,0 +1,96 @@
+"""Any-Precision's files, written as they were read, and what their layout cannot say."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from quantized_files import ANY, LINEARS, LLAMA, PHI3, any_precision, checkpoint, same_model, write
+
+import jaxllm as jl
+from checkpoints_convert import huggingface
+from jaxllm.files import convert
+from jaxllm.models.decoder import TINY as SMALLEST
+from jaxllm.models.decoder import Decoder
+from jaxllm.weights.bit_planes import from_codes
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_any_precision_is_written_byte_for_byte_as_it_was_read(kind, tmp_path):
+    config = {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"model_type": kind}
+    linears = PHI3 if kind == "phi3" else LINEARS
+    tensors, _ = checkpoint(
+        tmp_path / "q", any_precision, ANY, config=config, linears=linears, kind=np.float16
+    )
+    model, _ = convert(tmp_path / "q", tmp_path / "out", to="huggingface")
+    written = huggingface.tensor_files.open_directory(tmp_path / "out")
+    assert written.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert written[name].dtype == value.dtype
+        np.testing.assert_array_equal(written[name], value)
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["anyprec"]
+    arch = block.pop("arch_config")
+    assert block == {"seed_precision": 2, "parent_precision": 4, "group_count": 1}
+    assert (arch["model_name"], arch["layers_name"]) == ("model", "layers")
+    assert sorted(arch["module_names"]) == sorted(linears)
+    same_model(jl.load(tmp_path / "out")[0], model)
+
+
+def test_our_any_precision_models_come_back_bit_for_bit_and_at_every_width(tmp_path):
+    rng = np.random.default_rng(2)
+    model = Decoder(SMALLEST, rngs=nnx.Rngs(0))
+    for layer in model.layers:
+        for linear in (layer.attention.q, layer.mlp.down):
+            K, N = linear.w.get_value().shape
+            tables = tuple(jnp.asarray(rng.normal(0, 0.1, (N, 2**b)), jnp.float32) for b in (3, 4, 5))
+            codes = jnp.asarray(rng.integers(0, 32, (N, K)))
+            linear.w.set_value(from_codes(codes, tables, bits=5))
+    jl.save(model, tmp_path / "out", to="huggingface")
+    again, _ = jl.load(tmp_path / "out")
+    same_model(again, model)
+    w = again.layers[1].mlp.down.w.get_value()
+    assert w.bits == 5 and w.at(3).dequantize_rows().shape == w.shape[::-1]
+
+
+def with_planes(model, name, bits=4):
+    """The model with one linear in bit planes."""
+    linear = model.layers[0].attention.q if name == "q" else model.head
+    inputs, N = linear.w.get_value().shape
+    table = jnp.zeros((N, 2**bits), jnp.float32)
+    codes = jnp.zeros((N, inputs), jnp.int32)
+    linear.w.set_value(from_codes(codes, (table,), bits=bits))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "message"),
+    [
+        ({"layers": 2}, "q", "same linears and widths in every layer, got 1 linears of widths"),
+        ({"tied": False}, "head", "quantizes linears of layers, got lm_head.weight"),
+        ({"width": 48, "layers": 1}, "q", "needs K divisible by 32, got model.layers.0.*K=48"),
+    ],
+    ids=str,
+)
+def test_what_any_precisions_layout_cannot_say_is_refused(changes, name, message, tmp_path):
+    model = Decoder(dataclasses.replace(SMALLEST, **changes), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        jl.save(with_planes(model, name), tmp_path / "out", to="huggingface")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"parent_precision": 9}, "parent_precision of .* got 9"),
+        ({"seed_precision": 5}, "seed_precision of quantized weights must be 1, 2, 3, 4, got 5"),
+        ({"group_count": 4}, "one table a row and no sparse part, got group_count=4"),
+        ({"sparse_numvals": {"x": 3}}, "sparse_numvals of 1 linears"),
+    ],
+    ids=str,
+)
+def test_any_precision_blocks_that_say_something_else_are_one_line(block, message, tmp_path):
+    write(tmp_path / "q", LLAMA | {"anyprec": ANY["anyprec"] | block}, {"x": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match=message):
+        jl.load(tmp_path / "q")

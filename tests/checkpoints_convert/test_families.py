@@ -1,0 +1,116 @@
+"""Families of models there and back, byte for byte as transformers writes, and which one writes a model."""
+
+import pytest
+from flax import nnx
+
+from checkpoints_convert import huggingface, tensor_files
+from checkpoints_convert.build_model import same
+from jaxllm.models import decoder
+from jaxllm.models.decoder import Decoder
+
+SMALL = {
+    "vocab_size": 67,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+    "pad_token_id": 0,
+}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 9.0], "original_max_position_embeddings": 16}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 16}  # fmt: skip
+GPT = {"vocab_size": 67, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64,
+       "bos_token_id": 3, "eos_token_id": 5}  # fmt: skip
+OPT = {"vocab_size": 67, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2,
+       "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 8,
+       "bos_token_id": 3, "eos_token_id": 5, "pad_token_id": 1}  # fmt: skip
+T5 = {"vocab_size": 67, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4,
+      "eos_token_id": 5}  # fmt: skip
+# name: (model_type, config)
+FAMILIES = {
+    "llama": ("llama", SMALL | {"rope_parameters": YARN, "attention_bias": True}),
+    "mistral": ("mistral", SMALL | {"sliding_window": 8}),
+    "qwen2": ("qwen2", {k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "qwen3": ("qwen3", SMALL | {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", SMALL | {"query_pre_attn_scalar": 6, "sliding_window": 8}),
+    "gemma3": ("gemma3_text", SMALL | {"num_hidden_layers": 7, "sliding_window": 8}),
+    "phi3": ("phi3", {k: v for k, v in SMALL.items() if k != "head_dim"}
+             | {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
+    "gpt2": ("gpt2", GPT),
+    "opt": ("opt", OPT),
+    "t5": ("t5", T5),
+    "t5 v1.1": ("t5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}  # fmt: skip
+
+
+def their_directory(path, kind, settings, dtype, torch):
+    """A random checkpoint written by transformers; its model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(kind, **settings)).to(dtype).eval()
+    if kind == "t5" and "tie_word_embeddings" in settings:  # transformers 5 ties all T5 it makes
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(settings["vocab_size"], 16))
+    model.save_pretrained(path)
+    return model, auto
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_comes_back_byte_for_byte_and_transformers_loads_it(torch, name, tmp_path):
+    kind, settings = FAMILIES[name]
+    dtype = torch.bfloat16 if name in ("llama", "gemma2", "gpt2") else torch.float32
+    theirs, auto = their_directory(tmp_path / "a", kind, settings, dtype, torch)
+    model, tokenizer = huggingface.load(tmp_path / "a")
+    assert tokenizer is None and model.config.stop_tokens == (5,)
+    huggingface.save(model, None, tmp_path / "b", model_type=kind, max_shard_bytes=4000)
+    before = tensor_files.open_directory(tmp_path / "a")
+    after = tensor_files.open_directory(tmp_path / "b")
+    assert before.keys() == after.keys()
+    assert all(same(before[key], after[key]) for key in before)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    again, info = auto.from_pretrained(tmp_path / "b", output_loading_info=True, dtype="auto")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.dtype == dtype
+    state = again.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in theirs.state_dict().items())
+    tokens = {"bos_token_id", "pad_token_id"}  # a tokenizer's, of which there is none here
+    for key in (set(theirs.config.to_dict()) & {*SMALL, "layer_types", "sliding_window"}) - tokens:
+        assert getattr(again.config, key) == getattr(theirs.config, key), key
+
+
+@pytest.mark.parametrize(
+    ("features", "kind"),
+    [
+        ({}, "llama"),
+        ({"windows": (8, 8)}, "mistral"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qkv_bias": True, "windows": (None, 8)}, "qwen2"),
+        ({"qk_norm": True}, "qwen3"),
+    ],
+)
+def test_a_model_is_written_as_the_first_family_that_can_say_it(features, kind):
+    config = decoder.Config(**(vars(decoder.TINY) | features))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    assert huggingface.family_of(model).model_type == kind
+
+
+def test_what_no_family_can_say_is_refused(tmp_path):
+    config = decoder.Config(**(vars(decoder.TINY) | {"windows": (4, 8)}))
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no family can describe this config: tried llama, mistral"):
+        huggingface.save(model, None, tmp_path / "out")
+    with pytest.raises(ValueError, match="tried qwen3"):
+        plain = Decoder(decoder.TINY, rngs=nnx.Rngs(0))
+        huggingface.save(plain, None, tmp_path / "out", model_type="qwen3")
+    assert list(tmp_path.iterdir()) == []

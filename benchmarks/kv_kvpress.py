@@ -53,15 +53,14 @@ def ours(
 
     options = {"tokenizer": tokenizer, "chunk": context}
     cache = jl.prefill(model, rows)
-    scores = {
-        "kvzip": eviction.kvzip_scores(model, cache, rows, **options),
-        "kvzip+": eviction.kvzip_scores(model, cache, rows, **options, output_aware=True),
-        "snapkv": eviction.snapkv_scores(model, rows, window=WINDOW),
-        "expected": eviction.expected_scores(model, rows, future=FUTURE, sinks=SINKS),
-        "tova": eviction.tova_scores(model, rows),
-        "streaming": eviction.streaming_scores(model, rows, sinks=SINKS),
-        "random": eviction.random_scores(model, rows),
+    more: dict[str, dict[str, Any]] = {
+        "kvzip": options,
+        "kvzip+": options,
+        "snapkv": {"window": WINDOW},
+        "expected": {"future": FUTURE, "sinks": SINKS},
+        "streaming": {"sinks": SINKS},
     }
+    scores = {n: eviction.METHODS[n].score(model, cache, rows, **more.get(n, {})) for n in METHODS}
     arrays = {f"{name} scores": np.asarray(x).swapaxes(0, 1) for name, x in scores.items()}
     arrays["expected scores"] = np.exp(arrays["expected scores"])  # kvpress's are no logarithms
     full = after(kv.grow(cache, context + later))

@@ -31,41 +31,42 @@ def methods(model, tokenizer, gates: Mapping[str, eviction.Gate], only: Sequence
 
 
 def _kvzip(model, tokenizer) -> Methods:
-    zip_ = partial(
-        eviction.kvzip_scores, model, replay=eviction.RepeatPrompt.of(tokenizer), prefix=1, chunk=CHUNK
-    )
     # heads are learnt from one context that no part measures: a list behind random tokens
     words, rng = Words.of(tokenizer), np.random.default_rng([0, 99])
-    sample = [*rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
-    heads = eviction.head_scores(
-        zip_(filled(model, jnp.asarray([[words.bos, *sample]]), rows=len(sample) + 1), [sample])
-    )
+    sample = [words.bos, *rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
+    options = {"prefix": 1, "tokenizer": tokenizer, "chunk": CHUNK}
+    cache = filled(model, jnp.asarray([sample]), rows=len(sample))
+    heads = eviction.head_scores(eviction.METHODS["kvzip"].score(model, cache, [sample], **options))
+
+    def by_heads(cache, row, asked, seed):
+        return eviction.spread(heads, cache, prefix=1)
+
     return {
-        "kvzip": (lambda cache, row, asked, seed: zip_(cache, [row]), {}),
-        "kvzip+": (lambda cache, row, asked, seed: zip_(cache, [row], output_aware=True), {}),
-        "kvzip, heads": (
-            lambda cache, row, asked, seed: eviction.spread(heads, cache, prefix=1),
-            {"budget": "head"},
-        ),
+        "kvzip": _by_name("kvzip", model, tokenizer, tokenizer=tokenizer, chunk=CHUNK),
+        "kvzip+": _by_name("kvzip+", model, tokenizer, tokenizer=tokenizer, chunk=CHUNK),
+        "kvzip, heads": (by_heads, {"budget": "head"}),
     }
+
+
+def _by_name(name: str, model, tokenizer, **options) -> tuple[Scorer, dict[str, Any]]:
+    def of(cache, row, asked, seed):
+        tokens = [[tokenizer.bos_token_id, *row]]
+        return eviction.METHODS[name].score(model, cache, tokens, prefix=1, **options)
+
+    return of, {}
 
 
 def _learnt(model, tokenizer, gates: Mapping[str, eviction.Gate]) -> Methods:
     def by_gate(gate: eviction.Gate) -> Scorer:
-        return lambda cache, row, asked, seed: jl.prefill_with_scores(
-            model, [[tokenizer.bos_token_id, *row]], gate, prefix=1
-        )[1]
+        def of(cache, row, asked, seed):
+            return jl.prefill_with_scores(model, [[tokenizer.bos_token_id, *row]], gate, prefix=1)[1]
+
+        return of
 
     return {name: (by_gate(gate), {}) for name, gate in gates.items()}
 
 
 def _baselines(model, tokenizer) -> Methods:
-    def scored(score: Callable[..., jax.Array], **options) -> tuple[Scorer, dict[str, Any]]:
-        def of(cache, row, asked, seed):
-            return score(model, [[tokenizer.bos_token_id, *row]], prefix=1, **options)
-
-        return of, {}
-
     def with_question(cache, row, asked, seed):
         rows = [[tokenizer.bos_token_id, *row, *asked]]
         return eviction.snapkv_scores(model, rows, prefix=1, window=8)[..., : len(row)]
@@ -74,12 +75,12 @@ def _baselines(model, tokenizer) -> Methods:
         return eviction.random_scores(model, [[tokenizer.bos_token_id, *row]], prefix=1, seed=seed)
 
     return {
-        "h2o": scored(eviction.h2o_scores),
-        "snapkv": scored(eviction.snapkv_scores, window=16),
+        "h2o": _by_name("h2o", model, tokenizer),
+        "snapkv": _by_name("snapkv", model, tokenizer, window=16),
         "snapkv, asked": (with_question, {}),
-        "tova": scored(eviction.tova_scores),
-        "expected": scored(eviction.expected_scores),
-        "streaming": scored(eviction.streaming_scores),
+        "tova": _by_name("tova", model, tokenizer),
+        "expected": _by_name("expected", model, tokenizer),
+        "streaming": _by_name("streaming", model, tokenizer),
         "random": (at_random, {}),
     }
 

@@ -187,16 +187,16 @@ def eviction(shown: Shown) -> Section:
     gap = exercises.list_end(one, words)
     rows, lines = [one[:gap].tolist()], one[gap:-1].reshape(-1, 4)  # key = value newline
     cache = jl.prefill(model, rows)
-    context = [rows[0][1:]]
+    methods = jl.eviction.METHODS
     scores = {
-        "KVzip": jl.eviction.kvzip_scores(model, cache, context, tokenizer=tokenizer, prefix=1),
-        "SnapKV": jl.eviction.snapkv_scores(model, rows, prefix=1, window=16),
-        "random": jl.eviction.random_scores(model, rows, prefix=1),
+        "kvzip": methods["kvzip"].score(model, cache, rows, prefix=1, tokenizer=tokenizer),
+        "snapkv": methods["snapkv"].score(model, cache, rows, prefix=1, window=16),
+        "random": methods["random"].score(model, cache, rows, prefix=1),
     }
     kept: dict[str, jl.cache.Cache] = {"everything": cache}
-    for name, ratio in (("KVzip", 0.3), ("KVzip", 0.1), ("SnapKV", 0.3), ("random", 0.3)):
+    for name, ratio in (("kvzip", 0.3), ("kvzip", 0.1), ("snapkv", 0.3), ("random", 0.3)):
         left = jl.eviction.evict(cache, scores[name], ratio=ratio, prefix=1, rows=8)
-        kept[f"{name}, {ratio:.0%} of the pairs"] = left
+        kept[f"{methods[name].title}, {ratio:.0%} of the pairs"] = left
     found = []
     for name, small in kept.items():
         outs = jl.generate(model, None, lines[:, :2].tolist(), max_new_tokens=1, cache=small)

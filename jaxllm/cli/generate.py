@@ -2,16 +2,17 @@
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 import jaxllm as jl
 from jaxllm.cli.options import JSON, OpenModel, loads_a_model
 from jaxllm.cli.output import note, print_json, read_text
+from jaxllm.eviction import METHODS
 
-GATES: dict[str, Literal["fast", "zap"]] = {"fast-kvzip": "fast", "kvzap": "zap"}
-KV_METHODS = ("kvzip", "kvzip+", *GATES, "snapkv", "h2o", "tova", "expected", "streaming", "random")
+GATES = [name for name, method in METHODS.items() if method.needs == "gates"]
+KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in METHODS.items()) + "."
 
 
 @click.command()
@@ -29,7 +30,7 @@ KV_METHODS = ("kvzip", "kvzip+", *GATES, "snapkv", "h2o", "tova", "expected", "s
 @click.option("--kv-bits", type=int, help="Keep keys and values in 2, 4 or 8 bits. [default: as they are]")
 @click.option("--context", type=click.Path(path_type=Path), help="UTF-8 file that all prompts follow.")
 @click.option("--kv-ratio", type=float, help="Keep this part of the context's keys and values only.")
-@click.option("--kv-method", type=click.Choice(KV_METHODS), default=KV_METHODS[0], help="What is kept.")
+@click.option("--kv-method", type=click.Choice(list(METHODS)), default="kvzip", help=KV_METHOD_HELP)
 @click.option("--kv-hold", type=int, help="Keep about so many tokens, however long the text grows.")
 @click.option("--kv-gates", type=click.Path(path_type=Path), help="Gates of the model. [default: pico's]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
@@ -86,8 +87,8 @@ def generate(
     asked: list[Any] = list(prompts)
     gates = hold = None
     if kv_hold is not None or kv_method in GATES:
-        form = GATES.get(kv_method, "fast")
-        gates = jl.eviction.pico_gates(form) if kv_gates is None else jl.eviction.load_gates(kv_gates)
+        shipped = METHODS[kv_method if kv_method in GATES else "fast-kvzip"].scorer
+        gates = shipped() if kv_gates is None else jl.eviction.load_gates(kv_gates)
         hold = None if kv_hold is None else jl.eviction.CacheBudget(gates=gates, tokens=kv_hold)
         options["cache"] = jl.CacheOptions(bits=kv_bits, budget=hold)
     if text is not None:
@@ -142,19 +143,9 @@ def context_cache(
         return jl.prefill(model, [ids], slack=slack, bits=bits)
     if gates is not None and method in GATES:
         cache, scores = jl.prefill_with_scores(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
-    elif method.startswith("kvzip"):
-        cache = jl.prefill(model, [ids], slack=slack, bits=bits)
-        scores = jl.eviction.kvzip_scores(
-            model,
-            cache,
-            [ids[prefix:]],
-            tokenizer=tokenizer,
-            prefix=prefix,
-            output_aware=method == "kvzip+",
-        )
     else:
         cache = jl.prefill(model, [ids], slack=slack, bits=bits)
-        scores = getattr(jl.eviction, f"{method}_scores")(model, [ids], prefix=prefix)
+        scores = METHODS[method].score(model, cache, [ids], prefix=prefix, tokenizer=tokenizer)
     small = jl.eviction.evict(cache, scores, ratio=ratio, prefix=prefix, rows=1)  # `generate` makes the room
     before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
     note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")

@@ -12,6 +12,7 @@ The files:
     attention_per_key   how much attention keys receive, block by block
     gates               Fast KVzip's and KVzap's gates: scores from the pass that reads a text
     heads               scores of whole heads, kept in a file
+    methods             the table of all that score, by name
 """
 
 from jaxllm.eviction.baselines import (
@@ -26,10 +27,13 @@ from jaxllm.eviction.budget import evict
 from jaxllm.eviction.gates import FastGate, Gate, ZapGate, load_gates, pico_gates, save_gates
 from jaxllm.eviction.heads import head_scores, load_heads, save_heads, spread
 from jaxllm.eviction.kvzip import RepeatPrompt, kvzip_scores
+from jaxllm.eviction.methods import METHODS, EvictionMethod
 from jaxllm.eviction.running_budget import CacheBudget, evict_to_budget
 
 __all__ = [
+    "METHODS",
     "CacheBudget",
+    "EvictionMethod",
     "FastGate",
     "Gate",
     "RepeatPrompt",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from jaxllm.decoding import prefill
@@ -36,7 +36,10 @@ def new_gates(model, form: Form, *, hidden: int = 512, seed: int = 0) -> Gate:
     windows = model.windows
     L, D, K, G = sum(w is None for w in windows), c.width, c.kv_heads, c.heads // c.kv_heads
     keys = iter(jax.random.split(jax.random.key(seed), 4))
-    draw = lambda *shape, fan=D: jax.random.normal(next(keys), shape) * fan**-0.5  # noqa: E731
+
+    def draw(*shape: int, fan: int = D) -> jax.Array:
+        return jax.random.normal(next(keys), shape) * fan**-0.5
+
     if form == "fast":
         return FastGate(
             queries=draw(L, D, K, G, SIZE),
@@ -89,29 +92,8 @@ def train_gates(
         )
     replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.of(tokenizer))
     gates = new_gates(model, form, hidden=hidden, seed=seed)
-    slack = prefix + rows.shape[1] + 64
-    at = np.arange(rows.shape[1])
-    learnt = (at >= prefix) & (at < lengths[:, None])  # [N, T]
-    if learnt.sum() > tokens:
-        every = np.flatnonzero(learnt)
-        learnt = np.zeros_like(learnt)
-        learnt.flat[np.random.default_rng(seed).choice(every, tokens, replace=False)] = True
-    inputs, scores = [], []
-    for start in tqdm(range(0, len(rows), AT_ONCE), "scores", file=sys.stderr, disable=not progress):
-        some = slice(start, start + AT_ONCE)
-        got = kvzip.kvzip_scores(
-            model,
-            prefill.prefill(model, texts[some], slack=slack),
-            [text[prefix:] for text in texts[some]],
-            replay=replay,
-            prefix=prefix,
-            chunk=max(LEAST, rows.shape[1]),  # one, of a size that texts of about one length share
-            output_aware=form != "fast",
-        )
-        row, t = np.nonzero(learnt[some])
-        inputs.append(np.asarray(_inputs(model, gates, rows[some], lengths[some]))[:, row, t].swapaxes(0, 1))
-        scores.append(np.asarray(got)[:, row, :, t - prefix])
-    known = {"inputs": np.concatenate(inputs), "scores": np.concatenate(scores)}  # [n, L, D], [n, L, K]
+    learnt = _drawn(rows.shape[1], lengths, prefix, tokens, seed)
+    known = _examples(model, gates, texts, learnt, replay, prefix, form != "fast", progress)
 
     def batches(step: int) -> dict[str, np.ndarray]:
         size = len(known["inputs"])
@@ -132,6 +114,50 @@ def train_gates(
         progress=progress,
     )
     return done.params, done
+
+
+def _drawn(
+    T: int, lengths: Int[np.ndarray, " N"], prefix: int, tokens: int, seed: int
+) -> Bool[np.ndarray, "N T"]:
+    """At most `tokens` of those that stand behind the prefix, by seed."""
+    at = np.arange(T)
+    learnt = (at >= prefix) & (at < lengths[:, None])
+    if learnt.sum() > tokens:
+        every = np.flatnonzero(learnt)
+        learnt = np.zeros_like(learnt)
+        learnt.flat[np.random.default_rng(seed).choice(every, tokens, replace=False)] = True
+    return learnt
+
+
+def _examples(
+    model,
+    gates: Gate,
+    texts: Sequence[Sequence[int]],
+    learnt: Bool[np.ndarray, "N T"],
+    replay: RepeatPrompt,
+    prefix: int,
+    output_aware: bool,
+    progress: bool,
+) -> dict[str, np.ndarray]:
+    """What the layers read of the tokens that are learnt from [n, L, D], and their scores [n, L, K]."""
+    rows, lengths = padded("train_gates", model, texts)
+    T = rows.shape[1]
+    inputs, scores = [], []
+    for start in tqdm(range(0, len(rows), AT_ONCE), "scores", file=sys.stderr, disable=not progress):
+        some = slice(start, start + AT_ONCE)
+        got = kvzip.kvzip_scores(
+            model,
+            prefill.prefill(model, texts[some], slack=prefix + T + 64),
+            [text[prefix:] for text in texts[some]],
+            replay=replay,
+            prefix=prefix,
+            chunk=max(LEAST, T),  # one, of a size that texts of about one length share
+            output_aware=output_aware,
+        )
+        row, t = np.nonzero(learnt[some])
+        inputs.append(np.asarray(_inputs(model, gates, rows[some], lengths[some]))[:, row, t].swapaxes(0, 1))
+        scores.append(np.asarray(got)[:, row, :, t - prefix])
+    return {"inputs": np.concatenate(inputs), "scores": np.concatenate(scores)}
 
 
 @jax.jit

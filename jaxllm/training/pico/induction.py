@@ -13,11 +13,15 @@ every weight stays trainable, and nothing but the initial values differs from an
     elsewhere    what a block adds to the stream (o, down) starts at zero
 """
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from jaxllm.models.decoder import Decoder
+from jaxllm.models.decoder import Config, Decoder
 
 CONSTANT = 3.0  # element 0 of an embedding, in units of the others' root mean square
 SHARPNESS = 3.0 * np.array([1.0, 1.0, 0.7, 0.5])  # of the look back, by rotary plane, fastest first
@@ -29,7 +33,7 @@ REST = 0.3  # what is kept of the random values of wired q and k
 def wire(model: Decoder, seed: int) -> Decoder:
     """The model with its first two layers wired; the model itself is left as it is."""
     c = model.config
-    E, D, K, G, half = c.head_dim, c.width, c.kv_heads, c.heads // c.kv_heads, c.head_dim // 2
+    E, D, K, half = c.head_dim, c.width, c.kv_heads, c.head_dim // 2
     if c.layers < 2 or half < len(SHARPNESS) or (K + 1) * E >= D:
         raise ValueError(
             "induction.wire: two layers, heads of 8 and (kv_heads + 1) * head_dim < width must hold, "
@@ -38,7 +42,6 @@ def wire(model: Decoder, seed: int) -> Decoder:
     leaves = jax.tree_util.tree_leaves_with_path(model)
     values = {jax.tree_util.keystr(path): np.array(x, np.float32) for path, x in leaves}
     rng = np.random.default_rng(seed)
-    planes = c.rope.frequencies(E)
 
     for name, x in values.items():
         if ".attention.o." in name or ".mlp.down." in name:
@@ -50,36 +53,57 @@ def wire(model: Decoder, seed: int) -> Decoder:
     # orthonormal directions of the stream that avoid element 0: the code, then a place for each key head
     basis = np.zeros((D, (K + 1) * E), np.float32)
     basis[1:] = np.linalg.qr(rng.normal(size=(D - 1, (K + 1) * E)))[0]
-    code = basis[:, :E].T
-    place = [basis[:, (1 + g) * E : (2 + g) * E] for g in range(K)]
+    code, *places = np.split(basis.T, K + 1)
 
-    def layer(i):
-        return [values[f".layers[{i}].attention.{w}.w.value.rows"] for w in "qkvo"]
-
-    fast = np.zeros(half)
-    fast[: len(SHARPNESS)] = SHARPNESS
-    q, k, v, o = layer(0)
-    for g in range(K):
-        key, query = slice(g * E, (g + 1) * E), slice(g * G * E, (g * G + 1) * E)
-        k[key] *= REST
-        k[key, 0] += np.append(fast, np.zeros(half))
-        q[query] *= REST
-        angle = -(g + 1) * planes
-        q[query, 0] += np.append(fast * np.cos(angle), fast * np.sin(angle))
-        v[key] = code
-        o[:, query] = WRITE * D**-0.5 * place[g]
-
-    slow = np.tile(planes < SLOW, 2)[:, None]
-    q, k, v, o = layer(1)
-    for g in range(K):
-        key, query = slice(g * E, (g + 1) * E), slice(g * G * E, (g * G + 1) * E)
-        asked = code if g == 0 else place[g - 1].T
-        k[key] = MATCH * slow * place[g].T + REST**2 * k[key]
-        q[query] = MATCH * slow * asked + REST**2 * q[query]
-        v[key] = np.linalg.qr(rng.normal(size=(D, E)))[0].T
-        o[:, query] = PASS * v[key].T
-    dtypes = [x.dtype for _, x in leaves]
+    first, second = (
+        {w: values[f".layers[{i}].attention.{w}.w.value.rows"] for w in "qkvo"} for i in range(2)
+    )
+    _look_back(c, first, code, places)
+    _find_and_pass(c, second, [code, *places], rng)
     return jax.tree.unflatten(
         jax.tree.structure(model),
-        [jnp.asarray(x, dtype) for x, dtype in zip(values.values(), dtypes, strict=True)],
+        [jnp.asarray(x, leaf.dtype) for x, (_, leaf) in zip(values.values(), leaves, strict=True)],
     )
+
+
+def _rows_of(c: Config, g: int) -> tuple[slice, slice]:
+    """The rows of key head g, and of the first query head that reads it."""
+    E, first = c.head_dim, g * (c.heads // c.kv_heads)
+    return slice(g * E, (g + 1) * E), slice(first * E, (first + 1) * E)
+
+
+def _look_back(
+    c: Config,
+    weights: dict[str, Float[np.ndarray, "N K"]],
+    code: Float[np.ndarray, "E D"],
+    places: Sequence[Float[np.ndarray, "E D"]],
+) -> None:
+    """Layer 0: key head g reads the code of the token g + 1 back and writes it to its place."""
+    planes = c.rope.frequencies(c.head_dim)
+    fast = np.zeros(len(planes))
+    fast[: len(SHARPNESS)] = SHARPNESS
+    for g, place in enumerate(places):
+        key, query = _rows_of(c, g)
+        weights["k"][key] *= REST
+        weights["k"][key, 0] += np.append(fast, np.zeros(len(planes)))
+        weights["q"][query] *= REST
+        angle = -(g + 1) * planes
+        weights["q"][query, 0] += np.append(fast * np.cos(angle), fast * np.sin(angle))
+        weights["v"][key] = code
+        weights["o"][:, query] = WRITE * c.width**-0.5 * place.T
+
+
+def _find_and_pass(
+    c: Config,
+    weights: dict[str, Float[np.ndarray, "N K"]],
+    codes: Sequence[Float[np.ndarray, "E D"]],
+    rng: np.random.Generator,
+) -> None:
+    """Layer 1: key head g finds where what stood g + 1 back (`codes[g + 1]`) is what stands g back here."""
+    slow = np.tile(c.rope.frequencies(c.head_dim) < SLOW, 2)[:, None]
+    for g, (here, there) in enumerate(itertools.pairwise(codes)):
+        key, query = _rows_of(c, g)
+        weights["k"][key] = MATCH * slow * there + REST**2 * weights["k"][key]
+        weights["q"][query] = MATCH * slow * here + REST**2 * weights["q"][query]
+        weights["v"][key] = np.linalg.qr(rng.normal(size=(c.width, c.head_dim)))[0].T
+        weights["o"][:, query] = PASS * weights["v"][key].T

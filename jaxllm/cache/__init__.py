@@ -6,7 +6,7 @@ cache = advance(cache, lengths)                once a chunk, after its last laye
 cache = truncate(cache, lengths)               forget the newest rows, per request
 cache = select(cache, rows)                    other requests in another order (fork, beams, tree paths)
 cache = grow(cache, rows)                      a copy with room for `rows` tokens (behind a context)
-k, v = kept(cache, layer, k, v)                a chunk as it will be read back: for one that sees itself only
+k, v = round_trip(cache, layer, k, v)          a chunk as it will be read back: for one that sees itself only
 context, tail = split(cache)                   what never changes, and what is written; `join` undoes it
 room(cache), num_bytes(cache)                  the longest chunk that fits; bytes really held
 
@@ -14,6 +14,7 @@ room(cache), num_bytes(cache)                  the longest chunk that fits; byte
 that came since. Either may hold `QuantizedRows`.
 
     dense     rows for every token: append, attend, truncate, select
+    rows      rows, plain or in codes: the one place that knows of both kinds
     coded     rows in codes of 2, 4 or 8 bits, in place of an array
     paged     what is left after eviction, by head, and what came since
     repack    from one layout to the other: which rows a cache holds, and the pages made of some of them
@@ -23,8 +24,9 @@ that came since. Either may hold `QuantizedRows`.
 from typing import Any, TypeVar
 
 import jax
+from jaxtyping import Array, Float
 
-from jaxllm.cache import dense, paged
+from jaxllm.cache import dense, paged, rows
 from jaxllm.cache.coded import QuantizedRows
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.files import load, save
@@ -68,18 +70,17 @@ def grow(cache: C, rows: int) -> C:
     return _layout(cache).grow(cache, rows)
 
 
-def kept(cache: Cache | None, layer: int, k, v):
-    """See `dense.kept`."""
-    return dense.kept(_tail(cache), layer, k, v)
+def round_trip(
+    cache: Cache, layer: int, k: Float[Array, "B T K E"], v: Float[Array, "B T K E"]
+) -> tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]:
+    """A chunk's keys and values as a layer that holds codes will give them back; else as they are."""
+    tail = split(cache)[1]
+    return rows.round_trip(k, tail.keys[layer]), rows.round_trip(v, tail.values[layer])
 
 
 def room(cache: Cache) -> int:
     """See `dense.room`."""
-    return dense.room(_tail(cache))
-
-
-def _tail(cache: Any) -> Any:
-    return split(cache)[1] if cache is not None else None
+    return dense.room(split(cache)[1])
 
 
 def split(cache: Cache) -> tuple[Context | None, DenseCache]:
@@ -107,10 +108,10 @@ __all__ = [
     "attend",
     "grow",
     "join",
-    "kept",
     "load",
     "num_bytes",
     "room",
+    "round_trip",
     "save",
     "select",
     "split",

@@ -6,18 +6,18 @@ forgotten as a whole, whatever the cache that it lies in (a word of 16-bit scale
 conversion of the whole array at each step):
 
     G words     low | scale << 16, both float16, a group each
-    W words     D codes, 32 / bits a word, the first lowest; the last may be filled up with zeros
+    W words     E codes, 32 / bits a word, the first lowest; the last may be filled up with zeros
 
-    bits a number: (32 G + 32 W) / D                 4 bits, D = 64, one group: 4.5
+    bits a number: (32 G + 32 W) / E                 4 bits, E = 64, one group: 4.5
 
 low is rounded down and scale up, so that no number lies outside: |error| <= scale / 2, scale at least
 2**-14. Numbers beyond +-32,000 are cut off. Keys are rotated first (`ops/hadamard.py`), and queries with
 them, which leaves scores as they were: some channels of keys are great throughout, which 4 bits do not bear.
 
-    rows = encode(k, zeros((B * K, R, D), bits=4, dtype=k.dtype, rotated=True))
-    numbers(rows)                       # [B K, T, D] again, in the rotated basis: multiply turn(q, rows)
+    rows = QuantizedRows.zeros((J, S, E), bits=4, rotated=True, dtype=k.dtype).quantize(k)
+    rows.dequantize()               # [J, S, E] again, in the rotated basis: multiply rows.rotate_queries(q)
 
-Letters: J = B K blocks of a request and head, R rows, T tokens, D head size, G groups, W words of codes.
+Letters: J = B K blocks of a request and key head, S cached tokens, E head size, G groups, W words of codes.
 """
 
 import dataclasses
@@ -25,85 +25,90 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from jaxllm.ops import hadamard
 from jaxllm.ops.packing import from_words, to_words
 from jaxllm.pytree import pytree, static
 from jaxllm.weights.affine import MIN_SCALE
 
-SEED = 0  # of the rotation: the same for all, nothing is to be hidden
-LIMIT = 32000.0  # so that a float16 holds the range of a group
+ROTATION_SEED = 0  # the same for all: nothing is to be hidden
+MAX_NUMBER = 32000.0  # so that a float16 holds the range of a group
 
 
 @pytree
 class QuantizedRows:
-    """Numbers [J, R, D] in codes."""
+    """Numbers [J, S, E] in codes."""
 
-    words: jax.Array  # uint32 [J, R, G + W]
+    words: jax.Array  # uint32 [J, S, G + W]
     bits: int = static()
     group: int = static()  # numbers that share a scale; the last group may be shorter
-    size: int = static()  # D
+    size: int = static()  # E
     rotated: bool = static()
     dtype: Any = static()  # what the numbers are read as
+
+    @classmethod
+    def zeros(
+        cls, shape: tuple[int, int, int], *, bits: int, group: int | None = None, rotated: bool, dtype
+    ) -> "QuantizedRows":
+        """Rows of zeros. group: None is the whole row."""
+        J, S, E = shape
+        group = E if group is None else group
+        if bits not in (2, 4, 8) or not 1 <= group <= E:
+            raise ValueError(
+                f"cache: bits must be 2, 4 or 8, group 1 to head_dim, got {bits=}, {group=}, head_dim={E}"
+            )
+        width = -(-E // group) + -(-E * bits // 32)
+        return cls(jnp.zeros((J, S, width), jnp.uint32), bits, group, E, rotated, jnp.dtype(dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the numbers."""
         return (*self.words.shape[:-1], self.size)
 
+    def quantize(self, x: Float[Array, "J T E"]) -> "QuantizedRows":
+        """The numbers as rows like these."""
+        E, qmax, groups = self.size, 2**self.bits - 1, -(-self.size // self.group)
+        x = hadamard.rotate(x, ROTATION_SEED) if self.rotated else x.astype(jnp.float32)
+        x = jnp.clip(x, -MAX_NUMBER, MAX_NUMBER)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, groups * self.group - E)), mode="edge")
+        x = x.reshape(*x.shape[:2], groups, self.group)
+        # subtle: the least of some numbers and NaN may be a number (XLA:CPU); the NaN must not be lost
+        least, most = jnp.where(jnp.isnan(x).any(-1), jnp.nan, x.min(-1)), x.max(-1)
+        low = (least - jnp.abs(least) * 2.0**-10).astype(jnp.float16)
+        scale = (most - low.astype(jnp.float32)) * ((1 + 2.0**-10) / qmax)
+        scale = jnp.maximum(scale, MIN_SCALE).astype(jnp.float16)
+        start, step = (v.astype(jnp.float32)[..., None] for v in (low, scale))
+        codes = jnp.clip(jnp.round((x - start) / step), 0, qmax).reshape(*x.shape[:2], -1)[..., :E]
+        codes = jnp.pad(codes, ((0, 0), (0, 0), (0, -E % (32 // self.bits))))
+        grid = _float16_bits(low) | _float16_bits(scale) << 16
+        words = jnp.concatenate([grid, to_words(codes, self.bits)], axis=-1)
+        return dataclasses.replace(self, words=words)
 
-def zeros(
-    shape: tuple[int, int, int], *, bits: int, group: int | None = None, rotated: bool, dtype
-) -> QuantizedRows:
-    """Rows of zeros. group: None is the whole row."""
-    J, R, D = shape
-    group = D if group is None else group
-    if bits not in (2, 4, 8) or not 1 <= group <= D:
-        raise ValueError(f"cache: bits must be 2, 4 or 8, group 1 to head_dim, got {bits=}, {group=}, {D=}")
-    width = -(-D // group) + -(-D * bits // 32)
-    return QuantizedRows(jnp.zeros((J, R, width), jnp.uint32), bits, group, D, rotated, jnp.dtype(dtype))
+    def dequantize(self) -> Float[Array, "J S E"]:
+        """What the rows hold, rotated if they are."""
+        E, groups = self.size, -(-self.size // self.group)
+        grid = self.words[..., :groups]
+        low, scale = (
+            jnp.repeat(v.astype(jnp.float32), self.group, axis=-1, total_repeat_length=groups * self.group)
+            for v in (_float16(grid & 0xFFFF), _float16(grid >> 16))
+        )
+        codes = from_words(self.words[..., groups:], self.bits)[..., :E].astype(jnp.float32)
+        return (codes * scale[..., :E] + low[..., :E]).astype(self.dtype)
 
+    def rotate_queries(self, q: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        """Queries in the basis of the keys."""
+        return hadamard.rotate(q, ROTATION_SEED).astype(q.dtype) if self.rotated else q
 
-def encode(x: Float[Array, "J T D"], like: QuantizedRows) -> QuantizedRows:
-    """The numbers as rows like those given."""
-    D, top = like.size, 2**like.bits - 1
-    G = -(-D // like.group)
-    x = hadamard.rotate(x, SEED) if like.rotated else x.astype(jnp.float32)
-    x = jnp.pad(jnp.clip(x, -LIMIT, LIMIT), ((0, 0), (0, 0), (0, G * like.group - D)), mode="edge")
-    x = x.reshape(*x.shape[:2], G, like.group)
-    # subtle: the least of some numbers and NaN may be a number (XLA:CPU); the NaN must not be lost
-    least, most = jnp.where(jnp.isnan(x).any(-1), jnp.nan, x.min(-1)), x.max(-1)
-    low = (least - jnp.abs(least) * 2.0**-10).astype(jnp.float16)
-    scale = jnp.maximum((most - low.astype(jnp.float32)) * ((1 + 2.0**-10) / top), MIN_SCALE).astype(
-        jnp.float16
-    )
-    at, step = (v.astype(jnp.float32)[..., None] for v in (low, scale))
-    codes = jnp.clip(jnp.round((x - at) / step), 0, top).reshape(*x.shape[:2], -1)[..., :D]
-    codes = jnp.pad(codes, ((0, 0), (0, 0), (0, -D % (32 // like.bits))))
-    bit = lambda v: jax.lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.uint32)  # noqa: E731
-    words = jnp.concatenate([bit(low) | bit(scale) << 16, to_words(codes, like.bits)], axis=-1)
-    return dataclasses.replace(like, words=words)
-
-
-def numbers(rows: QuantizedRows) -> Float[Array, "J R D"]:
-    """What the rows hold, rotated if they are."""
-    D, G = rows.size, -(-rows.size // rows.group)
-    half = lambda v: jax.lax.bitcast_convert_type(v.astype(jnp.uint16), jnp.float16)  # noqa: E731
-    low, scale = (
-        jnp.repeat(half(v).astype(jnp.float32), rows.group, axis=-1, total_repeat_length=G * rows.group)
-        for v in (rows.words[..., :G] & 0xFFFF, rows.words[..., :G] >> 16)
-    )
-    codes = from_words(rows.words[..., G:], rows.bits)[..., :D].astype(jnp.float32)
-    return (codes * scale[..., :D] + low[..., :D]).astype(rows.dtype)
+    def round_trip(self, x: Float[Array, "J T E"]) -> Float[Array, "J T E"]:
+        """The numbers as rows like these will give them back, in the basis in which they came."""
+        y = self.quantize(x).dequantize()
+        return (hadamard.unrotate(y, ROTATION_SEED) if self.rotated else y).astype(x.dtype)
 
 
-def turn(q: Float[Array, "*B D"], rows: QuantizedRows) -> Float[Array, "*B D"]:
-    """Queries in the basis of the keys."""
-    return hadamard.rotate(q, SEED).astype(q.dtype) if rows.rotated else q
+def _float16_bits(x: Float[Array, "J T G"]) -> UInt32[Array, "J T G"]:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
 
 
-def kept(x: Float[Array, "J T D"], like: QuantizedRows) -> Float[Array, "J T D"]:
-    """The numbers as rows like those given will give them back, in the basis in which they came."""
-    held = numbers(encode(x, like))
-    return hadamard.unrotate(held, SEED).astype(x.dtype) if like.rotated else held.astype(x.dtype)
+def _float16(bits: UInt32[Array, "J S G"]) -> Float[Array, "J S G"]:
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)

@@ -18,12 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.cache import coded as quantized
-from jaxllm.cache.coded import QuantizedRows
+from jaxllm.cache.rows import Rows, dequantize, quantize, rotate_queries, type_name, zeros
 from jaxllm.ops.attention import DistanceBias, attention, heads_first
 from jaxllm.pytree import pytree, static
-
-Rows = jax.Array | QuantizedRows  # [B K, R, D]
 
 
 @pytree
@@ -42,7 +39,7 @@ class DenseCache:
 
     def __repr__(self) -> str:
         """Tokens of each request, rows there are, what a row is, bytes; never the numbers in it."""
-        of = f"{len(self.windows)} layers of {_row_type(self.keys[0])}"
+        of = f"{len(self.windows)} layers of {type_name(self.keys[0])}"
         return f"DenseCache({_tokens(self.lengths)} of {self.rows}, {of}, {size_text(self)})"
 
 
@@ -51,11 +48,6 @@ def _tokens(lengths: jax.Array) -> str:
     if isinstance(lengths, jax.core.Tracer) or not isinstance(lengths, jax.Array):
         return f"{lengths.shape[0]} requests"
     return f"tokens {np.asarray(lengths).tolist()}"
-
-
-def _row_type(rows: Rows) -> str:
-    coded = isinstance(rows, QuantizedRows)
-    return f"{rows.bits} bits" if coded else jnp.dtype(rows.dtype).name  # type: ignore[union-attr]
 
 
 def size_text(tree) -> str:
@@ -84,14 +76,10 @@ def make(
     sizes = [rows if window is None else min(rows, window + slack) for window in windows]
     shapes = [(batch * kv_heads, size, head_dim) for size in sizes]
 
-    def empty(shape, rotated: bool) -> Rows:
-        if bits is None:
-            return jnp.zeros(shape, dtype)
-        return quantized.zeros(shape, bits=bits, group=group, rotated=rotated, dtype=dtype)
-
+    coding = {"bits": bits, "group": group}
     return DenseCache(
-        keys=tuple(empty(shape, rotated=True) for shape in shapes),
-        values=tuple(empty(shape, rotated=False) for shape in shapes),
+        keys=tuple(zeros(shape, dtype, rotated=True, **coding) for shape in shapes),
+        values=tuple(zeros(shape, dtype, rotated=False, **coding) for shape in shapes),
         lengths=jnp.zeros((batch,), jnp.int32),
         base=None,
         windows=windows,
@@ -132,27 +120,9 @@ def append(
         put = lambda x, y: x.at[block, row].set(y, mode="drop")  # noqa: E731
         write = lambda old, new: jax.tree.map(put, old, new)  # noqa: E731
     keys, values = list(cache.keys), list(cache.values)
-    keys[layer] = write(keys[layer], _stored(heads_first(k), keys[layer]))
-    values[layer] = write(values[layer], _stored(heads_first(v), values[layer]))
+    keys[layer] = write(keys[layer], quantize(heads_first(k), keys[layer]))
+    values[layer] = write(values[layer], quantize(heads_first(v), values[layer]))
     return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
-
-
-def _stored(x: Float[Array, "J T D"], like: Rows) -> Rows:
-    return quantized.encode(x, like) if isinstance(like, QuantizedRows) else x.astype(like.dtype)
-
-
-def kept(
-    cache: DenseCache | None, layer: int, k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]
-) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-    """A chunk's keys and values as a layer that holds codes will give them back; else as they are."""
-
-    def one(x, like: Rows):
-        if not isinstance(like, QuantizedRows):
-            return x
-        held = quantized.kept(heads_first(x), like).reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
-        return held.transpose(0, 2, 1, 3)
-
-    return (k, v) if cache is None else (one(k, cache.keys[layer]), one(v, cache.values[layer]))
 
 
 def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
@@ -190,10 +160,7 @@ def attend(
     keys, values = cache.keys[layer], cache.values[layer]
     held, seen = visible(cache, layer, positions, lengths, mask)
     added = None if bias is None else bias(held - positions[:, :, None])  # [B, H, T, R]
-    if isinstance(keys, QuantizedRows):
-        q, keys = quantized.turn(q, keys), quantized.numbers(keys)
-    if isinstance(values, QuantizedRows):
-        values = quantized.numbers(values)
+    q, keys, values = rotate_queries(q, keys), dequantize(keys), dequantize(values)
     return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
 
 

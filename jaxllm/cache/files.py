@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.cache.coded import QuantizedRows
-from jaxllm.cache.dense import DenseCache, Rows
+from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import Context, PagedCache
+from jaxllm.cache.rows import Rows
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays

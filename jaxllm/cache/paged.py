@@ -29,10 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.cache import coded as quantized
 from jaxllm.cache import dense
-from jaxllm.cache.coded import QuantizedRows
-from jaxllm.cache.dense import DenseCache, Rows
+from jaxllm.cache.dense import DenseCache
+from jaxllm.cache.rows import Rows, dequantize, rotate_queries
 from jaxllm.ops.attention import FLOAT32, MASK_VALUE
 from jaxllm.pytree import pytree, static
 
@@ -133,23 +132,17 @@ def attend(
     keys, values = tail.keys[layer], tail.values[layer]
     J = keys.shape[0]
     K, G = J // B, H * B // J
-    if isinstance(keys, QuantizedRows):
-        q = quantized.turn(q, keys)
+    q = rotate_queries(q, keys)
     q = q.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
     rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
     sums = _of_context(q, cache.context, sum(w is None for w in tail.windows[:layer]), rule)
     _, seen = dense.visible(tail, layer, positions, lengths, mask)  # [B, T, R]
     seen = jnp.broadcast_to(seen[:, None, None], (B, K, G, T, seen.shape[-1])).reshape(J, G * T, -1)
     sums = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), sums)
-    since = _weighed(q.reshape(J, G * T, D), numbers(keys), numbers(values), seen, **rule)
+    since = _weighed(q.reshape(J, G * T, D), dequantize(keys), dequantize(values), seen, **rule)
     _, total, out = _both(sums, since)
-    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(numbers(values).dtype)
+    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(dequantize(values).dtype)
     return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
-
-
-def numbers(rows: Rows) -> jax.Array:
-    """Rows as plain numbers, in the basis in which they are stored."""
-    return quantized.numbers(rows) if isinstance(rows, QuantizedRows) else rows
 
 
 def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
@@ -181,7 +174,7 @@ def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
         new = (pages >= i) & (pages < end) & (local < W)
         local = jnp.where(new, local, W)
         heads = lambda x: jax.lax.dynamic_slice_in_dim(x, least, W)  # noqa: E731
-        k, v = (numbers(jax.tree.map(cut, rows)) for rows in (context.keys, context.values))
+        k, v = (dequantize(jax.tree.map(cut, rows)) for rows in (context.keys, context.values))
         seen = jnp.arange(C)[None] < jnp.where(new, cut(context.filled), 0)[:, None]
         part = _weighed(heads(asked)[jnp.minimum(local, W - 1)], k, v, seen[:, None], **rule)
         sums = jax.tree.map(
@@ -238,6 +231,3 @@ def _by_head(sums, part, head: Int[Array, " W"]):
     total = sums[1] * shrink + add(part[1] * factor)
     out = sums[2] * shrink[..., None] + add(part[2] * factor[..., None]).reshape(sums[2].shape)
     return greatest, total, out
-
-
-# -- from one layout to the other

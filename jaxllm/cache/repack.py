@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxllm.cache.dense import DenseCache, Rows
+from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import Context, PagedCache
+from jaxllm.cache.rows import Rows
 
 SLACK = 256  # longest chunk that a layer with a window, not yet full, can take at once after eviction
 

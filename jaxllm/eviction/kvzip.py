@@ -27,10 +27,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm import cache as kv
-from jaxllm.cache import coded as quantized
-from jaxllm.cache.coded import QuantizedRows
 from jaxllm.cache.dense import DenseCache, global_layers
-from jaxllm.cache.paged import PagedCache, numbers
+from jaxllm.cache.paged import PagedCache
+from jaxllm.cache.rows import dequantize, quantize, rotate_queries
 from jaxllm.eviction.attention_per_key import received
 from jaxllm.models.inputs import STEP, padded, sees_all
 from jaxllm.models.taps import layer_tap
@@ -153,18 +152,17 @@ def score_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: i
         held, attention = cache.keys[layer], model.layers[layer].attention
         at = lambda y: jax.lax.dynamic_slice_in_dim(y, where, m, axis=1)  # noqa: E731
         cut = lambda x: jnp.concatenate([x[:, :prefix], at(x)], axis=1)  # noqa: E731
-        before, new = numbers(jax.tree.map(cut, held)), heads_first(keys)
-        if isinstance(held, QuantizedRows):  # as they will be read back, all in the rotated basis
-            q, new = quantized.turn(q, held), quantized.numbers(quantized.encode(new, held))
-        k = jnp.concatenate([before, new.astype(before.dtype)], axis=1)
+        new = quantize(heads_first(keys), held)  # as they will be read back
+        k = jnp.concatenate([dequantize(jax.tree.map(cut, held)), dequantize(new)], axis=1)
         share = None
         if output_aware:
             share = 1 / jnp.maximum(jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 1e-12)
         rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
-        got = received(q, k, seen, share=share, **rule)[..., prefix : prefix + m]  # [B, K, G, m]
+        got = received(rotate_queries(q, held), k, seen, share=share, **rule)
+        got = got[..., prefix : prefix + m]  # [B, K, G, m]
         if output_aware:
             values = jax.tree.map(at, cache.values[layer])
-            got = got * _output_norms(attention.o.w.get_value(), numbers(values), got.shape)
+            got = got * _output_norms(attention.o.w.get_value(), dequantize(values), got.shape)
         scores.append(jnp.where(jnp.arange(m)[None, None] < size[:, None, None], got.max(2), 0.0))
 
     names = ("attention.q.in", "attention.queries", "attention.keys")
@@ -217,9 +215,8 @@ def _key_distance(model, held, tokens, prefix):
     positions = jnp.broadcast_to(prefix + jnp.arange(T, dtype=jnp.int32), (B, T))
     tap = layer_tap(note, ("attention.keys",), [0])
     model(tokens, positions=positions, logits="last", tap=tap)  # all but the keys is never computed
-    new, old = heads_first(keys[0]).astype(jnp.float32), numbers(held).astype(jnp.float32)
-    if isinstance(held, QuantizedRows):
-        new = quantized.turn(new, held)
+    new, old = heads_first(keys[0]).astype(jnp.float32), dequantize(held).astype(jnp.float32)
+    new = rotate_queries(new, held)  # keys turn as queries do
     old = old[:, (prefix + jnp.arange(T)) % old.shape[1]]
     square = lambda x: jnp.square(x).reshape(B, -1, T, x.shape[-1]).sum((1, 3))  # noqa: E731
     return jnp.sqrt(square(new - old) / jnp.maximum(square(new), 1e-30))

@@ -42,7 +42,8 @@ def cached_attention(
     """
     if cache is not None:
         cache = kv.append(cache, layer, k, v, lengths)
-    if cache is None or cache.empty:  # before it is advanced: the first chunk
-        k, v = kv.kept(cache, layer, k, v)
-        return causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, bias=bias), cache
-    return kv.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap, bias=bias), cache
+        if not cache.empty:  # it is so until advanced: behind the first chunk
+            y = kv.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap, bias=bias)
+            return y, cache
+        k, v = kv.round_trip(cache, layer, k, v)
+    return causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, bias=bias), cache

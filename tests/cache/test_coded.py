@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxllm as jl
 from jaxllm import cache as kv
-from jaxllm.cache import coded as quantized
+from jaxllm.cache.coded import QuantizedRows
 from jaxllm.decoding import run
 from jaxllm.models import decoder, gpt, t5
 from jaxllm.models.decoder import TINY, Decoder
@@ -20,7 +20,7 @@ ONES = jnp.ones((B,), jnp.int32)
 
 
 def rows(shape, **options):
-    return quantized.zeros(shape, **{"bits": 4, "rotated": False, "dtype": jnp.float32} | options)
+    return QuantizedRows.zeros(shape, **{"bits": 4, "rotated": False, "dtype": jnp.float32} | options)
 
 
 def groups_of(x, group):
@@ -34,7 +34,7 @@ def test_no_number_is_off_by_more_than_half_a_scale(bits, size, group):
     x = np.asarray(jax.random.normal(jax.random.key(size), (5, size)))
     x = np.stack([x, x * 1e-6, x * 5e3, 0 * x + 0.3, x + 100])  # plain, tiny, great, constant, far from 0
     like = rows(x.shape, bits=bits, group=group)
-    held = jax.jit(lambda x: quantized.numbers(quantized.encode(x, like)))(x)
+    held = jax.jit(lambda x: like.quantize(x).dequantize())(x)
     g = groups_of(x, group)
     span = g.max(-1) - g.min(-1) + np.abs(g.min(-1)) * 2.0**-9  # low is rounded down by this at most
     scale = np.maximum(span / (2**bits - 1) * (1 + 2.0**-9), 2.0**-14)
@@ -44,7 +44,7 @@ def test_no_number_is_off_by_more_than_half_a_scale(bits, size, group):
 
 def test_numbers_beyond_what_16_bits_hold_are_cut_off_and_nan_stays():
     x = jnp.array([[[1e6, -1e6, 0.0, 5.0], [jnp.nan, 1.0, 2.0, 3.0]]])
-    got = quantized.numbers(quantized.encode(x, rows((1, 2, 4), bits=8)))
+    got = rows((1, 2, 4), bits=8).quantize(x).dequantize()
     np.testing.assert_allclose(got[0, 0], [32000, -32000, 0, 0], atol=140)
     assert jnp.isnan(got[0, 1]).any()
 
@@ -54,7 +54,7 @@ def test_a_row_is_its_grid_and_then_its_codes_lowest_first(bits):
     top = 2**bits - 1
     codes = np.arange(32) % (top + 1)
     codes[:2] = 0, top  # the grid is then known
-    held = quantized.encode(jnp.asarray(codes, jnp.float32)[None, None], rows((1, 1, 32), bits=bits))
+    held = rows((1, 1, 32), bits=bits).quantize(jnp.asarray(codes, jnp.float32)[None, None])
     words = np.asarray(held.words)[0, 0]
     assert len(words) == 1 + bits
     assert words[0] & 0xFFFF == 0  # low is 0.0
@@ -85,9 +85,9 @@ def test_rows_that_cannot_be_are_refused_in_one_line(bits, group, size):
 def test_rotated_keys_score_as_the_keys_themselves():
     keys = jax.random.split(jax.random.key(0), 2)
     q, k = (jax.random.normal(key, (3, 7, D)) for key in keys)
-    held = quantized.encode(k, rows((3, 7, D), bits=8, rotated=True))
-    got = jnp.einsum("jtd,jsd->jts", quantized.turn(q, held), quantized.numbers(held))
-    plain = quantized.kept(k, held)
+    held = rows((3, 7, D), bits=8, rotated=True).quantize(k)
+    got = jnp.einsum("jtd,jsd->jts", held.rotate_queries(q), held.dequantize())
+    plain = held.round_trip(k)
     np.testing.assert_allclose(got, jnp.einsum("jtd,jsd->jts", q, plain), atol=1e-5)
     np.testing.assert_allclose(got, jnp.einsum("jtd,jsd->jts", q, k), atol=0.2)
 
@@ -95,7 +95,7 @@ def test_rotated_keys_score_as_the_keys_themselves():
 def test_rotation_saves_keys_with_one_great_channel():
     k = jax.random.normal(jax.random.key(0), (4, 50, 64)).at[..., 5].multiply(30.0)
     error = [
-        float(jnp.abs(quantized.kept(k, rows(k.shape, rotated=rotated)) - k)[..., 6:].mean())
+        float(jnp.abs(rows(k.shape, rotated=rotated).round_trip(k) - k)[..., 6:].mean())
         for rotated in (False, True)
     ]
     assert error[1] < 0.5 * error[0]
@@ -129,11 +129,11 @@ def read(cache, q, positions):
 
 
 @pytest.mark.parametrize("window, slack", [(None, 0), (4, 6)])
-def test_attending_reads_what_a_plain_cache_of_the_kept_numbers_would(window, slack):
+def test_attending_reads_what_a_plain_cache_of_the_numbers_read_back_would(window, slack):
     _, k, v = tokens(20)
     coded, plain = make(window, slack=slack), make(window, slack=slack, bits=None)
-    near = kv.kept(coded, 0, k, v)
-    assert kv.kept(None, 0, k, v)[0] is k and kv.kept(plain, 0, k, v)[1] is v
+    near = kv.round_trip(coded, 0, k, v)
+    assert all(x is y for x, y in zip(kv.round_trip(plain, 0, k, v), (k, v), strict=True))
     for cut in (slice(0, 9), slice(9, 14), slice(14, 19), slice(19, 20)):
         n = jnp.array([cut.stop - cut.start, 1])  # ragged
         coded, plain = feed(coded, k[:, cut], v[:, cut], n), feed(plain, *(x[:, cut] for x in near), n)
@@ -274,4 +274,4 @@ def test_a_decoding_loop_updates_the_codes_in_place(models, usual_compiler):
 
 
 def test_names_are_those_of_the_public_interface():
-    assert kv.QuantizedRows is quantized.QuantizedRows and decoder.kv is kv and run.kv is kv
+    assert kv.QuantizedRows is QuantizedRows and decoder.kv is kv and run.kv is kv

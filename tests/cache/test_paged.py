@@ -10,7 +10,8 @@ from flax import nnx
 
 import jaxllm as jl
 from jaxllm import cache as kv
-from jaxllm.cache import coded, paged, repack
+from jaxllm.cache import repack
+from jaxllm.cache.rows import dequantize, rotate_queries
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip, running_budget
 from jaxllm.eviction.budget import choose, evict
@@ -70,9 +71,8 @@ def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
             gone = jnp.asarray(hidden[layer // 2, :, head])[:, None]
             part = q.reshape(*q.shape[:2], 2, 2, -1)[:, :, head]
             keys, values = (x[layer] for x in (cache.keys, cache.values))
-            if isinstance(keys, kv.QuantizedRows):
-                part = coded.turn(part, keys)
-            k, v = (paged.numbers(x).reshape(3, 2, 64, -1)[:, head] for x in (keys, values))
+            part = rotate_queries(part, keys)
+            k, v = (dequantize(x).reshape(3, 2, 64, -1)[:, head] for x in (keys, values))
             outs.append(attention(part, k, v, seen & ~gone, scale=scale, softcap=softcap))
         return jnp.stack(outs, axis=2).reshape(q.shape)
 

@@ -9,6 +9,7 @@ from .decoding.sampling import Sampler
 from .files import load, save
 from .measure import perplexity, report_bytes, score_choices
 from .quant.calibrate import Calibration, calibrate
+from .quant.dec_dec_tuner import tune_dec_dec
 from .quant.methods.any_precision import AnyPrecision
 from .quant.methods.awq import Awq
 from .quant.methods.dash_q import DashQ
@@ -68,4 +69,5 @@ __all__ = [
     "shard",
     "stream",
     "text_sequences",
+    "tune_dec_dec",
 ]

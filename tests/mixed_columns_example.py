@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.quantized import two_bit_words
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import mixed_columns
@@ -32,9 +31,7 @@ def solve(rows, stats, mask=None, **options):
 
 
 def solve_for_words(rows, stats, mask, **options):
-    limits = two_bit_words.step_limits(mask)
-    method = MixedTwoBit(**options)
-    return method.solve(rows, stats, name="a", dtype=rows.dtype, mask=mask, step_limits=limits)
+    return solve(rows, stats, mask, narrow_steps=True, **options)
 
 
 def error(w, rows, stats):

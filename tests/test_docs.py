@@ -37,6 +37,8 @@ ENTRIES = (
     "checkpoints_convert.huggingface",
     "checkpoints_convert.llama2c",
     "checkpoints_convert.mingpt",
+    "checkpoints_convert.quantized.two_bit_words",
+    "checkpoints_convert.qwix",
     "jaxllm.training.trainer",
 )
 

@@ -1,10 +1,9 @@
 """The paper's interleaved words of 2/4/16-bit weights (arXiv:2311.16442v4), an exact import and export.
 
-Two of three neighbouring groups at 2 bits have 3 bits for their steps there, so a weight for this layout is
-fitted under these limits:
+    small = jl.quantize(model, jl.MixedTwoBit(narrow_steps=True), tokens)
+    words = to_interleaved(linear_weights(small)["layers.0.mlp.up"])
 
-    w = MixedTwoBit().solve(rows, stats, name=name, dtype=dtype, mask=mask, step_limits=step_limits(mask))
-    words = to_interleaved(w)
+Two of three neighbouring groups at 2 bits have 3 bits for their steps there: `narrow_steps` fits them so.
 
 Letters: K inputs, N outputs, C = ceil(K / 16) column groups, n2 and n4 of them at 2 and 4 bits, B = ceil(N /
 16) blocks of outputs.
@@ -57,12 +56,6 @@ class Interleaved:
     dtype: object
 
 
-def step_limits(mask: np.ndarray) -> np.ndarray:
-    """The greatest step [C] that the layout has bits for; `mask` [C] says which groups are at 4 bits."""
-    place = np.cumsum(~mask) - 1  # among the groups at 2 bits
-    return np.where((place % 3 < 2) & ~mask, 7, 15)
-
-
 def pack_words(zero: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Words of 16 bits from zeros and steps [..., 3]; the first two steps below 8."""
     z, s = zero.astype(np.uint16), step.astype(np.uint16)
@@ -101,7 +94,7 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
         worst = max(step[:, narrow].max(initial=0), shared[:, narrow].max(initial=0))
         if worst > 7:
             raise ValueError(
-                f"to_interleaved: two of three steps must fit 3 bits (step_limits), got step={worst}"
+                f"to_interleaved: two of three steps must fit 3 bits (narrow_steps=True), got step={worst}"
             )
         words = pack_words(_threes(zero), _threes(step)).T
         three = _threes(shared).astype(np.uint16)

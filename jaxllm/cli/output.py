@@ -8,11 +8,13 @@ import click
 
 
 def tell(result: dict[str, Any], as_json: bool) -> None:
-    """A flat result: one JSON object, or a line a field."""
+    """A result: one JSON object, or a line a field."""
     if as_json:
         print_json(result)
         return
     for name, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {number}" for key, number in value.items())
         click.echo(f"{name:16} {value:.6g}" if isinstance(value, float) else f"{name:16} {value}")
 
 

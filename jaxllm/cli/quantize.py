@@ -19,6 +19,8 @@ from jaxllm.cli.output import print_json, read_text, tell
 @click.option("--bits", type=int, help="Bits a code. [default: the method's]")
 @click.option("--group", type=int, help="Inputs that share a scale. [default: the method's]")
 @click.option("--option", "more", multiple=True, metavar="NAME=JSON", help="Another option; repeatable.")
+@click.option("--tune", metavar="GPU", help="For dec-dec: a GPU by name, or by its memory/link in GB/s.")
+@click.option("--slowdown", type=float, help="By how much fetching may slow a token down. [default: 0.05]")
 @click.option("--recipe", type=click.Path(path_type=Path), help="JSON: a method by pattern, or a budget.")
 @click.option(
     "--calibration",
@@ -35,6 +37,8 @@ def quantize(
     open_model: OpenModel,
     lists: bool,
     method: str | None,
+    tune: str | None,
+    slowdown: float | None,
     recipe: Path | None,
     calibration: Path | None,
     sequences: int,
@@ -47,10 +51,12 @@ def quantize(
 ) -> None:
     """Store a model's weights in fewer bits; write it to a new directory."""
     from jaxllm.measure.report import linear_bits
+    from jaxllm.quant.dec_dec_tuner import tune_dec_dec
     from jaxllm.quant.methods import METHODS, make_method
     from jaxllm.quant.recipe import Budget, read_recipe
     from jaxllm.quant.sensitivity import allocate_bits, sensitivity
     from jaxllm.quant.text import text_sequences
+    from jaxllm.weights.host_residual import bytes_fetched
 
     if lists:
         list_methods(METHODS, as_json)
@@ -62,6 +68,10 @@ def quantize(
         raise click.UsageError(
             "quantize: a recipe names its own options, --bits, --group, --option do not apply"
         )
+    if tune is not None and method != "dec-dec":
+        raise click.UsageError(f"quantize: --tune applies to --method dec-dec, got {method or recipe}")
+    if slowdown is not None and tune is None:
+        raise click.UsageError(f"quantize: --slowdown applies with --tune, got {slowdown}")
     chosen = read_recipe(recipe) if recipe is not None else make_method(str(method), chosen)
     words = None if calibration is None else read_text(calibration, "--calibration")
     if out.exists():
@@ -69,6 +79,8 @@ def quantize(
     model, tokenizer = open_model(mapped=True)
     rows = None if words is None else text_sequences(model, tokenizer, words, length=length, limit=sequences)
     start = time.perf_counter()
+    if tune is not None:
+        chosen = tune_dec_dec(model, chosen, gpu=tune, slowdown=0.05 if slowdown is None else slowdown)
     if isinstance(chosen, Budget):
         chosen = allocate_bits(sensitivity(model, chosen.methods, rows), bits=chosen.bits)
     small = jl.quantize(model, chosen, rows, sequential=sequential, checkpoint=checkpoint, consume=True)
@@ -77,6 +89,10 @@ def quantize(
     held = jl.report_bytes(small)
     result = {"out": str(out), "weight_bytes": held.weight_bytes, "bits_per_weight": held.bits_per_weight}
     result |= {"linear_bits_per_weight": linear_bits(small), "seconds": seconds}
+    if tune is not None:
+        kinds = {pattern.replace("\\", "").strip(".$"): tuned for pattern, tuned in chosen}
+        result |= {"k_chunk": {kind: getattr(tuned, "k_chunk", 0) for kind, tuned in kinds.items()}}
+        result |= {"bytes_fetched_per_token": bytes_fetched(small, 1)}
     tell(result, as_json)
 
 

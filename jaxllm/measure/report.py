@@ -1,7 +1,7 @@
 """How many bytes a model takes: counted from the arrays that it holds, whatever their format.
 
-    print(report_bytes(model))       a table by layer
-    report_bytes(model).as_dict()    {"weight_bytes", "bits_per_weight", "weights", "layers": [...]}
+    print(report_bytes(model))                      a table by layer
+    dataclasses.asdict(report_bytes(model))         the same for JSON
 
 The number of weights is the logical one (K x N of a format's `.shape`); the bytes are those of all
 its leaves, so scales, tables, indices and padding count. An array that two layers share counts
@@ -51,24 +51,6 @@ class Report:
     weights: int
     weight_bytes: int
     bits_per_weight: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
-        return {
-            "weight_bytes": self.weight_bytes,
-            "bits_per_weight": self.bits_per_weight,
-            "weights": self.weights,
-            "layers": [
-                {
-                    "name": part.name,
-                    "weight_bytes": part.weight_bytes,
-                    "bits_per_weight": part.bits_per_weight,
-                    "weights": part.weights,
-                    "dtypes": list(part.dtypes),
-                }
-                for part in self.layers
-            ],
-        }
 
     def __str__(self) -> str:
         """A table, one line a layer."""

@@ -12,7 +12,6 @@ Letters: K inputs, N outputs, k inputs fetched a token, R tokens, *B any leading
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -119,21 +118,6 @@ def decode(codes: Packed | jax.Array) -> jax.Array:
     return codes.astype(jnp.float32)
 
 
-def fuse(parts: Sequence[tuple[Packed | jax.Array, jax.Array]]) -> tuple[Packed | jax.Array, jax.Array]:
-    """The residual of layers that share their input, side by side along N (q, k and v; gate and up)."""
-    tables: list[Any] = [codes for codes, _ in parts]
-    scale = jnp.concatenate([scale for _, scale in parts])
-    if isinstance(tables[0], Packed):
-        return pack(jnp.concatenate([unpack(t) for t in tables], axis=1), tables[0].bits), scale
-    return jnp.concatenate(tables, axis=1), scale
-
-
-def full_rows(w: HostResidual) -> Float[Array, "N K"]:
-    """The base plus the whole coded residual: the most that fetching can give. Moves all of it."""
-    codes = jax.device_put(w.codes, jax.memory.Space.Device)
-    return w.base.dequantize_rows(jnp.float32) + decode(codes).T * w.scale[:, None]
-
-
 def spans(K: int, k_chunk: int) -> list[tuple[int, int, int]]:
     """(first input, inputs, inputs to select) of each chunk."""
     cuts = [(at, min(CHUNK, K - at)) for at in range(0, K, CHUNK)]
@@ -227,20 +211,31 @@ def fetch(table: Array, index: Integer[Array, "*B k"]) -> Array:
 
 def to_host(tree):
     """The weight, model or other tree with all residuals in pinned host memory, shards where they were."""
-    residual = lambda w: isinstance(w, HostResidual)  # noqa: E731
-    move = lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
-    put = lambda w: dataclasses.replace(w, codes=jax.tree.map(move, w.codes)) if residual(w) else w  # noqa: E731
-    return jax.tree.map(put, tree, is_leaf=residual)
+
+    def move(x):
+        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+    def put(w):
+        return dataclasses.replace(w, codes=jax.tree.map(move, w.codes)) if _is_residual(w) else w
+
+    return jax.tree.map(put, tree, is_leaf=_is_residual)
 
 
-def bytes_fetched(w: HostResidual, rows: int) -> int:
-    """Bytes that cross from host to device for `rows` tokens: from shapes and k alone.
+def _is_residual(w) -> bool:
+    return isinstance(w, HostResidual)
+
+
+def bytes_fetched(tree, tokens: int) -> int:
+    """Bytes that cross from host to device for `tokens`, of a weight, model or other tree, from shapes alone.
 
     k N bits / 8 a token, N rounded up to 32; the official kernel reads another 2 N bytes of scales each time.
     """
-    K = w.shape[0]
-    row = sum(x.size // K * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(w.codes))
-    return rows * selected(K, w.k_chunk) * row
+    total = 0
+    for w in filter(_is_residual, jax.tree.leaves(tree, is_leaf=_is_residual)):
+        K = w.shape[0]
+        row = sum(x.size // K * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(w.codes))
+        total += tokens * selected(K, w.k_chunk) * row
+    return total
 
 
 def edges(thresholds: Float[Array, " K"], k_chunk: int) -> Float[Array, "2"]:

@@ -67,11 +67,6 @@ class NestedFloat:
         return jax.tree.map_with_path(lambda path, _: place[path[0].name], self)
 
 
-def eligible(w: Float16[Array, "*B"]) -> jax.Array:
-    """Which weights the two bytes can hold: finite ones below 1.875 in size."""
-    return jnp.abs(w.astype(jnp.float32)) < ELIGIBLE_BELOW
-
-
 @functools.partial(jax.jit, inline=True)
 def split(w: Float16[Array, "*B"]) -> tuple[UInt8[Array, "*B"], UInt8[Array, "*B"]]:
     """Upper and lower byte of eligible weights."""
@@ -110,13 +105,13 @@ def _scaled(w, shift: int):
 
 def find_shift(w: Float16[Array, "*B"]) -> int | None:
     """The least shift that makes all weights eligible and loses nothing; None if there is none."""
-    greatest, low = (float(x) for x in _extent(w)) if w.size else (0.0, 1.0)
+    greatest, low = (float(x) for x in extent(w)) if w.size else (0.0, 1.0)
     shift = next((t for t in SHIFTS if greatest < ELIGIBLE_BELOW * 2**t), None)  # none for NaN
     return shift if shift is not None and low >= 2**shift else None
 
 
 @jax.jit
-def _extent(w):
+def extent(w):
     """The greatest weight in size, and the greatest 2**t (t <= 14) that divides every w / 2**-24."""
     bits = jax.lax.bitcast_convert_type(w, jnp.uint16).astype(jnp.int32)
     exponent, mantissa = (bits >> 10) & 0x1F, bits & 0x3FF
@@ -126,7 +121,7 @@ def _extent(w):
     return jnp.abs(w.astype(jnp.float32)).max(), 2 ** (divides.sum() - 1)
 
 
-def changed(rows: Float[Array, "N K"]) -> int:
+def changed_by_float16(rows: Float[Array, "N K"]) -> int:
     """How many weights the cast to float16 changes."""
     return int((rows.astype(jnp.float16).astype(jnp.float32) != rows.astype(jnp.float32)).sum())
 

@@ -1,12 +1,16 @@
 """`jaxllm quantize`: by a method, a recipe, a budget; refusals."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from command_line import assert_refused
 
 import jaxllm as jl
+from jaxllm.weights.host_residual import bytes_fetched
+
+RTN = 'base={"method": "rtn", "bits": 3}'
 
 
 def test_quantize_writes_a_model_that_eval_reads(jaxllm, tiny_checkpoint):
@@ -47,6 +51,23 @@ def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint
     assert {"rtn", "lnq", "nested-fp"} <= jaxllm("quantize", "--list", "--json").json.keys()
 
 
+def test_quantize_tunes_what_is_fetched_for_a_gpu_and_says_so(jaxllm, tiny_checkpoint):
+    base = 'base={"method": "rtn", "bits": 3, "group": 32}'
+    options = ("--method", "dec-dec", "--option", base, "--option", "select=exact")
+    tune = ("--tune", "RTX 4050M", "--slowdown", 0.1)
+    done = jaxllm("quantize", "--model", tiny_checkpoint, *options, *tune, "--out", "small", "--json")
+    assert done.status == 0, done.err
+    kinds = {"attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"}
+    assert done.json["k_chunk"].keys() == kinds
+    model, _ = jl.load("small")
+    for block in model.layers:
+        w = block.mlp.gate.w.get_value()
+        assert w.k_chunk == done.json["k_chunk"]["mlp.gate"] >= 60
+    assert done.json["bytes_fetched_per_token"] == bytes_fetched(model, 1) > 0
+    lines = jaxllm("quantize", "--model", tiny_checkpoint, *options, *tune, "--out", "again").out
+    assert re.search(r"^k_chunk .*attention.q \d+, ", lines, re.M)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -56,6 +77,15 @@ def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint
         (("--method", "gptq", "--out", "o"), "hessian need calibration text, got none"),
         (("--method", "rtn", "--bits", 9, "--out", "o"), "bits must be 1 to 8, got"),
         (("--method", "rtn"), "--out and exactly one of --method and --recipe"),
+        (
+            ("--method", "rtn", "--tune", "RTX 4090", "--out", "o"),
+            "--tune applies to --method dec-dec, got rtn",
+        ),
+        (("--method", "rtn", "--slowdown", 0.1, "--out", "o"), "--slowdown applies with --tune, got 0.1"),
+        (
+            ("--method", "dec-dec", "--option", RTN, "--tune", "H100", "--out", "o"),
+            "gpu must be one of RTX 4090, .*, got 'H100'",
+        ),
         (("--recipe", "missing.json", "--out", "o"), "No such file or directory: missing.json"),
     ],
 )

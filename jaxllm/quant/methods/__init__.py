@@ -13,7 +13,6 @@ Methods see rows [N, K] and statistics, and nothing of a model.
     two_bit_fit      its columns' zeros, steps and scales
     nested_fp        NestedFP: float16 whose upper byte is a float8
     dec_dec          DecDEC: a base, and residual rows from host memory
-    dec_dec_tuner    how many residual rows a GPU has time for
     rotate           inputs rotated, weights and activations in 4 or 8 bits
     curvature        what Hessians and Fisher information give a solver
     k_means          weighted k-means on a line

@@ -1,7 +1,7 @@
 """What rounding lost, kept in host memory, and fetched for the few inputs that matter to this very token.
 
 Paper: Y. Park et al., "DecDEC: A Systems Approach to Advancing Low-Bit LLM Quantization" (OSDI 2025,
-arXiv:2412.20185), sections 4.2 (residual), 4.3 (selection), 4.4 (tuner). With R = W - base and M the k
+arXiv:2412.20185), sections 4.2 (residual) and 4.3 (selection). With R = W - base and M the k
 inputs of greatest |x|, as a calibrated table of thresholds tells them:
 
     y = x @ base + ((x * M) @ Q) * S        Q: whole codes of R, one row an *input*;  S: one scale an output
@@ -34,17 +34,6 @@ from jaxtyping import Array, Float
 
 from jaxllm.quant.statistics import Method, Stats, need, output_groups
 from jaxllm.weights.host_residual import BITS, CHUNK, HostResidual, How, edges, encode, to_host
-
-# -- the residual (4.2)
-
-
-# -- which inputs (4.3)
-
-
-# -- the product
-
-
-# -- the method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,11 +95,3 @@ class DecDec:
                 return jax.random.uniform(key, (K,))
             case _:
                 return None
-
-
-def token_thresholds(x: Float[Array, "T K"]) -> Float[Array, " K"]:
-    """t[r] = the greatest over tokens of a token's (r+1)-th greatest |x|. It serves any k."""
-    return jnp.sort(jnp.abs(x.astype(jnp.float32)), axis=1, descending=True).max(axis=0)
-
-
-# -- the tuner (4.4)

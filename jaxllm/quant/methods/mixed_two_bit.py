@@ -44,6 +44,7 @@ from jaxllm.quant.methods.two_bit_fit import (
     fit_two,
     group_scale,
     squared_error,
+    step_limits,
     two_values,
 )
 from jaxllm.quant.statistics import Stats, need
@@ -117,6 +118,7 @@ class MixedTwoBit:
 
     outliers: their share of all weights, where: "exclusive" (of the weights at 2 bits), "anywhere", "none".
     fit: "search" the zeros and steps of least error, or derive them from the range as the "paper" does.
+    narrow_steps: steps in 3, 3 and 4 bits by turns, as the paper's words hold them (`to_interleaved`), not 4.
     """
 
     target_bits: float = 2.91
@@ -124,6 +126,7 @@ class MixedTwoBit:
     where: Outliers = "exclusive"
     fit: Fit = "search"
     group4: int = 128
+    narrow_steps: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -180,11 +183,9 @@ class MixedTwoBit:
         name: str,
         dtype,
         mask: np.ndarray | None = None,
-        step_limits: np.ndarray | None = None,
     ) -> MixedColumns:
         """The weight with 4 bits where `mask` [C] says; by itself at `target_bits` if None.
 
-        step_limits: the greatest step of each column group [C], where a layout has fewer than 4 bits for it.
         Holds about eight arrays of [N, K].
         """
         N, K = rows.shape
@@ -198,7 +199,7 @@ class MixedTwoBit:
         spare = slots(K, N, four, outliers=self.outliers, where=self.where)
         # the last block of outliers may be short of rows, and takes its share
         short = int(self.outliers * (N % block_rows(mask.size * COLUMNS)) * K + 1e-9) if spare else 0
-        top = jnp.asarray(np.full(mask.size, 15) if step_limits is None else step_limits, jnp.float32)
+        top = jnp.asarray(step_limits(mask, narrow=self.narrow_steps), jnp.float32)
         columns = jnp.asarray(mask)
         fits = functools.partial(_fits, g, h, top=top, mask=columns, fit=self.fit, group4=self.group4)
         steps, wide = fits(live=live)

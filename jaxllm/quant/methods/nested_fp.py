@@ -13,9 +13,9 @@ differs: a layer with larger weights is first scaled by 2**-shift, if that loses
     y = matmul(x, with_mode(w, "fp16"))   # the same bytes, read in full
 
 Modes: "fp16": x @ w, lossless against the float16 weights (a bfloat16 below 2**-17 or a float32 may have been
-changed by the cast to float16: `changed` counts). "fp8": each row of x is rounded to float8 at the scale
-448 / its greatest |x|, and upper is the weight: lossy, a weight's relative error at most 1/17 from 2**-14 up
-(6.7% above 1.75, where it saturates; absolute 2**-18 below; both times 2**shift).
+changed by the cast to float16: `changed_by_float16` of `nested_float` counts). "fp8": each row of x is
+rounded to float8 at the scale 448 / its greatest |x|, and upper is the weight: lossy, a weight's relative error
+at most 1/17 from 2**-14 up (6.7% above 1.75, where it saturates; absolute 2**-18 below; both times 2**shift).
 "traced": `switch`, an int32 scalar, 0 for fp16, else fp8, chooses while running: the model's modes in one
 program. A mode is for all rows of x: one a row would read both bytes anyway.
 
@@ -36,7 +36,7 @@ from jaxllm.weights.nested_float import NestedFloat, encode, find_shift
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NestedFp:
-    """NestedFP. Lossless against the float16 weights in fp16 mode; of others see `changed`.
+    """NestedFP. Lossless against the float16 weights in fp16 mode; of others see `changed_by_float16`.
 
     mode: how the model starts ("traced": in fp16). exceptions: what becomes of a layer that is not eligible;
     "layer" keeps it in float16 (`Dense`) in every mode, "refuse" is an error.

@@ -15,13 +15,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllm.pytree import pytree
 from jaxllm.weights.mixed_columns import COLUMNS, OUTPUTS_PER_BLOCK
 
 MIN_STEP_SCALE = 2.0**-24  # float16's least number: a step scale is never 0
-ROUNDS = 2  # times that the step scales are fitted again
+SCALE_REFITS = 2  # times that the block's step scales are fitted again
 
 Fit = Literal["search", "paper"]
 Groups = Float[Array, "N C i"]  # i = 16 inputs, or those of a group at 4 bits
@@ -188,7 +189,16 @@ def fit_two(
         second = _half(jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), steps.scale))
         return better_steps(_search_steps(g, h, live, steps.shared, second, top), steps)
 
-    return jax.lax.fori_loop(0, ROUNDS, again, steps)
+    return jax.lax.fori_loop(0, SCALE_REFITS, again, steps)
+
+
+def step_limits(mask: Bool[np.ndarray, " C"], *, narrow: bool) -> Int[np.ndarray, " C"]:
+    """The greatest step of each column group: 4 bits; narrow: 3 bits in two of three neighbours at 2 bits.
+
+    mask: which groups are at 4 bits.
+    """
+    place = np.cumsum(~mask) - 1  # among the groups at 2 bits
+    return np.where((place % 3 < 2) & ~mask & narrow, 7, 15)
 
 
 def two_values(g: Float[Array, "N C 16"], steps: Steps) -> tuple[Array, Array]:

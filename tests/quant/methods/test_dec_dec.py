@@ -1,7 +1,6 @@
 """What rounding lost comes back for the inputs that matter, row by row from the host (arXiv:2412.20185)."""
 
 import dataclasses
-import itertools
 import math
 import re
 
@@ -15,13 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 import jaxllm as jl
 from jaxllm.models.decoder import TINY, Decoder
-from jaxllm.ops.packing import Packed, unpack
-from jaxllm.quant.methods import dec_dec, dec_dec_tuner
+from jaxllm.ops.packing import Packed, pack, unpack
 from jaxllm.quant.methods.dec_dec import DecDec
-from jaxllm.quant.methods.dec_dec_tuner import tune
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine, host_residual
-from jaxllm.weights.host_residual import HostResidual, bytes_fetched, full_rows, to_host
+from jaxllm.weights.host_residual import HostResidual, bytes_fetched, to_host
 from jaxllm.weights.matmul import matmul as multiply
 
 K, N = 1056, 24  # a whole chunk and a short one
@@ -49,9 +46,30 @@ def inputs(tokens, width=K, seed=1):
 def weight(rows=None, *, k_chunk=32, bits=4, how="bucket", x=None) -> HostResidual:
     rows = jax.random.normal(jax.random.key(0), (N, K)) if rows is None else rows
     x = inputs(64, rows.shape[1]) if x is None else x
-    stats = Stats(hessian_diag=jnp.square(x).sum(0), thresholds=dec_dec.token_thresholds(x))
+    stats = Stats(hessian_diag=jnp.square(x).sum(0), thresholds=token_thresholds(x))
     method = DecDec(base=Nearest(), residual_bits=bits, k_chunk=k_chunk, select=how)
     return method.solve(rows, stats, name="a.b", dtype=rows.dtype)
+
+
+def token_thresholds(x):
+    """t[r] = the greatest over tokens of a token's (r+1)-th greatest |x|, of x [T, K]. It serves any k."""
+    return jnp.sort(jnp.abs(x.astype(jnp.float32)), axis=1, descending=True).max(axis=0)
+
+
+def fuse(parts):
+    """The residual of layers that share their input, side by side along N (q, k and v; gate and up)."""
+    tables, scales = zip(*parts, strict=True)
+    if isinstance(tables[0], Packed):
+        fused = pack(jnp.concatenate([unpack(t) for t in tables], axis=1), tables[0].bits)
+    else:
+        fused = jnp.concatenate(tables, axis=1)
+    return fused, jnp.concatenate(scales)
+
+
+def full_rows(w):
+    """The base plus the whole coded residual [N, K]: the most that fetching can give."""
+    codes = jax.device_put(w.codes, jax.memory.Space.Device)
+    return w.base.dequantize_rows(jnp.float32) + host_residual.decode(codes).T * w.scale[:, None]
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +177,11 @@ def test_not_a_number_counts_as_zero_and_zero_edges_are_fine():
 
 def test_thresholds_fall_bound_every_token_and_join_by_maximum():
     a, b = inputs(9, 300), inputs(7, 300, seed=2)
-    t = np.asarray(dec_dec.token_thresholds(a))
+    t = np.asarray(token_thresholds(a))
     assert (np.diff(t) <= 0).all()
     assert (t >= -np.sort(-np.abs(np.asarray(a)), axis=1)).all()
-    both = dec_dec.token_thresholds(jnp.concatenate([a, b]))
-    assert (both == jnp.maximum(t, dec_dec.token_thresholds(b))).all()
+    both = token_thresholds(jnp.concatenate([a, b]))
+    assert (both == jnp.maximum(t, token_thresholds(b))).all()
     assert np.asarray(host_residual.edges(jnp.arange(1024.0, 0, -1), 8)).tolist() == [1024.0, 1017.0]
 
 
@@ -201,7 +219,7 @@ def test_each_scale_is_the_best_of_thirty_two_and_none_where_nothing_is_left():
 def test_fused_layers_are_layers_fused():
     parts = [jax.random.normal(jax.random.key(i), (n, 70)) for i, n in enumerate((24, 40, 13))]
     for bits in (4, 16):
-        codes, scale = host_residual.fuse([host_residual.encode(p, bits=bits) for p in parts])
+        codes, scale = fuse([host_residual.encode(p, bits=bits) for p in parts])
         want, want_scale = host_residual.encode(jnp.concatenate(parts), bits=bits)
         assert (scale == want_scale).all()
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(codes), jax.tree.leaves(want), strict=True))
@@ -353,94 +371,12 @@ def test_random_channels_depend_on_the_name_and_the_seed_only(rows):
 @pytest.mark.parametrize("width, want", [(4096, (0.873, 0.929, 0.950)), (14336, (0.860, 0.928, 0.945))])
 def test_selection_recalls_the_exact_greatest_inputs_as_measured(width, want):
     calibration, x = inputs(256, width, seed=1), inputs(50, width, seed=2)
-    thresholds = dec_dec.token_thresholds(calibration)
+    thresholds = token_thresholds(calibration)
     for k_chunk, expected in zip((8, 32, 64), want, strict=True):
         got = np.asarray(select(x, host_residual.edges(thresholds, k_chunk), k_chunk))
         exact = np.asarray(select(x, None, k_chunk, "exact"))
         recall = np.mean([np.isin(a, b).mean() for a, b in zip(got, exact, strict=True)])
         assert abs(recall - expected) < 0.02, (k_chunk, recall)
-
-
-# -- the tuner
-
-
-def tables(seed, modules=4, k_max=60):
-    rng = np.random.default_rng(seed)
-    names = [f"m{i}" for i in range(modules)]
-    sizes = {m: (1024 * int(rng.integers(1, 8)), 1024 * int(rng.integers(1, 8))) for m in names}
-    base = {m: float(math.prod(sizes[m]) / 1e6) for m in names}
-    times = {}
-    for m in names:
-        times[m] = {}
-        for n in sorted(rng.choice(np.arange(1, 12), 4, replace=False).tolist()):
-            knee, slope = rng.uniform(2, 30), rng.uniform(0.02, 0.3)
-            rise = np.maximum(0, np.arange(k_max + 1) - knee) * slope + 0.01 * abs(n - 5)
-            times[m][n] = (base[m] * (1 + rise)).tolist()
-    return times, base, sizes
-
-
-def uniform_by_force(times, base, limit, included):
-    rest = sum(t for m, t in base.items() if m not in included)
-    best = 0
-    for most in range(max(min(times[m]) for m in included), 12):
-        n = {m: max(b for b in times[m] if b <= most) for m in included}
-        fits = [rest + sum(times[m][n[m]][k] for m in included) <= limit for k in range(61)]
-        best = max(best, next(k for k in itertools.count() if not fits[k]) - 1)
-    return best
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("target", [0.0, 0.02, 0.1, 0.5])
-def test_the_tuner_meets_its_target_and_no_single_step_more_would(seed, target):
-    times, base, sizes = tables(seed)
-    got = tune(times, base, target, sizes=sizes)
-    limit = sum(base.values()) * (1 + target) * (1 + dec_dec_tuner.ROUNDING)
-    spent = {m: times[m][got.blocks[m]][got.k_chunk[m]] if got.blocks[m] else base[m] for m in times}
-    assert sum(spent.values()) <= limit and got.time == pytest.approx(sum(spent.values()))
-    by_size = sorted(times, key=lambda m: math.prod(sizes[m]), reverse=True)[
-        ::-1
-    ]  # equal ones: the later first
-    included = [m for m in by_size if got.blocks[m]]
-    assert included == by_size[len(by_size) - len(included) :]  # the smallest are left out
-    for m in times:
-        if m not in included:
-            assert got.k_chunk[m] == 0
-        else:
-            more = times[m][got.blocks[m]][got.k_chunk[m] + 1] - spent[m]
-            assert sum(spent.values()) + more > limit
-    if included:
-        assert got.uniform == uniform_by_force(times, base, limit, included) > 0
-        assert all(got.k_chunk[m] >= got.uniform for m in included)
-    for left in range(1, len(by_size) - len(included) + 1):  # what was tried before gave nothing
-        assert uniform_by_force(times, base, limit, by_size[left - 1 :]) <= 0
-
-
-def test_a_target_out_of_reach_gives_zeros_and_a_short_table_is_an_error():
-    sizes = {"a": (1024, 1024)}
-    got = tune({"a": {1: [1.5, 2.0]}}, {"a": 1.0}, 0.1, sizes=sizes)
-    assert got.k_chunk == {"a": 0} and got.time == 1.0
-    with pytest.raises(ValueError, match="tune: tables must go on until the target is exceeded"):
-        tune({"a": {1: [1.0, 1.0]}}, {"a": 1.0}, 0.1, sizes=sizes)
-    with pytest.raises(ValueError, match="tune: tables must have the same modules"):
-        tune({"a": {1: [1.0]}}, {"b": 1.0}, 0.1, sizes=sizes)
-
-
-def test_candidates_for_thread_blocks_are_the_papers():
-    assert dec_dec_tuner.thread_blocks(4096, 6144) == [1, 2, 3, 4, 5, 6, 8, 12, 24]
-    assert dec_dec_tuner.thread_blocks(14336, 4096) == [*range(1, 15), 16]
-
-
-def test_the_model_hides_fetching_up_to_the_knee_of_each_gpu():
-    sizes = {"qkv": (4096, 6144), "o": (4096, 4096), "gu": (4096, 28672), "d": (14336, 4096)}
-    knees = {gpu: round(dec_dec_tuner.knee(3, gpu)) for gpu in dec_dec_tuner.GPUS}
-    assert list(knees.values()) == [24, 33, 49, 48, 64]
-    for gpu in dec_dec_tuner.GPUS:
-        times, base = dec_dec_tuner.modelled_times(sizes, bits=3, gpu=gpu, k_max=120)
-        got = tune(times, base, 0.025, sizes=sizes)
-        for m, k in got.k_chunk.items():
-            flat = times[m][1][int(dec_dec_tuner.knee(3, gpu))]
-            assert flat == pytest.approx(base[m]) and times[m][1][knees[gpu] + 1] > base[m]
-            assert dec_dec_tuner.knee(3, gpu) - 1 <= k <= dec_dec_tuner.knee(3, gpu) * 1.15 + 1
 
 
 def test_the_weight_survives_tree_maps_and_keeps_its_type(w):

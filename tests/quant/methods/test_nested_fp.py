@@ -49,8 +49,11 @@ def nested(rows, **options):
 
 
 def test_eligible_are_just_the_32512_finite_patterns_below_1_875():
-    assert (np.asarray(nested_float.eligible(jnp.asarray(ALL))) == ELIGIBLE).all()
-    assert ELIGIBLE.sum() == 32512
+    greatest, divides = (np.asarray(x) for x in jax.jit(jax.vmap(nested_float.extent))(jnp.asarray(ALL)))
+    assert ((greatest < nested_float.ELIGIBLE_BELOW) & (divides >= 1) == ELIGIBLE).all()
+    assert nested_float.find_shift(jnp.asarray(W)) == 0 and ELIGIBLE.sum() == 32512
+    for bits in BITS[~ELIGIBLE][::97]:
+        assert nested_float.find_shift(jnp.asarray(bits[None].view(np.float16))) != 0
     assert np.abs(VALUE).max() == np.float32(1.8740234375)
 
 
@@ -245,13 +248,13 @@ def test_a_mode_for_each_row_is_refused():
 
 def test_what_a_cast_to_float16_changes_is_counted():
     exact = weight().astype(jnp.float16).astype(jnp.float32)
-    assert nested_float.changed(exact) == 0
-    assert nested_float.changed(exact.at[0, :3].add(1e-6)) == 3
+    assert nested_float.changed_by_float16(exact) == 0
+    assert nested_float.changed_by_float16(exact.at[0, :3].add(1e-6)) == 3
     tiny = jnp.asarray([[1.8671875, 2.0**-14, 2.0**-17, 1.0078125 * 2.0**-18]], jnp.bfloat16)
-    assert nested_float.changed(tiny) == 1  # of bfloat16 only what lies below 2**-17
+    assert nested_float.changed_by_float16(tiny) == 1  # of bfloat16 only what lies below 2**-17
     every = np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
     usual = every[np.isfinite(every) & (np.abs(every) >= 2**-14) & (np.abs(every) < 1.875)]
-    assert usual.size == 3808 and nested_float.changed(jnp.asarray(usual.reshape(1, -1))) == 0
+    assert usual.size == 3808 and nested_float.changed_by_float16(jnp.asarray(usual.reshape(1, -1))) == 0
 
 
 def test_it_survives_tree_map_vmap_and_has_specs():

@@ -14,8 +14,9 @@ differs: a layer with larger weights is first scaled by 2**-shift, if that loses
 
 Modes: "fp16": x @ w, lossless against the float16 weights (a bfloat16 below 2**-17 or a float32 may have been
 changed by the cast to float16: `changed_by_float16` of `nested_float` counts). "fp8": each row of x is
-rounded to float8 at the scale 448 / its greatest |x|, and upper is the weight: lossy, a weight's relative error
-at most 1/17 from 2**-14 up (6.7% above 1.75, where it saturates; absolute 2**-18 below; both times 2**shift).
+rounded to float8 at the scale 448 / its greatest |x|, and upper is the weight: lossy, a weight's relative
+error at most 1/17 from 2**-14 up (6.7% above 1.75, where it saturates; absolute 2**-18 below; both times
+2**shift).
 "traced": `switch`, an int32 scalar, 0 for fp16, else fp8, chooses while running: the model's modes in one
 program. A mode is for all rows of x: one a row would read both bytes anyway.
 

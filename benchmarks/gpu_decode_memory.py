@@ -52,14 +52,14 @@ def ones(K: int) -> Stats:
 
 def solved(method: Any) -> Callable[[jax.Array], Any]:
     """The format that a method gives."""
-    return lambda rows: method.solve(rows, ones(rows.shape[1]), name="w", dtype=jnp.bfloat16)
+    return lambda rows: method.quantize(rows, ones(rows.shape[1]), name="w", dtype=jnp.bfloat16)
 
 
 FORMATS: dict[str, Callable[[jax.Array], Any]] = {
-    "affine, 4 bits": solved(jl.Rtn(bits=4, group=128)),
-    "affine, 3 bits": solved(jl.Rtn(bits=3, group=128, zero_code=False)),
+    "affine, 4 bits": solved(jl.Rtn(bits=4, group_size=128)),
+    "affine, 3 bits": solved(jl.Rtn(bits=3, group_size=128, integer_zero_point=False)),
     "affine, 8 bits, a scale an output": lambda rows: affine.quantize(
-        rows.T, bits=8, group=rows.shape[1], symmetric=True
+        rows.T, bits=8, group_size=rows.shape[1], symmetric=True
     ),
     "codebook, 3 bits": lambda rows: codebook.encode(
         rows, jnp.linspace(-0.3, 0.3, 8)[None] * jnp.ones((rows.shape[0], 1)), bits=3, dtype=jnp.bfloat16
@@ -67,7 +67,7 @@ FORMATS: dict[str, Callable[[jax.Array], Any]] = {
     "2/4/16 bits": solved(jl.MixedTwoBit()),
     "NestedFP, fp16": solved(jl.NestedFp()),
     "NestedFP, fp8": solved(jl.NestedFp(mode="fp8")),
-    "DecDEC on 3 bits": solved(jl.DecDec(base=jl.Rtn(bits=3, group=128), k_chunk=32)),
+    "DecDEC on 3 bits": solved(jl.DecDec(base=jl.Rtn(bits=3, group_size=128), k_chunk=32)),
 }
 
 
@@ -78,7 +78,7 @@ class Fixed:
     made: dict[tuple[int, int], Any]
     required_stats = frozenset[str]()
 
-    def solve(self, rows, stats, *, name, dtype):
+    def quantize(self, rows, stats, *, name, dtype):
         return self.made[rows.shape]
 
 

@@ -3,7 +3,8 @@
     python benchmarks/quantization.py --data ../shared/data --results docs/results            # pico
     python benchmarks/quantization.py --model stories260K.bin --calibration FILE --lines FILE --results DIR
 
-    methods    every method at every width (and group): total bits, divergence, perplexity, seconds, memory
+    methods    every method at every width (and group size): total bits, divergence, perplexity, seconds,
+               memory
     curve      affine methods at 2 bits, calibrated on 2 to 128 sequences of width / 2 tokens (as many tokens
                an input as sequences of 2,048 give a model 4,096 wide)
     nested     one Any-Precision parent read at 3 to 6 bits, against k-means of each width alone
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--text", type=Path, help="file to be judged on")
     add("--lines", type=Path, help="the same, a story a line")
     add("--bits", type=int, nargs="+", default=[2, 3, 4])
-    add("--group", type=int, nargs="+", default=[32], help="the first serves the other parts")
+    add("--group-size", type=int, nargs="+", default=[32], help="the first serves the other parts")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", help="names of methods; others are left out")
     add("--curve", type=int, nargs="+", default=SEQUENCES, help="sequences to calibrate on")

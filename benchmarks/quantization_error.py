@@ -73,7 +73,7 @@ def left(K: int, N: int, T: int, seed: int, widths: Sequence[int]) -> list[dict[
     x, g = (jnp.asarray(a) for a in tokens(K, N, T, seed, 1))
     whole, found = jnp.matmul(x, rows.T, precision=HIGHEST) ** 2, []
     for name, bits, method in tqdm(compared(seed, widths), f"seed {seed}", file=sys.stderr):
-        w = method.solve(rows, stats, name="up", dtype=jnp.float32)
+        w = method.quantize(rows, stats, name="up", dtype=jnp.float32)
         for read in NESTED if name == "Any-Precision" else (bits,):
             at = w.at(read) if name == "Any-Precision" else w
             off = jnp.matmul(x, (rows - at.dequantize_rows()).T, precision=HIGHEST) ** 2
@@ -89,7 +89,7 @@ def compared(seed: int, widths: Sequence[int]) -> list[tuple[str, int | None, An
     """Name, width (where it has one) and method."""
     found: list[tuple[str, int | None, Any]] = []
     for bits in widths:
-        grid = {"bits": bits, "group": 32}
+        grid = {"bits": bits, "group_size": 32}
         methods = {
             "RTN": jl.Rtn(**grid),
             "RTN, clipped": jl.Rtn(**grid, clip=True),
@@ -97,7 +97,7 @@ def compared(seed: int, widths: Sequence[int]) -> list[tuple[str, int | None, An
             "GPTQ, guided": jl.Gptq(**grid, guided=True),
             "AWQ": jl.Awq(**grid),
             "DASH-Q": jl.DashQ(**grid),
-            "DASH-Q, feedback, whole zero": jl.DashQ(**grid, zero_code=True, feedback=True),
+            "DASH-Q, feedback, whole zero": jl.DashQ(**grid, integer_zero_point=True, feedback=True),
             "SqueezeLLM": jl.SqueezeLlm(bits=bits, seed=seed),
             "LNQ": jl.Lnq(bits=bits, seed=seed),
             "LNQ, guided": jl.Lnq(bits=bits, guided=True, seed=seed),

@@ -22,20 +22,20 @@ class Job:
     bits: int | None  # of a code
     method: Any
     seed: int
-    group: int | None = None
+    group_size: int | None = None
     sequences: int | None = None  # None: --sequences of --length; else these many of width / 2
     read: int | None = None  # the width that an Any-Precision parent is read at
 
     @property
     def key(self) -> dict[str, Any]:
         """What tells it from other jobs of a run."""
-        names = ("what", "name", "bits", "group", "sequences", "seed")
+        names = ("what", "name", "bits", "group_size", "sequences", "seed")
         return {name: getattr(self, name) for name in names}
 
 
-def affine(bits: int, group: int) -> dict[str, Any]:
+def affine(bits: int, group_size: int) -> dict[str, Any]:
     """Methods that share the affine format."""
-    grid = {"bits": bits, "group": group}
+    grid = {"bits": bits, "group_size": group_size}
     return {
         "RTN": jl.Rtn(**grid),
         "RTN, clipped": jl.Rtn(**grid, clip=True),
@@ -45,9 +45,9 @@ def affine(bits: int, group: int) -> dict[str, Any]:
         "AWQ": jl.Awq(**grid),
         "DASH-Q, paper": jl.DashQ(**grid, mode="paper"),
         "DASH-Q": jl.DashQ(**grid),
-        "DASH-Q, whole zero": jl.DashQ(**grid, zero_code=True),
+        "DASH-Q, whole zero": jl.DashQ(**grid, integer_zero_point=True),
         "DASH-Q, feedback": jl.DashQ(**grid, feedback=True),
-        "DASH-Q, feedback, whole zero": jl.DashQ(**grid, zero_code=True, feedback=True),
+        "DASH-Q, feedback, whole zero": jl.DashQ(**grid, integer_zero_point=True, feedback=True),
     }
 
 
@@ -60,13 +60,13 @@ def codebooks(bits: int, seed: int) -> dict[str, Any]:
     }
 
 
-def others(seed: int, group: int) -> dict[str, Any]:
+def others(seed: int, group_size: int) -> dict[str, Any]:
     """What has no width of its own."""
     return {
         "2/4/16-bit": jl.MixedTwoBit(seed=seed),
         "NestedFP, fp8": jl.NestedFp(mode="fp8"),
         "NestedFP, fp16": jl.NestedFp(mode="fp16"),
-        "DecDEC on 3-bit RTN": jl.DecDec(base=jl.Rtn(bits=3, group=group), k_chunk=51),
+        "DecDEC on 3-bit RTN": jl.DecDec(base=jl.Rtn(bits=3, group_size=group_size), k_chunk=51),
     }
 
 
@@ -74,9 +74,9 @@ def in_methods(args) -> Iterator[Job]:
     parent = {"seed_bits": min(args.bits), "parent_bits": max(args.bits)}
     for seed in args.seeds:
         for bits in args.bits:
-            for group in args.group:
-                for name, method in affine(bits, group).items():
-                    yield Job("methods", name, bits, method, seed, group)
+            for group_size in args.group_size:
+                for name, method in affine(bits, group_size).items():
+                    yield Job("methods", name, bits, method, seed, group_size)
             for name, method in codebooks(bits, seed).items():
                 yield Job("methods", name, bits, method, seed)
             for name, how in {
@@ -85,7 +85,7 @@ def in_methods(args) -> Iterator[Job]:
             }.items():
                 method = jl.AnyPrecision(**parent, **how, seed=seed)
                 yield Job("methods", name, bits, method, seed, read=bits)
-        for name, method in others(seed, args.group[0]).items():
+        for name, method in others(seed, args.group_size[0]).items():
             yield Job("methods", name, None, method, seed)
 
 
@@ -93,9 +93,9 @@ def in_curve(args) -> Iterator[Job]:
     left_out = ("AWQ", "GPTQ, guided", "DASH-Q, feedback")
     for seed in args.seeds:
         for sequences in args.curve:
-            for name, method in affine(2, args.group[0]).items():
+            for name, method in affine(2, args.group_size[0]).items():
                 if name not in left_out:
-                    yield Job("curve", name, 2, method, seed, args.group[0], sequences)
+                    yield Job("curve", name, 2, method, seed, args.group_size[0], sequences)
 
 
 def in_nested(args) -> Iterator[Job]:
@@ -108,14 +108,14 @@ def in_nested(args) -> Iterator[Job]:
 
 
 def in_dec_dec(args) -> Iterator[Job]:
-    grid = {"bits": 3, "group": args.group[0]}
+    grid = {"bits": 3, "group_size": args.group_size[0]}
     bases = {"RTN": jl.Rtn(**grid), "AWQ": jl.Awq(**grid)}
     for base_name, base in bases.items():
         for select in ("bucket", "exact", "static", "random") if base_name == "RTN" else ("bucket",):
             for k in (0, *args.k_chunk):
                 for seed in args.seeds if select == "random" else args.seeds[:1]:
                     method = jl.DecDec(base=base, k_chunk=k, select=select, seed=seed)
-                    yield Job("dec_dec", f"{base_name}, {select}, {k}", 3, method, seed, args.group[0])
+                    yield Job("dec_dec", f"{base_name}, {select}, {k}", 3, method, seed, args.group_size[0])
 
 
 def in_ablations(args) -> Iterator[Job]:
@@ -132,11 +132,11 @@ def in_ablations(args) -> Iterator[Job]:
         }
         for name, method in variants.items():
             yield Job("ablations", f"2/4/16: {name}", None, method, seed)
-        for group in (20, 32, 64):
-            for name, method in affine(2, group).items():
+        for group_size in (20, 32, 64):
+            for name, method in affine(2, group_size).items():
                 if name in ("RTN", "RTN, clipped", "GPTQ", "DASH-Q, whole zero"):
-                    yield Job("ablations", name, 2, method, seed, group)
-        yield Job("ablations", "DASH-Q", 2, jl.DashQ(bits=2, group=32), seed, 32)
+                    yield Job("ablations", name, 2, method, seed, group_size)
+        yield Job("ablations", "DASH-Q", 2, jl.DashQ(bits=2, group_size=32), seed, 32)
 
 
 JOBS: dict[str, Callable[[Any], Iterator[Job]]] = {

@@ -2,7 +2,7 @@
 
     python benchmarks/quantization_speed.py --results docs/results
 
-    solvers    each method's `solve` on the four shapes of a block of the model that decode.py makes (width
+    solvers    each method's `quantize` on the four shapes of a block of the model that decode.py makes (width
                1024, key heads 256, feed-forward 2816), 2 bits, group 32; compiled, statistics given
     curvature  sums over 128 x 2,048 tokens of what a block's four inputs need: x^2, or x x^T. One batch of 8
                sequences is timed and counted 16 times; the model's own pass, the same for both, is left out
@@ -43,9 +43,9 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def solvers(bits: int, group: int) -> dict[str, Any]:
+def solvers(bits: int, group_size: int) -> dict[str, Any]:
     """What is timed; those of `SLOW` once only."""
-    grid = {"bits": bits, "group": group}
+    grid = {"bits": bits, "group_size": group_size}
     return {
         "RTN": jl.Rtn(**grid),
         "RTN, clipped": jl.Rtn(**grid, clip=True),
@@ -93,7 +93,7 @@ def part_solvers(args) -> dict[str, Any]:
         rows = weights(K, N)
         stats = statistics_of(*tokens(K, N, 2 * K, 0, 0))
         works = {
-            name: partial(method.solve, rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
+            name: partial(method.quantize, rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
             for name, method in solvers(2, 32).items()
             if args.only is None or name in args.only
         }
@@ -138,7 +138,7 @@ def part_descent(args) -> dict[str, Any]:
     rows, bits = weights(K, N), 3
     hessian = statistics_of(*tokens(K, N, 2 * K, 0, 0)).hessian
     assert hessian is not None
-    start = jl.SqueezeLlm(bits=bits, restarts=1).solve(
+    start = jl.SqueezeLlm(bits=bits, restarts=1).quantize(
         rows, Stats(fisher=jnp.ones((N, K))), name="", dtype=jnp.float32
     )
     codes, levels = unpack(start.codes), start.table.astype(jnp.float32)

@@ -13,7 +13,7 @@ BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 MARKS = "osv^Dx+*<>ph"
 
 # Loss increase, in nats, on the 16 stories with stories260K, by an independent implementation of the same
-# methods on statistics of its own (2026-11-21): name, bits, group. Its "GPTQ" clips by searching, too.
+# methods on statistics of its own (2026-11-21): name, bits, group size. Its "GPTQ" clips by searching, too.
 RIVALS = {
     ("RTN", 2, 32): 4.1263, ("RTN", 3, 32): 0.6215, ("RTN", 4, 32): 0.0931,
     ("RTN, clipped", 2, 32): 2.7730, ("RTN, clipped", 3, 32): 0.4834, ("RTN, clipped", 4, 32): 0.0811,
@@ -35,7 +35,7 @@ def merged(results: Iterable[Row]) -> list[Row]:
     """One row a job, seeds together: means, the spread of the perplexity, the least memory."""
     by: dict[Any, list[Row]] = defaultdict(list)
     for r in results:
-        by[tuple(r[key] for key in ("what", "name", "bits", "group", "sequences"))].append(r)
+        by[tuple(r[key] for key in ("what", "name", "bits", "group_size", "sequences"))].append(r)
     rows = []
     for found in by.values():
         mean = {key: statistics.mean(r[key] for r in found) for key in ("perplexity", "kl", "loss_increase")}
@@ -146,7 +146,7 @@ def rivals(run: Run) -> list[tuple[str, str, bool]]:
         return []
     found = []
     for r in of(merged(run["results"]), "methods"):
-        bar = RIVALS.get((r["name"], r["bits"], r["group"]))
+        bar = RIVALS.get((r["name"], r["bits"], r["group_size"]))
         if bar is not None:
             told = f"{r['loss_increase']:.4f} +- {r['standard_error']:.4f} against {bar:.4f}"
             found.append((label(r), told, r["loss_increase"] <= bar))
@@ -162,7 +162,7 @@ def number(x: float) -> str:
 
 def label(r: Row) -> str:
     bits = "" if r["bits"] is None else f", {r['bits']} bits"
-    return r["name"] + bits + ("" if r["group"] is None else f", group {r['group']}")
+    return r["name"] + bits + ("" if r["group_size"] is None else f", group {r['group_size']}")
 
 
 TITLES = {
@@ -222,7 +222,7 @@ def _results(rows: list[Row], title: str, what: str) -> Table:
         cells = {
             "method": r["name"],
             "bits": r["bits"] or "",
-            "group": r["group"] or "",
+            "group": r["group_size"] or "",
             "sequences": r["sequences"],
             "total bits": f"{r['bits_per_weight']:.3f}",
             "perplexity": number(r["perplexity"]) + spread,
@@ -293,7 +293,7 @@ def _draw_methods(figure, rows: list[Row], run) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
 
     def named(r: Row) -> str:
-        return r["name"] + ("" if r["group"] is None else f", g{r['group']}")
+        return r["name"] + ("" if r["group_size"] is None else f", g{r['group_size']}")
 
     exact = [r for r in rows if r["kl"] < 1e-6]  # a logarithmic axis has no place for them
     rows = [r for r in rows if r["kl"] >= 1e-6]

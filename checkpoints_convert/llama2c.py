@@ -9,7 +9,7 @@ L layers, h feed-forward width, H query heads, K key heads, e = d / H head size,
     int8    256 bytes: magic 0x616b3432, version 2, the seven int32, tied flag (uint8), group size
             (int32); then float32 norms (attention, ffn, final), then embedding, wq, wk, wv, wo, w1,
             w2, w3, head; each layer's matrix is its int8 values, then one float32 scale for each
-            `group` consecutive values
+            `group_size` consecutive values
     tokens  int32 length of the longest entry, then for each id a float32 score, an int32 byte
             count, the bytes
 
@@ -128,22 +128,24 @@ class _Reader:
         self.shapes = _shapes(config)
         self.tensors: dict[str, Callable[[], np.ndarray]] = {}
 
-    def take(self, name: str, tensor: str, group: int | None = None):
+    def take(self, name: str, tensor: str, group_size: int | None = None):
         """Notes that `name` is the next `tensor` of the file: float32, or int8 by groups."""
         shape = self.shapes[tensor]
         count = int(np.prod(shape))
-        if group is not None and count % group:
-            raise ValueError(f"llama2c.load: the group must divide {tensor}, got {group=}, {shape=}")
+        if group_size is not None and count % group_size:
+            raise ValueError(
+                f"llama2c.load: the group size must divide {tensor}, got {group_size=}, {shape=}"
+            )
         start = self.at
-        self.at += 4 * count if group is None else count + 4 * (count // group)
+        self.at += 4 * count if group_size is None else count + 4 * (count // group_size)
 
         def read() -> np.ndarray:
-            part = self.data[start : start + (4 * count if group is None else count)]
-            if group is None:
+            part = self.data[start : start + (4 * count if group_size is None else count)]
+            if group_size is None:
                 value = part.view("<f4")
             else:
-                scales = self.data[start + count : start + count + 4 * (count // group)].view("<f4")
-                codes = part.view(np.int8).reshape(-1, group)
+                scales = self.data[start + count : start + count + 4 * (count // group_size)].view("<f4")
+                codes = part.view(np.int8).reshape(-1, group_size)
                 value = codes.astype(np.float32) * scales[:, None]
             value = value.reshape(shape)
             rotated = tensor in ("wq", "wk")
@@ -151,9 +153,9 @@ class _Reader:
 
         self.tensors[name] = read
 
-    def take_layers(self, tensor: str, group: int | None = None):
+    def take_layers(self, tensor: str, group_size: int | None = None):
         for i in range(self.config.layers):
-            self.take(f"layers.{i}.{LAYERED[tensor]}", tensor, group)
+            self.take(f"layers.{i}.{LAYERED[tensor]}", tensor, group_size)
 
     def finish(self) -> dict[str, Callable[[], np.ndarray]]:
         """What was noted, if the file is just as long."""
@@ -186,19 +188,19 @@ def _int8(who: str, data: np.ndarray):
     if version != 2:
         raise ValueError(f"llama2c.load: {who} must be of version 2, got {version=}")
     header, tied = data[8:36].view("<i4"), bool(data[36])
-    (group,) = struct.unpack("<i", data[37:41].tobytes())
-    if group < 1:
-        raise ValueError(f"llama2c.load: the group size must be positive, got {group=}")
+    (group_size,) = struct.unpack("<i", data[37:41].tobytes())
+    if group_size < 1:
+        raise ValueError(f"llama2c.load: the group size must be positive, got {group_size=}")
     config = _config(who, header, tied)
     reader = _Reader(who, data, config, 256)
     reader.take_layers("attention_norm")
     reader.take_layers("ffn_norm")
     reader.take("norm.scale", "norm")
-    reader.take("embedding.table", "embedding", group)
+    reader.take("embedding.table", "embedding", group_size)
     for tensor in INT8_ORDER:
-        reader.take_layers(tensor, group)
+        reader.take_layers(tensor, group_size)
     if not tied:
-        reader.take("head.w", "head", group)
+        reader.take("head.w", "head", group_size)
     return config, reader.finish()
 
 

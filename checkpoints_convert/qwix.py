@@ -26,17 +26,19 @@ def to_qwix(w: Affine) -> Any:
     from qwix import QArray
 
     (K, _), bits = w.shape, w.codes.bits
-    if w.zero is not None and not isinstance(w.zero, Packed):
-        raise ValueError("to_qwix: zeros must be whole codes (zero_code=True) or none, got float16 zeros")
-    if K % w.group:
-        raise ValueError(f"to_qwix: group must divide K, got group={w.group}, {K=}")
+    if w.zero_point is not None and not isinstance(w.zero_point, Packed):
+        raise ValueError(
+            "to_qwix: zeros must be whole codes (integer_zero_point=True) or none, got float16 zeros"
+        )
+    if K % w.group_size:
+        raise ValueError(f"to_qwix: group_size must divide K, got group_size={w.group_size}, {K=}")
     name = f"int{bits}" if f"int{bits}" in WIDTHS else "int8"
 
     def shift(codes):
         return (codes.astype(jnp.int32) - 2 ** (bits - 1)).astype(name)
 
-    zero = None if w.zero is None else shift(unpack(w.zero))
-    return QArray(shift(unpack(w.codes).T), affine.scales(w), zero, qtype=jnp.dtype(name))
+    zero_point = None if w.zero_point is None else shift(unpack(w.zero_point))
+    return QArray(shift(unpack(w.codes).T), affine.scales(w), zero_point, qtype=jnp.dtype(name))
 
 
 def from_qwix(array: Any, *, dtype=None) -> Affine:
@@ -52,8 +54,8 @@ def from_qwix(array: Any, *, dtype=None) -> Affine:
         raise ValueError(f"from_qwix: the array must be [K, N], got shape={array.qvalue.shape}")
     (K, N), bits = array.qvalue.shape, WIDTHS[name]
     G = array.scale.shape[0]
-    zero = array.zero_point
-    for what, part in (("scale", array.scale), ("zero_point", zero)):
+    zero_point = array.zero_point
+    for what, part in (("scale", array.scale), ("zero_point", zero_point)):
         if part is not None and (part.shape[0] != G or part.shape[1] not in (1, N) or K % G):
             raise ValueError(f"from_qwix: {what} must be [G, N or 1], G dividing {K=}, got {part.shape}")
 
@@ -63,9 +65,9 @@ def from_qwix(array: Any, *, dtype=None) -> Affine:
     return affine.from_codes(
         shift(array.qvalue).T.astype(jnp.uint8),
         jnp.broadcast_to(array.scale.astype(jnp.float32), (G, N)).T,
-        None if zero is None else jnp.broadcast_to(shift(zero).astype(jnp.float32), (G, N)).T,
+        None if zero_point is None else jnp.broadcast_to(shift(zero_point).astype(jnp.float32), (G, N)).T,
         bits=bits,
-        group=K // G,
+        group_size=K // G,
         dtype=array.scale.dtype if dtype is None else dtype,
-        zero_code=zero is not None,
+        integer_zero_point=zero_point is not None,
     )

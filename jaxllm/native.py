@@ -89,8 +89,8 @@ def load_native(path, *, dtype=None, mesh=None):
     def rebuild(make: Make):
         return _replace(state, {key: build(described, key, make) for key, described in weights.items()})
 
-    abstract = rebuild(_shape)
-    restored = _restore(path / "weights", nnx.merge(graph, abstract), mesh)
+    in_file = _arrays(rebuild(lambda key, shape, dtype: key))
+    restored = _restore(path / "weights", nnx.merge(graph, rebuild(_shape)), in_file, mesh)
     model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored[key]))
     if dtype is not None:
         model = _cast(model, dtype)
@@ -110,6 +110,11 @@ def _variables(state) -> Iterator[tuple[str, nnx.Variable]]:
     found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)
     for path, variable in found:
         yield path_name(path), variable
+
+
+def _arrays(state) -> dict[str, Any]:
+    """Each array of a state by its name."""
+    return {key: leaf for name, v in _variables(state) for key, leaf in arrays_of(v.get_value(), name)}
 
 
 def _replace(state, values: dict[str, Any]):
@@ -138,22 +143,24 @@ def _shape(name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _restore(path: Path, abstract: nnx.Module, mesh) -> dict[str, jax.Array]:
-    """The arrays of an Orbax directory by name, of the abstract model's types and shapes."""
+def _restore(path: Path, abstract: nnx.Module, in_file: dict[str, str], mesh) -> dict[str, jax.Array]:
+    """The arrays of an Orbax directory, of the abstract model's types and shapes, by their names there.
+
+    in_file: these names by the model's, which are others where an earlier version wrote the file.
+    """
     import orbax.checkpoint as ocp
 
-    want = {key: leaf for name, v in _variables(nnx.state(abstract))
-            for key, leaf in arrays_of(v.get_value(), name)}  # fmt: skip
+    want = _arrays(nnx.state(abstract))
     if mesh is None:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = dict.fromkeys(want, place)
     else:
         from jaxllm.sharding import shardings
 
-        places = {key: leaf for name, v in _variables(shardings(abstract, mesh))
-                  for key, leaf in arrays_of(v.get_value(), name)}  # fmt: skip
+        places = _arrays(shardings(abstract, mesh))
     target = {
-        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[key]) for key, leaf in want.items()
+        in_file[key]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[key])
+        for key, leaf in want.items()
     }
     try:
         with _quiet(), ocp.StandardCheckpointer() as checkpointer:

@@ -31,7 +31,7 @@ def pytree(cls: type[T]) -> type[T]:
     class Int8Blocks:
         codes: jax.Array
         scale: jax.Array
-        group: int = static()
+        group_size: int = static()
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     if "__repr__" not in cls.__dict__:
@@ -60,7 +60,7 @@ def pytree(cls: type[T]) -> type[T]:
 def _summary(obj) -> str:
     """One line: what has a shape and a type as it, and its size; else the fields. Never the numbers in it.
 
-    Affine([4096, 1024] float32 in 4.50 bits, group=32)
+    Affine([4096, 1024] float32 in 4.50 bits, group_size=32)
     Packed(words=uint32[64, 4, 4], bits=4, size=128)
     """
     fields = {f.name: f.metadata.get("static") for f in dataclasses.fields(obj)}

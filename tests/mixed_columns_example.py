@@ -27,7 +27,7 @@ def mask_of(*groups, size=12):
 
 
 def solve(rows, stats, mask=None, **options):
-    return MixedTwoBit(**options).solve(rows, stats, name="a", dtype=rows.dtype, mask=mask)
+    return MixedTwoBit(**options).quantize(rows, stats, name="a", dtype=rows.dtype, mask=mask)
 
 
 def solve_for_words(rows, stats, mask, **options):

@@ -97,14 +97,14 @@ def word_row(codes, bits):
     return int32(words)
 
 
-def grid(rng, K, N, bits, group, *, symmetric, scale=np.float16, act_order=False):
+def grid(rng, K, N, bits, group_size, *, symmetric, scale=np.float16, act_order=False):
     """Random codes [N, K], zeros [G, N], scales [G, N], the group of each input, and the rows they mean."""
-    group = K if group == -1 else group
-    G = -(-K // group)
+    group_size = K if group_size == -1 else group_size
+    G = -(-K // group_size)
     codes = rng.integers(0, 2**bits, (N, K))
     zeros = np.full((G, N), 2 ** (bits - 1)) if symmetric else rng.integers(1, 2**bits, (G, N))
     scales = (rng.random((G, N)) * 0.05 + 0.01).astype(scale)
-    g_idx = np.arange(K) // group
+    g_idx = np.arange(K) // group_size
     if act_order:
         g_idx = rng.permutation(g_idx)
     rows = np.empty((N, K), np.float32)
@@ -114,8 +114,10 @@ def grid(rng, K, N, bits, group, *, symmetric, scale=np.float16, act_order=False
     return codes, zeros, scales, g_idx, rows
 
 
-def gptq(rng, K, N, *, bits=4, group=32, symmetric=True, act_order=False, version=1):
-    codes, zeros, scales, g_idx, rows = grid(rng, K, N, bits, group, symmetric=symmetric, act_order=act_order)
+def gptq(rng, K, N, *, bits=4, group_size=32, symmetric=True, act_order=False, version=1):
+    codes, zeros, scales, g_idx, rows = grid(
+        rng, K, N, bits, group_size, symmetric=symmetric, act_order=act_order
+    )
     stored = zeros - 1 if version == 1 else zeros
     tensors = {
         "qweight": np.stack([word_row(codes[n], bits) for n in range(N)], axis=1),
@@ -126,8 +128,8 @@ def gptq(rng, K, N, *, bits=4, group=32, symmetric=True, act_order=False, versio
     return tensors, rows
 
 
-def awq(rng, K, N, *, group=32):
-    codes, zeros, scales, _, rows = grid(rng, K, N, 4, group, symmetric=False)
+def awq(rng, K, N, *, group_size=32):
+    codes, zeros, scales, _, rows = grid(rng, K, N, 4, group_size, symmetric=False)
 
     def along_outputs(line):
         words = []
@@ -144,9 +146,11 @@ def awq(rng, K, N, *, group=32):
     return tensors, rows
 
 
-def compressed(rng, K, N, *, bits=4, group=32, symmetric=True, act_order=False, scale=ml_dtypes.bfloat16):
+def compressed(
+    rng, K, N, *, bits=4, group_size=32, symmetric=True, act_order=False, scale=ml_dtypes.bfloat16
+):
     codes, zeros, scales, g_idx, rows = grid(
-        rng, K, N, bits, group, symmetric=symmetric, act_order=act_order, scale=scale
+        rng, K, N, bits, group_size, symmetric=symmetric, act_order=act_order, scale=scale
     )
     tensors = {
         "weight_packed": np.stack([word_row(codes[n], bits) for n in range(N)]),
@@ -226,7 +230,7 @@ ANY = {"anyprec": {"seed_precision": 2, "parent_precision": 4, "arch_config": {}
 # name: (what makes a linear, what config.json says, its options)
 CASES = {
     "gptq": (gptq, gptq_block(), {}),
-    "gptq, one group": (gptq, gptq_block(group_size=-1), {"group": -1}),
+    "gptq, one group": (gptq, gptq_block(group_size=-1), {"group_size": -1}),
     "gptq, zeros": (gptq, gptq_block(sym=False), {"symmetric": False}),
     "gptq, zeros of version 2": (
         gptq,
@@ -239,14 +243,14 @@ CASES = {
     "gptq, 3 bits, act-order": (
         gptq,
         gptq_block(bits=3, desc_act=True, group_size=16),
-        {"bits": 3, "act_order": True, "group": 16},
+        {"bits": 3, "act_order": True, "group_size": 16},
     ),
     "gptq, 8 bits": (gptq, gptq_block(bits=8, sym=False), {"bits": 8, "symmetric": False}),
     "awq": (awq, awq_block(), {}),
     "awq, first keys": (
         awq,
         {"quantization_config": {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}},
-        {"group": 64},
+        {"group_size": 64},
     ),
     "compressed": (compressed, compressed_block(), {}),
     "compressed, zeros": (compressed, compressed_block(symmetric=False), {"symmetric": False}),
@@ -254,7 +258,7 @@ CASES = {
     "compressed, 8 bits a row": (
         compressed,
         compressed_block(num_bits=8, strategy="channel", group_size=None),
-        {"bits": 8, "group": -1},
+        {"bits": 8, "group_size": -1},
     ),
     "any-precision": (any_precision, ANY, {}),
 }

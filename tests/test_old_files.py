@@ -33,6 +33,7 @@ from jaxllm.weights.rotated import Rotated
 from jaxllm.weights.scaled import Scaled
 
 OLD = Path(__file__).parent / "files_of_0_1_0"
+BETWEEN = Path(__file__).parent / "files_before_group_size"
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2, 8, 1]] * 4  # what they were made of
 TOKENS = jnp.asarray([ROWS[0]])
 FORMATS = {
@@ -120,13 +121,13 @@ def test_a_calibration_is_of_its_model_and_is_not_measured_again(gpt, known, tmp
     want = ("hessian_diag", "hessian", "guided_hessian", "sample")
     folder = shutil.copytree(OLD / "calibration", tmp_path / "calibration")
     before = {file: file.read_bytes() for file in folder.iterdir()}
-    stats = calibrate(gpt, ROWS, want=want, path=folder, groups=2, batch=4, sample=4, progress=False)
+    stats = calibrate(gpt, ROWS, want=want, path=folder, output_groups=2, batch=4, sample=4, progress=False)
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
     for name in ("layers.0.attention.v", "layers.1.mlp.down"):
         for field in want:
             np.testing.assert_array_equal(getattr(stats[name], field), known[f"calibration/{name}/{field}"])
         assert stats[name].tokens == 76
-    method = jl.Gptq(bits=4, group=16, guided=True, groups=2)
+    method = jl.Gptq(bits=4, group_size=16, guided=True, output_groups=2)
     small = jl.quantize(gpt, method, Calibration(OLD / "calibration"), progress=False)
     assert isinstance(linear_weights(small)["layers.1.mlp.down"], Affine)
     with pytest.raises(ValueError, match="must be of this model"):
@@ -136,7 +137,7 @@ def test_a_calibration_is_of_its_model_and_is_not_measured_again(gpt, known, tmp
 def test_a_stopped_quantization_goes_on_behind_its_finished_block(gpt, known, tmp_path):
     folder = shutil.copytree(OLD / "stopped", tmp_path / "stopped")
     first = (folder / "layers.0.npz").read_bytes()
-    method = jl.Gptq(bits=4, group=16)
+    method = jl.Gptq(bits=4, group_size=16)
     small = jl.quantize(gpt, method, ROWS, batch=4, checkpoint=folder, progress=False)
     assert (folder / "layers.0.npz").read_bytes() == first and (folder / "layers.1.npz").is_file()
     for name in ("layers.0.attention.q", "layers.0.mlp.down"):
@@ -144,18 +145,43 @@ def test_a_stopped_quantization_goes_on_behind_its_finished_block(gpt, known, tm
             linear_weights(small)[name].dequantize_rows(jnp.float32), known[f"stopped/{name}"]
         )
     with pytest.raises(ValueError, match="must hold the same model, method and text"):
-        jl.quantize(gpt, jl.Gptq(bits=3, group=16), ROWS, batch=4, checkpoint=folder, progress=False)
+        jl.quantize(gpt, jl.Gptq(bits=3, group_size=16), ROWS, batch=4, checkpoint=folder, progress=False)
 
 
 def test_recipes_say_what_they_said():
-    base = jl.Rtn(bits=3, group=16)
+    base = jl.Rtn(bits=3, group_size=16)
     want = [
         ("mlp", jl.DecDec(base=base, k_chunk=64)),
         ("attention", jl.MixedTwoBit(group4=32)),
         ("head", None),
     ]
     assert read_recipe(OLD / "recipe.json") == want
-    assert read_recipe(OLD / "budget.json") == Budget(3.5, (jl.Rtn(bits=3, group=16, zero_code=False),))
+    assert read_recipe(OLD / "budget.json") == Budget(
+        3.5, (jl.Rtn(bits=3, group_size=16, integer_zero_point=False),)
+    )
+
+
+def test_files_of_other_names_of_options_are_what_they_were(gpt, tmp_path):
+    with np.load(BETWEEN / "known.npz") as arrays:
+        known = dict(arrays)
+    cache = kv.load(BETWEEN / "cache", gpt)
+    np.testing.assert_allclose(forward(gpt, jnp.asarray([[7, 7], [9, 1]]), cache), known["logits"], atol=2e-2)
+    calibration = Calibration(BETWEEN / "calibration")
+    assert calibration.output_groups == 2 and calibration.is_of(gpt)
+    np.testing.assert_array_equal(calibration["layers.0.attention.q"].guided_hessian, known["hessian"])
+    recipe = [
+        (
+            "0.attention.q",
+            jl.Gptq(bits=4, group_size=8, integer_zero_point=False, guided=True, output_groups=2),
+        ),
+        ("0.attention.k", jl.MixedTwoBit(target_bits=4.5, outliers=0.01)),
+        (".", None),
+    ]
+    folder = shutil.copytree(BETWEEN / "finished", tmp_path / "finished")
+    small = linear_weights(jl.quantize(gpt, recipe, ROWS, batch=4, checkpoint=folder, progress=False))
+    for name in "qk":
+        rows = small[f"layers.0.attention.{name}"].dequantize_rows(jnp.float32)
+        np.testing.assert_array_equal(rows, known[name])
 
 
 def test_a_training_run_goes_on(known, tmp_path):

@@ -1,4 +1,4 @@
-"""Schemes whose weights are (code - zero) * scale: GPTQ, AWQ, compressed-tensors (layouts: `scheme.py`)."""
+"""Schemes of (code - zero_point) * scale: GPTQ, AWQ, compressed-tensors (layouts: `scheme.py`)."""
 
 import dataclasses
 import re
@@ -61,7 +61,7 @@ def _gptq(given: dict[str, Any]) -> "Gptq":
         raise refused(f"gptq as {'marlin' if given.get('is_marlin_format') else layout}")
     return Gptq(
         bits=_whole(given, "bits", allowed=(2, 3, 4, 8)),
-        group=_whole(given, "group_size"),
+        group_size=_whole(given, "group_size"),
         second=layout == "gptq_v2",
         act_order=bool(given.get("desc_act")),
         symmetric=bool(given.get("sym")),
@@ -73,7 +73,7 @@ def _awq(given: dict[str, Any]) -> "Awq":
     if str(layout).lower() != "gemm":
         raise refused(f"awq as {layout}")
     _whole(given, "bits", "w_bit", allowed=(4,))
-    return Awq(group=_whole(given, "group_size", "q_group_size"))
+    return Awq(group_size=_whole(given, "group_size", "q_group_size"))
 
 
 def _compressed_tensors(given: dict[str, Any]) -> "CompressedTensors | ByTarget":
@@ -90,7 +90,7 @@ def _compressed_tensors(given: dict[str, Any]) -> "CompressedTensors | ByTarget"
             raise refused(f"compressed-tensors as {weights.get('type')} by {strategy}")
         way = CompressedTensors(
             bits=_whole(weights, "num_bits", allowed=(4, 8)),
-            group=-1 if strategy == "channel" else _whole(weights, "group_size"),
+            group_size=-1 if strategy == "channel" else _whole(weights, "group_size"),
             symmetric=bool(weights.get("symmetric", True)),
         )
         targets = entry.get("targets")
@@ -108,21 +108,21 @@ class Grid:
 
     codes: Packed  # [N, K], the inputs in `order`
     scale: np.ndarray  # [G, N]
-    zero: np.ndarray | None  # uint8 [G, N]; None: the middle code
-    group: int
+    zero_point: np.ndarray | None  # uint8 [G, N]; None: the middle code
+    group_size: int
     order: np.ndarray | None  # int32 [K]; None: as they come
 
     def part(self, start: int, stop: int, dtype) -> Affine | Permuted:
         bits, K = self.codes.bits, self.codes.size
-        zero = None if self.zero is None else self.zero[:, start:stop]
-        if zero is not None and (zero == 2 ** (bits - 1)).all():
-            zero = None
+        zero_point = None if self.zero_point is None else self.zero_point[:, start:stop]
+        if zero_point is not None and (zero_point == 2 ** (bits - 1)).all():
+            zero_point = None
         w = on_host(
             Affine,
             codes=on_host(Packed, words=self.codes.words[start:stop], bits=bits, size=K),
             scale=self.scale[:, start:stop],
-            zero=None if zero is None else pack(zero, bits),
-            group=self.group,
+            zero_point=None if zero_point is None else pack(zero_point, bits),
+            group_size=self.group_size,
             shape=(K, stop - start),
             dtype=dtype,
         )
@@ -137,7 +137,7 @@ class Gptq:
     """
 
     bits: int
-    group: int
+    group_size: int
     second: bool
     act_order: bool
     symmetric: bool
@@ -147,7 +147,7 @@ class Gptq:
     transposes: ClassVar[bool] = True
 
     def shapes(self, K: int, N: int) -> Shapes:
-        _, G = groups_of(K, self.group)
+        _, G = groups_of(K, self.group_size)
         return {
             "qweight": ((words_of(K, self.bits), N), ("I32",)),
             "qzeros": ((G, words_of(N, self.bits)), ("I32",)),
@@ -156,10 +156,12 @@ class Gptq:
         }
 
     def read(self, tensors: Tensors, K: int, N: int) -> Grid:
-        group, G = groups_of(K, self.group)
-        order = sorted_inputs(tensors["g_idx"], group, G) if self.act_order and "g_idx" in tensors else None
+        group_size, G = groups_of(K, self.group_size)
+        order = (
+            sorted_inputs(tensors["g_idx"], group_size, G) if self.act_order and "g_idx" in tensors else None
+        )
         codes = packed(unsigned(tensors["qweight"]).T, self.bits, K, order)
-        return Grid(codes, tensors["scales"], self.zeros(unsigned(tensors["qzeros"]), N), group, order)
+        return Grid(codes, tensors["scales"], self.zeros(unsigned(tensors["qzeros"]), N), group_size, order)
 
     def zeros(self, words: np.ndarray, N: int) -> np.ndarray:
         """The zeros of all groups.
@@ -184,14 +186,14 @@ class Gptq:
 class Awq:
     """AutoAWQ's files of version "gemm"; the scales of inputs are folded into the layers before."""
 
-    group: int
+    group_size: int
     name: ClassVar[str] = "awq"
     main: ClassVar[str] = "qweight"
     optional: ClassVar[tuple[str, ...]] = ()
     transposes: ClassVar[bool] = False
 
     def shapes(self, K: int, N: int) -> Shapes:
-        _, G = groups_of(K, self.group)
+        _, G = groups_of(K, self.group_size)
         words = words_of(N, 4)
         return {
             "qweight": ((K, words), ("I32",)),
@@ -200,13 +202,13 @@ class Awq:
         }
 
     def read(self, tensors: Tensors, K: int, N: int) -> Grid:
-        group, _ = groups_of(K, self.group)
+        group_size, _ = groups_of(K, self.group_size)
         place = np.argsort(AWQ_ORDER)
-        codes, zero = (
+        codes, zero_point = (
             unpacked(unsigned(tensors[name]), 4)[:, :N].reshape(-1, N // 8, 8)[..., place].reshape(-1, N)
             for name in ("qweight", "qzeros")
         )
-        return Grid(pack(codes.T, 4), tensors["scales"], zero, group, None)
+        return Grid(pack(codes.T, 4), tensors["scales"], zero_point, group_size, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,7 @@ class CompressedTensors:
     """compressed-tensors' files of format "pack-quantized"."""
 
     bits: int
-    group: int
+    group_size: int
     symmetric: bool
     name: ClassVar[str] = "compressed-tensors"
     main: ClassVar[str] = "weight_packed"
@@ -222,7 +224,7 @@ class CompressedTensors:
     transposes: ClassVar[bool] = False
 
     def shapes(self, K: int, N: int) -> Shapes:
-        _, G = groups_of(K, self.group)
+        _, G = groups_of(K, self.group_size)
         fields = 32 // self.bits
         shapes: Shapes = {
             "weight_packed": ((N, -(-K // fields)), ("I32",)),
@@ -235,17 +237,17 @@ class CompressedTensors:
         return shapes
 
     def read(self, tensors: Tensors, K: int, N: int) -> Grid:
-        group, G = groups_of(K, self.group)
+        group_size, G = groups_of(K, self.group_size)
         if tuple(tensors["weight_shape"]) != (N, K):
             raise ValueError(f"weight_shape must be {(N, K)}, got {tuple(tensors['weight_shape'].tolist())}")
         order = tensors.get("weight_g_idx")
         if order is not None:  # -1 where it was never set
-            order = None if (order == -1).any() else sorted_inputs(order, group, G)
+            order = None if (order == -1).any() else sorted_inputs(order, group_size, G)
         codes = packed(unsigned(tensors["weight_packed"]), self.bits, K, order)
-        zero = None
+        zero_point = None
         if not self.symmetric:
-            zero = unpacked(unsigned(tensors["weight_zero_point"]).T, self.bits)[:, :N]
-        return Grid(codes, tensors["weight_scale"].T, zero, group, order)
+            zero_point = unpacked(unsigned(tensors["weight_zero_point"]).T, self.bits)[:, :N]
+        return Grid(codes, tensors["weight_scale"].T, zero_point, group_size, order)
 
 
 @dataclasses.dataclass(frozen=True)

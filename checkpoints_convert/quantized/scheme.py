@@ -12,10 +12,10 @@ outputs at b bits, with G groups of inputs (codes lie in int32 words, the first 
                         weight_zero_point [N b/32, G], weight_g_idx [K]
     any-precision       qweight [B, N, K/32], lut{b} [N, 2**b]                                  b <= B <= 8
 
-The first three mean (code - zero) * scale and become `Affine`: a zero that is the middle code everywhere is
-None, scales keep the file's float type. Act-order (`g_idx`: the group of each input) becomes `Permuted`. The
-last becomes `BitPlanes`, and is what can be written, too. The layouts are those that AutoGPTQ and GPTQModel,
-AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on GitHub write.
+The first three mean (code - zero_point) * scale and become `Affine`: a zero point that is the middle code
+everywhere is None, scales keep the file's float type. Act-order (`g_idx`: the group of each input) becomes
+`Permuted`. The last becomes `BitPlanes`, and is what can be written, too. The layouts are those that AutoGPTQ
+and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on GitHub write.
 """
 
 from typing import Any

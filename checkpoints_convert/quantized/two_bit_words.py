@@ -46,7 +46,7 @@ class Interleaved:
     zeros: np.ndarray  # uint16 [ceil(n2 / 3), B]
     scales: np.ndarray  # float16 [n2, B]
     four_scale: np.ndarray  # float16 [G, N]
-    four_zero: np.ndarray  # uint8 [G, N]
+    four_zero_point: np.ndarray  # uint8 [G, N]
     values: np.ndarray  # float16 [nonzeros]: residuals by output, then by input
     columns: np.ndarray  # uint16 [nonzeros]
     row_starts: np.ndarray  # int32 [N + 1]
@@ -56,18 +56,18 @@ class Interleaved:
     dtype: object
 
 
-def pack_words(zero: np.ndarray, step: np.ndarray) -> np.ndarray:
+def pack_words(zero_point: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Words of 16 bits from zeros and steps [..., 3]; the first two steps below 8."""
-    z, s = zero.astype(np.uint16), step.astype(np.uint16)
+    z, s = zero_point.astype(np.uint16), step.astype(np.uint16)
     fields = [z[..., 0], z[..., 1] << 2, z[..., 2] << 4, s[..., 0] << 6, s[..., 1] << 9, s[..., 2] << 12]
     return functools.reduce(np.bitwise_or, fields)
 
 
 def unpack_words(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Zeros and steps [..., 3] of the words."""
-    zero = np.stack([words >> at & 3 for at in (0, 2, 4)], axis=-1)
+    zero_point = np.stack([words >> at & 3 for at in (0, 2, 4)], axis=-1)
     step = np.stack([words >> 6 & 7, words >> 9 & 7, words >> 12 & 15], axis=-1)
-    return zero, step
+    return zero_point, step
 
 
 def to_interleaved(w: MixedColumns) -> Interleaved:
@@ -85,10 +85,10 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
     )
     scales = np.zeros((0, zeros.shape[1]), np.float16)
     if w.two is not None:
-        assert w.step is not None and w.zero is not None and w.step_zero is not None
+        assert w.step is not None and w.zero_point is not None and w.step_zero is not None
         main[order[:n2]] = np.asarray(w.two).T
         step = np.asarray(by_output(from_words(w.step, 4), N))
-        zero = np.asarray(by_output(from_words(w.zero[..., None], 2), N))
+        zero_point = np.asarray(by_output(from_words(w.zero_point[..., None], 2), N))
         shared = np.asarray(nibbles(w.step_zero, n2))
         narrow = np.arange(n2) % 3 < 2
         worst = max(step[:, narrow].max(initial=0), shared[:, narrow].max(initial=0))
@@ -96,16 +96,16 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
             raise ValueError(
                 f"to_interleaved: two of three steps must fit 3 bits (narrow_steps=True), got step={worst}"
             )
-        words = pack_words(_threes(zero), _threes(step)).T
+        words = pack_words(_threes(zero_point), _threes(step)).T
         three = _threes(shared).astype(np.uint16)
         zeros[:] = (three[..., 0] | three[..., 1] << 4 | three[..., 2] << 8).T
         scales = np.asarray(w.step_scale).T
-    four_scale, four_zero = np.zeros((0, N), np.float16), np.zeros((0, N), np.uint8)
+    four_scale, four_zero_point = np.zeros((0, N), np.float16), np.zeros((0, N), np.uint8)
     if w.four is not None:
-        assert w.four_zero is not None
+        assert w.four_zero_point is not None
         main[order[n2:]], side[:] = np.moveaxis(np.asarray(w.four), 2, 0).swapaxes(1, 2)
         four_scale = np.asarray(w.four_scale).T
-        four_zero = np.asarray(by_output(from_words(w.four_zero, 4), N)).T.astype(np.uint8)
+        four_zero_point = np.asarray(by_output(from_words(w.four_zero_point, 4), N)).T.astype(np.uint8)
     values, columns, row_starts, spare = _to_rows(w, order, N)
     return Interleaved(
         main=main,
@@ -115,7 +115,7 @@ def to_interleaved(w: MixedColumns) -> Interleaved:
         zeros=zeros,
         scales=scales,
         four_scale=four_scale,
-        four_zero=four_zero,
+        four_zero_point=four_zero_point,
         values=values,
         columns=columns,
         row_starts=row_starts,
@@ -140,14 +140,14 @@ def from_interleaved(layout: Interleaved) -> MixedColumns:
         return v.reshape(B, OUTPUTS_PER_BLOCK, -1).swapaxes(1, 2)
 
     if n2:
-        zero, step = (v.swapaxes(0, 1).reshape(N, -1)[:, :n2] for v in unpack_words(layout.words))
+        zero_point, step = (v.swapaxes(0, 1).reshape(N, -1)[:, :n2] for v in unpack_words(layout.words))
         three = np.stack([layout.zeros & 7, layout.zeros >> 4 & 7, layout.zeros >> 8 & 15], axis=-1)
         shared = three.swapaxes(0, 1).reshape(B, -1)[:, :n2].astype(np.uint8)
         shared = np.pad(shared, ((0, 0), (0, n2 % 2)))
         fields |= {
             "two": layout.main[order[:n2]].T,
             "step": to_words(jnp.asarray(by_block(step)), 4),
-            "zero": to_words(jnp.asarray(by_block(zero)), 2)[..., 0],
+            "zero_point": to_words(jnp.asarray(by_block(zero_point)), 2)[..., 0],
             "step_zero": shared[:, ::2] | shared[:, 1::2] << 4,
             "step_scale": layout.scales.T,
         }
@@ -155,7 +155,7 @@ def from_interleaved(layout: Interleaved) -> MixedColumns:
         fields |= {
             "four": np.stack([layout.main[order[n2:]], layout.side], axis=-1).swapaxes(0, 1),
             "four_scale": layout.four_scale.T,
-            "four_zero": to_words(jnp.asarray(by_block(layout.four_zero.T)), 4),
+            "four_zero_point": to_words(jnp.asarray(by_block(layout.four_zero_point.T)), 4),
         }
     if layout.spare:
         fields["outlier"], fields["place"] = _from_rows(layout, order, N)

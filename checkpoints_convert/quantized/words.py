@@ -24,10 +24,10 @@ Tensors = dict[str, np.ndarray]  # of one linear, by the last part of their name
 Shapes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # what they must be: shape, types
 
 
-def groups_of(K: int, group: int) -> tuple[int, int]:
+def groups_of(K: int, group_size: int) -> tuple[int, int]:
     """Inputs a group and the number of groups; -1 is one group."""
-    group = K if group == -1 else min(group, K)
-    return group, -(-K // group)
+    group_size = K if group_size == -1 else min(group_size, K)
+    return group_size, -(-K // group_size)
 
 
 def words_of(n: int, bits: int) -> int:
@@ -82,13 +82,13 @@ def packed(words: np.ndarray, bits: int, K: int, order: np.ndarray | None) -> Pa
     return pack(codes if order is None else codes[:, order], bits)
 
 
-def sorted_inputs(g_idx: np.ndarray, group: int, G: int) -> np.ndarray | None:
+def sorted_inputs(g_idx: np.ndarray, group_size: int, G: int) -> np.ndarray | None:
     """The inputs sorted by group, None where they are."""
     K = len(g_idx)
-    sizes = np.full(G, group)
-    sizes[-1] = K - group * (G - 1)
+    sizes = np.full(G, group_size)
+    sizes[-1] = K - group_size * (G - 1)
     inside = g_idx.min() >= 0 and g_idx.max() < G
     if not inside or not np.array_equal(np.bincount(g_idx, minlength=G), sizes):
-        raise ValueError(f"g_idx must put {group} inputs in each of {G} groups")
+        raise ValueError(f"g_idx must put {group_size} inputs in each of {G} groups")
     order = np.argsort(g_idx, kind="stable").astype(np.int32)
     return None if (order == np.arange(K)).all() else order

@@ -42,24 +42,25 @@ class QuantizedRows:
 
     words: jax.Array  # uint32 [J, S, G + W]
     bits: int = static()
-    group: int = static()  # numbers that share a scale; the last group may be shorter
+    group_size: int = static()  # numbers that share a scale; the last group may be shorter
     size: int = static()  # E
     rotated: bool = static()
     dtype: Any = static()  # what the numbers are read as
 
     @classmethod
     def zeros(
-        cls, shape: tuple[int, int, int], *, bits: int, group: int | None = None, rotated: bool, dtype
+        cls, shape: tuple[int, int, int], *, bits: int, group_size: int | None = None, rotated: bool, dtype
     ) -> "QuantizedRows":
-        """Rows of zeros. group: None is the whole row."""
+        """Rows of zeros. group_size: None is the whole row."""
         J, S, E = shape
-        group = E if group is None else group
-        if bits not in (2, 4, 8) or not 1 <= group <= E:
+        group_size = E if group_size is None else group_size
+        if bits not in (2, 4, 8) or not 1 <= group_size <= E:
             raise ValueError(
-                f"cache: bits must be 2, 4 or 8, group 1 to head_dim, got {bits=}, {group=}, head_dim={E}"
+                "cache: bits must be 2, 4 or 8, group_size 1 to head_dim, "
+                f"got {bits=}, {group_size=}, head_dim={E}"
             )
-        width = -(-E // group) + -(-E * bits // 32)
-        return cls(jnp.zeros((J, S, width), jnp.uint32), bits, group, E, rotated, jnp.dtype(dtype))
+        width = -(-E // group_size) + -(-E * bits // 32)
+        return cls(jnp.zeros((J, S, width), jnp.uint32), bits, group_size, E, rotated, jnp.dtype(dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,11 +69,11 @@ class QuantizedRows:
 
     def quantize(self, x: Float[Array, "J T E"]) -> "QuantizedRows":
         """The numbers as rows like these."""
-        E, qmax, groups = self.size, 2**self.bits - 1, -(-self.size // self.group)
+        E, qmax, groups = self.size, 2**self.bits - 1, -(-self.size // self.group_size)
         x = hadamard.rotate(x, ROTATION_SEED) if self.rotated else x.astype(jnp.float32)
         x = jnp.clip(x, -MAX_NUMBER, MAX_NUMBER)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, groups * self.group - E)), mode="edge")
-        x = x.reshape(*x.shape[:2], groups, self.group)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, groups * self.group_size - E)), mode="edge")
+        x = x.reshape(*x.shape[:2], groups, self.group_size)
         # subtle: the least of some numbers and NaN may be a number (XLA:CPU); the NaN must not be lost
         least, most = jnp.where(jnp.isnan(x).any(-1), jnp.nan, x.min(-1)), x.max(-1)
         low = (least - jnp.abs(least) * 2.0**-10).astype(jnp.float16)
@@ -87,10 +88,12 @@ class QuantizedRows:
 
     def dequantize(self) -> Float[Array, "J S E"]:
         """What the rows hold, rotated if they are."""
-        E, groups = self.size, -(-self.size // self.group)
+        E, groups = self.size, -(-self.size // self.group_size)
         grid = self.words[..., :groups]
         low, scale = (
-            jnp.repeat(v.astype(jnp.float32), self.group, axis=-1, total_repeat_length=groups * self.group)
+            jnp.repeat(
+                v.astype(jnp.float32), self.group_size, axis=-1, total_repeat_length=groups * self.group_size
+            )
             for v in (_float16(grid & 0xFFFF), _float16(grid >> 16))
         )
         codes = from_words(self.words[..., groups:], self.bits)[..., :E].astype(jnp.float32)

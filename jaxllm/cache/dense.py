@@ -65,18 +65,18 @@ def make(
     slack: int,
     dtype,
     bits: int | None = None,
-    group: int | None = None,
+    group_size: int | None = None,
 ) -> DenseCache:
     """A cache of zeros for `rows` tokens a request; a layer with a window holds window + slack if less.
 
-    bits: 2, 4 or 8 for rows in codes. group: numbers of a row that share a scale, None for all of them.
+    bits: 2, 4 or 8 for rows in codes. group_size: numbers of a row that share a scale, None for all of them.
     """
     if rows < 1 or slack < 0:
         raise ValueError(f"cache.make: rows must be positive and slack not negative, got {rows=}, {slack=}")
     sizes = [rows if window is None else min(rows, window + slack) for window in windows]
     shapes = [(batch * kv_heads, size, head_dim) for size in sizes]
 
-    coding = {"bits": bits, "group": group}
+    coding = {"bits": bits, "group_size": group_size}
     return DenseCache(
         keys=tuple(zeros(shape, dtype, rotated=True, **coding) for shape in shapes),
         values=tuple(zeros(shape, dtype, rotated=False, **coding) for shape in shapes),

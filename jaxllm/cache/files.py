@@ -19,6 +19,7 @@ from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.rows import Rows
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
+from jaxllm.storage.former_names import FIELDS
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
@@ -68,7 +69,9 @@ def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> Den
     def rows(name: str, coding: dict[str, Any] | None) -> Rows:
         if coding is None:
             return arrays[name]
-        return QuantizedRows(arrays[f"{name}/words"], **(coding | {"dtype": jnp.dtype(coding["dtype"])}))
+        now = FIELDS["QuantizedRows"]
+        options = {now.get(key, key): value for key, value in coding.items()}
+        return QuantizedRows(arrays[f"{name}/words"], **(options | {"dtype": jnp.dtype(options["dtype"])}))
 
     at = "tail/" if meta["paged"] else ""
     layers = range(len(meta["windows"]))

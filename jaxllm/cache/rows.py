@@ -16,11 +16,13 @@ from jaxllm.ops.attention import heads_first
 Rows = jax.Array | QuantizedRows  # [J, S, E]
 
 
-def zeros(shape: tuple[int, int, int], dtype, *, bits: int | None, group: int | None, rotated: bool) -> Rows:
-    """Rows of zeros. bits: of the codes, None for an array; group and rotated: of codes only."""
+def zeros(
+    shape: tuple[int, int, int], dtype, *, bits: int | None, group_size: int | None, rotated: bool
+) -> Rows:
+    """Rows of zeros. bits: of the codes, None for an array; group_size and rotated: of codes only."""
     if bits is None:
         return jnp.zeros(shape, dtype)
-    return QuantizedRows.zeros(shape, bits=bits, group=group, rotated=rotated, dtype=dtype)
+    return QuantizedRows.zeros(shape, bits=bits, group_size=group_size, rotated=rotated, dtype=dtype)
 
 
 def quantize(x: Float[Array, "J T E"], like: Rows) -> Rows:

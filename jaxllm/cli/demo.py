@@ -171,11 +171,15 @@ def quantization(shown: Shown) -> Section:
 
 def compared(model) -> Iterator[tuple[str, str, Any]]:
     """Name, label and method of what the quantization section shows."""
-    group = min(32, *(w.shape[0] for w in linear_weights(model).values()))
+    group_size = min(32, *(w.shape[0] for w in linear_weights(model).values()))
     for bits in (2, 3, 4):
-        yield "RTN", f"RTN, {bits} bits", jl.Rtn(bits=bits, group=group)
-        yield "DASH-Q", f"DASH-Q, {bits} bits", jl.DashQ(bits=bits, group=group, zero_code=True)
-        yield "GPTQ", f"GPTQ, {bits} bits", jl.Gptq(bits=bits, group=group)
+        yield "RTN", f"RTN, {bits} bits", jl.Rtn(bits=bits, group_size=group_size)
+        yield (
+            "DASH-Q",
+            f"DASH-Q, {bits} bits",
+            jl.DashQ(bits=bits, group_size=group_size, integer_zero_point=True),
+        )
+        yield "GPTQ", f"GPTQ, {bits} bits", jl.Gptq(bits=bits, group_size=group_size)
     yield "NestedFP, fp8", "NestedFP, fp8 mode", jl.NestedFp(mode="fp8")
 
 

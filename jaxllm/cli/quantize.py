@@ -17,7 +17,7 @@ from jaxllm.cli.output import print_json, read_text, tell
 @click.option("--list", "lists", is_flag=True, help="Show the methods and exit.")
 @click.option("--method", metavar="NAME", help="How linears are stored; see --list.")
 @click.option("--bits", type=int, help="Bits a code. [default: the method's]")
-@click.option("--group", type=int, help="Inputs that share a scale. [default: the method's]")
+@click.option("--group-size", type=int, help="Inputs that share a scale. [default: the method's]")
 @click.option("--option", "more", multiple=True, metavar="NAME=JSON", help="Another option; repeatable.")
 @click.option("--tune", metavar="GPU", help="For dec-dec: a GPU by name, or by its memory/link in GB/s.")
 @click.option("--slowdown", type=float, help="By how much fetching may slow a token down. [default: 0.05]")
@@ -66,7 +66,7 @@ def quantize(
     chosen: Any = method_options(**options)
     if recipe is not None and chosen:
         raise click.UsageError(
-            "quantize: a recipe names its own options, --bits, --group, --option do not apply"
+            "quantize: a recipe names its own options, --bits, --group-size, --option do not apply"
         )
     if tune is not None and method != "dec-dec":
         raise click.UsageError(f"quantize: --tune applies to --method dec-dec, got {method or recipe}")
@@ -96,10 +96,10 @@ def quantize(
     tell(result, as_json)
 
 
-def method_options(bits: int | None, group: int | None, more: tuple[str, ...]) -> dict[str, Any]:
+def method_options(bits: int | None, group_size: int | None, more: tuple[str, ...]) -> dict[str, Any]:
     """The options of a method that were given."""
     found: dict[str, Any] = {
-        name: value for name, value in (("bits", bits), ("group", group)) if value is not None
+        name: value for name, value in (("bits", bits), ("group_size", group_size)) if value is not None
     }
     for text in more:
         name, equals, value = text.partition("=")

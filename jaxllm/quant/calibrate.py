@@ -35,6 +35,7 @@ from jaxllm.quant.stages import stages as stages_of
 from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
+from jaxllm.storage import former_names
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.metadata import read_meta, write_meta
 
@@ -47,10 +48,10 @@ class Calibration(Mapping[str, Stats]):
 
     def __init__(self, path: str | Path, *, temporary: bool = False):
         self.path = Path(path)
-        meta = read_meta("calibration", self.path / META, FORMAT, *FINGERPRINTS, older=_of_version_1)
+        meta = read_meta("calibration", self.path / META, FORMAT, *FINGERPRINTS, older=_names_of_today)
         self._version = meta["version"]
         self.want, self._fingerprint, self.text = frozenset(meta["want"]), meta["fingerprint"], meta["text"]
-        self.groups, self._inputs, self._tokens = meta["groups"], meta["inputs"], meta["tokens"]
+        self.output_groups, self._inputs, self._tokens = meta["output_groups"], meta["inputs"], meta["tokens"]
         if temporary:  # the directory goes with the handle
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
@@ -79,7 +80,7 @@ def calibrate(
     *,
     want: Iterable[str],
     path: str | Path | None = None,
-    groups: int = 1,
+    output_groups: int = 1,
     batch: int = 8,
     sample: int = 512,
     progress: bool = True,
@@ -90,7 +91,7 @@ def calibrate(
       pairs of a source's and a target's, as it is trained on (`T5` puts `decoder_start` in front itself).
     path: a directory for the results, kept; a run that was stopped goes on after the last finished block
       when called again with the same arguments. None: a temporary one that goes with the handle.
-    groups: of consecutive outputs, for "guided_hessian"; must divide every linear's N.
+    output_groups: of consecutive outputs, for "guided_hessian"; must divide every linear's N.
     batch: sequences that go through the model at once. sample: rows kept for "sample".
 
     Warns where fewer tokens were seen than a Hessian has columns. Raises ValueError for no text, or for a
@@ -101,11 +102,11 @@ def calibrate(
         raise ValueError(f"calibrate: want must name some of {', '.join(STATISTICS)}, got {sorted(want)}")
     text = Text.of(model, sequences, batch)
     linears = linears_by_name(model)
-    check(linears, want, groups, text)
+    check(linears, want, output_groups, text)
     meta = {
         "text": text.digest(),
         "want": sorted(want),
-        "groups": groups,
+        "output_groups": output_groups,
         "sample": sample,
         "tokens": {name: text.counts[linear.side] for name, linear in linears.items()},
         "inputs": {name: linear.source for name, linear in linears.items()},
@@ -129,7 +130,7 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
         return
     want = frozenset(meta["want"])
     if want & OF_OUTPUT:
-        gradients(model, text, folder, groups=meta["groups"], want=want, bar=bar)
+        gradients(model, text, folder, output_groups=meta["output_groups"], want=want, bar=bar)
     states = text.initial_states()
     for stage in bar(stages_of(model), desc="calibrate", unit="block"):
         prefix = stage.name
@@ -150,12 +151,14 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     (folder / f"{META}.begun").replace(folder / META)
 
 
-def check(linears: dict[str, LinearInfo], want: frozenset[str], groups: int, text: Text) -> None:
+def check(linears: dict[str, LinearInfo], want: frozenset[str], output_groups: int, text: Text) -> None:
     """Raises ValueError for groups that do not divide, warns of too little text."""
-    uneven = [name for name, linear in linears.items() if groups < 1 or linear.N % groups]
+    uneven = [name for name, linear in linears.items() if output_groups < 1 or linear.N % output_groups]
     if "guided_hessian" in want and uneven:
         N = linears[uneven[0]].N
-        raise ValueError(f"calibrate: groups must divide the outputs of {uneven[0]}, got {groups=}, {N=}")
+        raise ValueError(
+            f"calibrate: output_groups must divide the outputs of {uneven[0]}, got {output_groups=}, {N=}"
+        )
     short = [name for name, linear in linears.items() if text.counts[linear.side] < linear.K]
     if short and want & {"hessian", "guided_hessian"}:
         names = ", ".join(short[:3]) + (", ..." if short[3:] else "")
@@ -171,7 +174,7 @@ def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (META, f"{META}.begun"):
         if (folder / name).is_file():
-            begun = read_meta("calibrate", folder / name, FORMAT, *FINGERPRINTS, older=_of_version_1)
+            begun = read_meta("calibrate", folder / name, FORMAT, *FINGERPRINTS, older=_names_of_today)
             version = begun["version"]
             whole = {"format": FORMAT, "version": version, "fingerprint": FINGERPRINTS[version](model)} | meta
             if begun != whole:
@@ -186,6 +189,7 @@ def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
     return False
 
 
-def _of_version_1(meta: Any) -> Any:
-    """What 0.1.0 wrote, which said neither format nor version."""
-    return meta if "version" in meta else {"format": FORMAT, "version": 1} | meta
+def _names_of_today(meta: Any) -> Any:
+    """What an earlier version wrote: 0.1.0 neither format nor version, and both other names of options."""
+    meta = meta if "version" in meta else {"format": FORMAT, "version": 1} | meta
+    return {former_names.option(name): value for name, value in meta.items()}

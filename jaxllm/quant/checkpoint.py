@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.storage import former_names
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
 from jaxllm.storage.metadata import read_meta, write_meta
@@ -30,7 +31,7 @@ class BlockCheckpoint:
                 raise ValueError(f"quantize: checkpoint must be new or empty, got {str(path)!r}")
             write_meta(file, FORMAT, VERSION, run | {"model": fingerprint(model)})
             return
-        begun = read_meta("quantize", file, FORMAT, *FINGERPRINTS, older=_of_version_1)
+        begun = read_meta("quantize", file, FORMAT, *FINGERPRINTS, older=_names_of_today)
         run["model"] = FINGERPRINTS[begun["version"]](model)
         if run != {key: begun.get(key) for key in run}:
             raise ValueError(
@@ -57,9 +58,11 @@ class BlockCheckpoint:
         part.rename(self.path / f"{block}.npz")
 
 
-def _of_version_1(run: Any) -> Any:
-    """What 0.1.0 wrote, a list, as an object."""
-    if not isinstance(run, list):
+def _names_of_today(run: Any) -> Any:
+    """What an earlier version wrote: 0.1.0 a list, and both other names of options."""
+    if isinstance(run, list):
+        method, model, *source = run
+        run = {"format": FORMAT, "version": 1, "method": method, "model": model, "source": source}
+    if not isinstance(run, dict) or not isinstance(run.get("method"), str):
         return run
-    method, model, *source = run
-    return {"format": FORMAT, "version": 1, "method": method, "model": model, "source": source}
+    return run | {"method": former_names.options_of_repr(run["method"])}

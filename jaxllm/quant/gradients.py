@@ -21,7 +21,7 @@ from jaxllm.quant.text import Text
 LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
 
 
-def gradients(model, text: Text, folder: Path, *, groups: int, want: frozenset[str], bar) -> None:
+def gradients(model, text: Text, folder: Path, *, output_groups: int, want: frozenset[str], bar) -> None:
     """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients."""
     place = folder / "gradients"
     if (place / "done").is_file():
@@ -43,7 +43,7 @@ def gradients(model, text: Text, folder: Path, *, groups: int, want: frozenset[s
                 batch,
                 g,
                 run=stage.run,
-                groups=groups if stage.name else 1,
+                output_groups=output_groups if stage.name else 1,
                 fisher="fisher" in want,
             )
             if not stage.name:
@@ -89,8 +89,8 @@ def loss_gradient(model, state, batch):
     return jax.grad(loss)(state)
 
 
-@partial(jax.jit, static_argnames=("run", "groups", "fisher"))
-def backward_block(block, shared, state, batch, g, *, run, groups: int, fisher: bool):
+@partial(jax.jit, static_argnames=("run", "output_groups", "fisher"))
+def backward_block(block, shared, state, batch, g, *, run, output_groups: int, fisher: bool):
     """The gradient before a stage, each linear's saliency [B, T, g], and its squared weight gradients.
 
     A zero is added to each linear's output, and the loss differentiated by it. Square first, sum later: the
@@ -121,7 +121,7 @@ def backward_block(block, shared, state, batch, g, *, run, groups: int, fisher: 
     saliency, squares = {}, {}
     for name, gz in g_out.items():
         gz = gz.astype(jnp.float32)
-        saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:2], groups, -1)), axis=-1)
+        saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:2], output_groups, -1)), axis=-1)
         if fisher:
             squares[name] = _sum_of_squares(gz, inputs[name].astype(jnp.float32))
     return before, saliency, squares

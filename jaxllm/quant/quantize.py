@@ -108,7 +108,7 @@ def _solve(method: Method, w: Dense, stats: Stats, name: str, **more: Any) -> An
     rows = in_memory(w).rows.astype(jnp.float32)
     if not bool(jnp.isfinite(rows).all()):
         raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {name}")
-    return method.solve(rows, stats, name=name, dtype=w.dtype, **more)
+    return method.quantize(rows, stats, name=name, dtype=w.dtype, **more)
 
 
 def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: CalibrationStream) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.quant.methods import make_method
-from jaxllm.quant.statistics import Grouped, Method, output_groups
+from jaxllm.quant.statistics import Grouped, Method, output_groups_of
+from jaxllm.storage import former_names
 from jaxllm.weights.dense import Dense
 
 
@@ -36,7 +37,7 @@ def read_recipe(path: Path) -> list[tuple[str, Method | None]] | Budget:
         return None if name is None else make_method(name, options)
 
     try:
-        rules = json.loads(path.read_text("utf-8"))
+        rules = json.loads(path.read_text("utf-8"), object_pairs_hook=_options)
         if isinstance(rules, dict):
             chosen = [make(dict(rule)) for rule in rules.pop("methods")]
             if None in chosen or not isinstance(rules["bits"], int | float) or len(rules) > 1:
@@ -51,6 +52,11 @@ def read_recipe(path: Path) -> list[tuple[str, Method | None]] | Budget:
             f"got {str(path)!r}: {error}"
         ) from error
     return recipe
+
+
+def _options(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object with the options' names of today."""
+    return {former_names.option(name): value for name, value in pairs}
 
 
 Recipe = Method | Sequence[tuple[str, Method | None]]
@@ -86,9 +92,9 @@ def _is_of(pattern: str, name: str) -> bool:
 
 
 def _check_sizes(name: str, method: Method, K: int, N: int) -> None:
-    group = method.group if isinstance(method, Grouped) else None
-    groups = output_groups(method)
-    if group is not None and group > K:
-        raise ValueError(f"quantize: group must be at most K of {name}, got {group=}, {K=}")
-    if N % groups:
-        raise ValueError(f"quantize: groups must divide N of {name}, got {groups=}, {N=}")
+    group_size = method.group_size if isinstance(method, Grouped) else None
+    output_groups = output_groups_of(method)
+    if group_size is not None and group_size > K:
+        raise ValueError(f"quantize: group_size must be at most K of {name}, got {group_size=}, {K=}")
+    if N % output_groups:
+        raise ValueError(f"quantize: output_groups must divide N of {name}, got {output_groups=}, {N=}")

@@ -88,7 +88,7 @@ def sensitivity(
             rows = in_memory(weights[name]).rows.astype(jnp.float32)
             table[name] = []
             for method in methods:
-                made: Any = method.solve(rows, stats[name], name=name, dtype=weights[name].dtype)
+                made: Any = method.quantize(rows, stats[name], name=name, dtype=weights[name].dtype)
                 change = made.dequantize_rows(jnp.float32) - rows
                 cost = float(FORMS[by](change, stats[name])) / stats[name].tokens
                 table[name].append(Choice(method, 8 * num_bytes(made), rows.size, cost))

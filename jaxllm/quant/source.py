@@ -23,7 +23,7 @@ from jaxllm.quant import calibrate as measure
 from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
 from jaxllm.quant.stages import linears_by_name, stages
-from jaxllm.quant.statistics import Method, Stats, output_groups
+from jaxllm.quant.statistics import Method, Stats, output_groups_of
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
 
@@ -52,7 +52,7 @@ class CalibrationStream:
         self.model, self.names, self.sequential, self.sample = model, list(methods), sequential, sample
         asked = [method for several in methods.values() for method in several]
         self.want = also.union(*(method.required_stats for method in asked))
-        self.groups = max([1, *(output_groups(method) for method in asked)])
+        self.output_groups = max([1, *(output_groups_of(method) for method in asked)])
         bar = partial(tqdm, disable=not progress, file=sys.stderr)
         self.bar = partial(bar, desc=desc, unit="block")
         self.given = sequences if isinstance(sequences, Calibration) else None
@@ -72,11 +72,13 @@ class CalibrationStream:
             return
         self.text = Text.of(model, sequences, batch)
         asked_of = {name: linears[name] for name in calibrated}
-        measure.check(asked_of, self.want, self.groups, self.text)
+        measure.check(asked_of, self.want, self.output_groups, self.text)
         self.folder = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         if self.want & OF_OUTPUT:
-            gradients.gradients(model, self.text, self.folder, groups=self.groups, want=self.want, bar=bar)
+            gradients.gradients(
+                model, self.text, self.folder, output_groups=self.output_groups, want=self.want, bar=bar
+            )
 
     def identity(self) -> list[Any]:
         """What tells these statistics from another text's: the text, and how it goes through."""
@@ -90,8 +92,11 @@ class CalibrationStream:
             raise ValueError(f"quantize: the calibration must hold {', '.join(sorted(missing))}")
         if not given.is_of(self.model):
             raise ValueError("quantize: the calibration must be of this model, got another's")
-        if "guided_hessian" in self.want and given.groups != self.groups:
-            raise ValueError(f"quantize: groups must be the calibration's {given.groups}, got {self.groups}")
+        if "guided_hessian" in self.want and given.output_groups != self.output_groups:
+            raise ValueError(
+                f"quantize: output_groups must be the calibration's {given.output_groups}, "
+                f"got {self.output_groups}"
+            )
         if self.sequential:
             raise ValueError("quantize: sequential needs text, got a finished calibration")
 

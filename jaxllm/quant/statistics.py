@@ -53,7 +53,7 @@ class Method(Protocol):
         """Names in STATISTICS; none for a method that needs no text."""
         ...
 
-    def solve(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> object:
+    def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> object:
         """A weight in some format, for the rows [N, K] (float32) of the linear called `name`.
 
         dtype: the type that the weight had. What is random depends on the method's seed and `name` only.
@@ -63,20 +63,20 @@ class Method(Protocol):
 
 @runtime_checkable
 class Guided(Method, Protocol):
-    """A method whose "guided_hessian" is one for each of `groups` groups of consecutive outputs."""
+    """A method whose "guided_hessian" is one for each of `output_groups` groups of consecutive outputs."""
 
     @property
-    def groups(self) -> int:
+    def output_groups(self) -> int:
         """How many; they must divide the outputs of every linear."""
         ...
 
 
 @runtime_checkable
 class Grouped(Method, Protocol):
-    """A method whose grid is one for each `group` consecutive inputs."""
+    """A method whose grid is one for each `group_size` consecutive inputs."""
 
     @property
-    def group(self) -> int | None:
+    def group_size(self) -> int | None:
         """At most the inputs of any linear; None where the method finds one that fits."""
         ...
 
@@ -85,7 +85,7 @@ class Grouped(Method, Protocol):
 class Allocator(Method, Protocol):
     """A method that divides its bits among all its linears before it solves each.
 
-    `solve` takes what `allocate` gave the linear as `mask`, and allocates to it alone without.
+    `quantize` takes what `allocate` gave the linear as `mask`, and allocates to it alone without.
     """
 
     def gains(self, rows: jax.Array, stats: Stats, *, name: str) -> Any:
@@ -97,9 +97,9 @@ class Allocator(Method, Protocol):
         ...
 
 
-def output_groups(method: Method) -> int:
+def output_groups_of(method: Method) -> int:
     """Groups of outputs that have a guided Hessian of their own."""
-    return method.groups if isinstance(method, Guided) else 1
+    return method.output_groups if isinstance(method, Guided) else 1
 
 
 def need(stats: Stats, who: str, *names: str) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.storage.former_names import path_in_0_1_0
+
 
 def fingerprint(model) -> str:
     """Tells a model from every other: its class, its config, all numbers of its weights (SHA-256).
@@ -58,6 +60,7 @@ def fingerprint_of_first_numbers(model) -> str:
     """
     digest = hashlib.sha256()
     for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
-        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
+        name = path_in_0_1_0(jax.tree_util.keystr(path))
+        digest.update(f"{name} {x.shape} {x.dtype}".encode())
         digest.update(np.asarray(x.ravel()[:16]).tobytes())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.storage import former_names
 from jaxllm.weights import matmul
 
 Classes = tuple[type, ...]
@@ -68,7 +69,7 @@ def arrays_of(value: Any, name: str, classes: Classes | None = None) -> Iterator
 
 
 def build(described: dict[str, Any] | None, name: str, make: Make, classes: Classes | None = None) -> Any:
-    """A weight from what the manifest says; `make(name, shape, dtype)` gives each array."""
+    """A weight from what the manifest says; `make(name, shape, dtype)` gives each array by its name there."""
     classes = weight_classes() if classes is None else classes
     if described is None:
         return None
@@ -81,9 +82,9 @@ def build(described: dict[str, Any] | None, name: str, make: Make, classes: Clas
     known = {cls.__name__: cls for cls in classes}
     if kind not in known:
         raise ValueError(f"load: {name} must be of a format of {', '.join(known)}, got format={kind!r}")
-    fields = described.get("fields", {})
-    parts = {key: build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
-    static = {key: from_json(part) for key, part in described.get("static", {}).items()}
+    fields, now = described.get("fields", {}), former_names.FIELDS.get(kind, {})
+    parts = {now.get(key, key): build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
+    static = {now.get(key, key): from_json(part) for key, part in described.get("static", {}).items()}
     names = {field.name for field in dataclasses.fields(known[kind])}
     if names != parts.keys() | static.keys():
         raise ValueError(f"load: {name} must have the fields of {kind}, got {[*parts, *static]}")

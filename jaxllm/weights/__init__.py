@@ -3,7 +3,7 @@
     weight          what every format has and holds: the contract
     matmul          the product with a weight of any format; which formats exist
     dense           every number as it is
-    affine          (code - zero) * scale by group
+    affine          (code - zero_point) * scale by group
     codebook        a table of levels an output
     bit_planes      planes of bits, to be read at several widths (Any-Precision)
     scaled          another format, its inputs scaled (AWQ)

@@ -1,21 +1,21 @@
-"""Affine codes by group: (code - zero) * scale, at 1 to 8 bits. What most rivals store, too.
+"""Affine codes by group: (code - zero_point) * scale, at 1 to 8 bits. What most rivals store, too.
 
-A [K, N] weight is cut along K into groups of `group` inputs of one output (the last may be shorter), each
-with a scale and a zero; group = K is one a column ("per channel"). The meaning is
+A [K, N] weight is cut along K into groups of `group_size` inputs of one output (the last may be shorter),
+each with a scale and a zero point; group_size = K is one a column ("per channel"). The meaning is
 
-    w[k, n] = (codes[n, k] - zero[k // group, n]) * scale[k // group, n]           in float32
+    w[k, n] = (codes[n, k] - zero_point[k // group_size, n]) * scale[k // group_size, n]           in float32
 
-`zero` is a float16 in units of codes (what least squares gives), or a whole code, packed at the width of the
-codes (what a grid through zero needs), or None for a symmetric grid about the middle code 2**(bits - 1).
+`zero_point` is a float16 in units of codes (what least squares gives), or a whole code, packed at the width
+of the codes (what a grid through 0 needs), or None for a symmetric grid about the middle code 2**(bits - 1).
 `scale` is float16, or an `Affine` of its own: codes, and a scale of scales for the same group of each 16
 neighbouring outputs ("second order"; arXiv:2305.14314, section 3, calls it double quantization).
 
-    w = quantize(x, bits=4, group=32)        # round to nearest between the least and the greatest
+    w = quantize(x, bits=4, group_size=32)        # round to nearest between the least and the greatest
 
-Bits a weight: bits + (16 + 16 | bits | 0) / group, more where K is no multiple of 32 (`packing.py` fills
+Bits a weight: bits + (16 + 16 | bits | 0) / group_size, more where K is no multiple of 32 (`packing.py` fills
 blocks up); scales of b bits take b + (16 + b) / 16 in place of the first 16, at least.
 Lossy: an error of at most half a scale inside the grid.
-Letters: K inputs, N outputs, G = ceil(K / group) groups.
+Letters: K inputs, N outputs, G = ceil(K / group_size) groups.
 """
 
 import dataclasses
@@ -46,24 +46,24 @@ def check_rows(who: str, rows: jax.Array) -> None:
 class Affine:
     """A [K, N] weight in affine codes.
 
-    holds: codes.shape == (N, K); with G = ceil(K / group): scale.shape == (G, N), or (N, G) for an Affine;
-      zero.shape == (G, N), with Packed codes zero.bits == codes.bits; 1 <= group <= K
+    holds: codes.shape == (N, K); with G = ceil(K / group_size): scale.shape == (G, N), or (N, G) if Affine;
+      zero_point.shape == (G, N), with Packed codes zero_point.bits == codes.bits; 1 <= group_size <= K
     """
 
     codes: Packed  # [N, K]
     scale: "jax.Array | Affine"  # float16 (or a file's float type) [G, N], or an Affine [N, G]
-    zero: Any  # float16 [G, N], or Packed codes [G, N], or None
-    group: int = static()
+    zero_point: Any  # float16 [G, N], or Packed codes [G, N], or None
+    group_size: int = static()
     shape: tuple[int, int] = static()  # (K, N)
     dtype: object = static()  # numpy dtype: what it was quantized from
 
     @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
-        (K, N), G = self.shape, -(-self.shape[0] // self.group)
-        codes = jnp.pad(unpack(self.codes), ((0, 0), (0, G * self.group - K))).astype(jnp.float32)
-        zero = zeros(self)
-        rows = (codes.reshape(N, G, self.group) - zero.T[:, :, None]) * scales(self).T[:, :, None]
+        (K, N), G = self.shape, -(-self.shape[0] // self.group_size)
+        codes = jnp.pad(unpack(self.codes), ((0, 0), (0, G * self.group_size - K))).astype(jnp.float32)
+        zero_point = zero_points(self)
+        rows = (codes.reshape(N, G, self.group_size) - zero_point.T[:, :, None]) * scales(self).T[:, :, None]
         return rows.reshape(N, -1)[:, :K].astype(dtype)
 
     @property
@@ -74,28 +74,28 @@ class Affine:
     def gather_rows(self, index: Int[Array, " n"]) -> "Affine":
         """The weight of some outputs; whole zeros, which are packed across outputs, as float16."""
         assert not isinstance(self.scale, Affine)
-        zero = self.zero
-        if isinstance(zero, Packed):
-            zero = unpack_at(zero, index).astype(jnp.float16)
-        elif zero is not None:
-            zero = gather(zero, index, axis=1)
+        zero_point = self.zero_point
+        if isinstance(zero_point, Packed):
+            zero_point = unpack_at(zero_point, index).astype(jnp.float16)
+        elif zero_point is not None:
+            zero_point = gather(zero_point, index, axis=1)
         return dataclasses.replace(
             self,
             codes=gather_codes(self.codes, index),
             scale=gather(self.scale, index, axis=1),
-            zero=zero,
+            zero_point=zero_point,
             shape=(self.shape[0], index.size),
         )
 
     def partition_specs(self, spec: P) -> "Affine":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
-        G = None if self.shape[0] <= self.group else K  # one group cannot be cut: every device has it
-        zero = P(G, N, None) if isinstance(self.zero, Packed) else P(G, N)
+        G = None if self.shape[0] <= self.group_size else K  # one group cannot be cut: every device has it
+        zero_point = P(G, N, None) if isinstance(self.zero_point, Packed) else P(G, N)
         places: dict[str, Any] = {
             "codes": jax.tree.map(lambda _: P(N, K, None), self.codes),
             "scale": P(G, N),
-            "zero": jax.tree.map(lambda _: zero, self.zero),
+            "zero_point": jax.tree.map(lambda _: zero_point, self.zero_point),
         }
         if isinstance(self.scale, Affine):  # small, and packed across outputs: whole on every device
             places["scale"] = self.scale.partition_specs(P(None, None))
@@ -107,90 +107,99 @@ def scales(w: Affine) -> Float[Array, "G N"]:
     return w.scale.dequantize_rows() if isinstance(w.scale, Affine) else w.scale.astype(jnp.float32)
 
 
-def zeros(w: Affine) -> Float[Array, "G N"]:
-    """The zero of each group, in units of codes."""
-    if w.zero is None:
-        return jnp.full((-(-w.shape[0] // w.group), w.shape[1]), 2.0 ** (w.codes.bits - 1), jnp.float32)
-    return (unpack(w.zero) if isinstance(w.zero, Packed) else w.zero).astype(jnp.float32)
+def zero_points(w: Affine) -> Float[Array, "G N"]:
+    """The zero point of each group, in units of codes."""
+    if w.zero_point is None:
+        return jnp.full((-(-w.shape[0] // w.group_size), w.shape[1]), 2.0 ** (w.codes.bits - 1), jnp.float32)
+    return (unpack(w.zero_point) if isinstance(w.zero_point, Packed) else w.zero_point).astype(jnp.float32)
 
 
-def grouped(rows: Float[Array, "N K"], group: int) -> tuple[Float[Array, "N G g"], Float[Array, "G g"]]:
+def grouped(rows: Float[Array, "N K"], group_size: int) -> tuple[Float[Array, "N G g"], Float[Array, "G g"]]:
     """Rows cut into groups, and 1 where a place is real, 0 where it fills up a short last group.
 
     Filling places repeat the row's last weight, so that they change neither a least nor a greatest.
     """
     N, K = rows.shape
-    if not 1 <= group <= K:
-        raise ValueError(f"affine: group must be 1 to K, got {group=}, {K=}")
-    G = -(-K // group)
-    real = (jnp.arange(G * group) < K).astype(rows.dtype).reshape(G, group)
-    return jnp.pad(rows, ((0, 0), (0, G * group - K)), mode="edge").reshape(N, G, group), real
+    if not 1 <= group_size <= K:
+        raise ValueError(f"affine: group_size must be 1 to K, got {group_size=}, {K=}")
+    G = -(-K // group_size)
+    real = (jnp.arange(G * group_size) < K).astype(rows.dtype).reshape(G, group_size)
+    return jnp.pad(rows, ((0, 0), (0, G * group_size - K)), mode="edge").reshape(N, G, group_size), real
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "zero_code"), inline=True)
-def stored(
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "integer_zero_point"), inline=True)
+def round_to_storage(
     rows: Float[Array, "N K"],
     scale: Float[Array, "N G"],
-    zero: Float[Array, "N G"] | None,
+    zero_point: Float[Array, "N G"] | None,
     *,
     bits: int,
-    group: int,
-    zero_code: bool = False,
+    group_size: int,
+    integer_zero_point: bool = False,
 ) -> tuple[Float[Array, "N G"], Float[Array, "N G"]]:
-    """Scale and zero, in float32, as they will be read back. Stored again they do not change.
+    """Scale and zero point, in float32, as they will be read back. Stored again they do not change.
 
-    A group whose range is next to nothing, or whose zero a float16 cannot hold, gets scale 1 and zero minus
-    its mean, so that code 0 is the mean (with `zero_code` or a symmetric grid: the least scale).
+    A group whose range is next to nothing, or whose zero point a float16 cannot hold, gets scale 1 and minus
+    its mean, so that code 0 is the mean (with `integer_zero_point` or a symmetric grid: the least scale).
     """
     scale = jnp.maximum(scale.astype(jnp.float32), MIN_SCALE).astype(jnp.float16).astype(jnp.float32)
-    if zero is None:
+    if zero_point is None:
         return scale, jnp.full(scale.shape, 2.0 ** (bits - 1), jnp.float32)
-    zero = zero.astype(jnp.float32)
-    if zero_code:
-        return scale, jnp.clip(jnp.round(zero), 0, 2**bits - 1)
-    g, real = grouped(rows.astype(jnp.float32), group)
+    zero_point = zero_point.astype(jnp.float32)
+    if integer_zero_point:
+        return scale, jnp.clip(jnp.round(zero_point), 0, 2**bits - 1)
+    g, real = grouped(rows.astype(jnp.float32), group_size)
     mean = (g * real[None]).sum(-1) / real.sum(-1)[None]
-    flat = (jnp.max(g, -1) - jnp.min(g, -1) <= MIN_SCALE) | ~(jnp.abs(zero) < 60000.0)
+    flat = (jnp.max(g, -1) - jnp.min(g, -1) <= MIN_SCALE) | ~(jnp.abs(zero_point) < 60000.0)
     scale = jnp.where(flat, 1.0, scale)
-    return scale, jnp.where(flat, -mean, zero).astype(jnp.float16).astype(jnp.float32)
+    return scale, jnp.where(flat, -mean, zero_point).astype(jnp.float16).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "dtype", "zero_code"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("bits", "group_size", "dtype", "integer_zero_point"), inline=True
+)
 def from_codes(
     codes: Integer[Array, "N K"],
     scale: Float[Array, "N G"],
-    zero: Float[Array, "N G"] | None,
+    zero_point: Float[Array, "N G"] | None,
     *,
     bits: int,
-    group: int,
+    group_size: int,
     dtype=jnp.float32,
-    zero_code: bool = False,
+    integer_zero_point: bool = False,
 ) -> Affine:
-    """The format of given codes under a grid that `stored` gave; zero None for a symmetric one."""
+    """The format of given codes under a grid of `round_to_storage`; zero_point None for a symmetric one."""
     (N, K), G = codes.shape, scale.shape[1]
-    if not 1 <= bits <= 8 or G != -(-K // group):
-        raise ValueError(f"affine: need G = ceil(K / group), bits 1 to 8, got {G=}, {K=}, {group=}, {bits=}")
+    if not 1 <= bits <= 8 or G != -(-K // group_size):
+        raise ValueError(
+            f"affine: need G = ceil(K / group_size), bits 1 to 8, got {G=}, {K=}, {group_size=}, {bits=}"
+        )
     kept: jax.Array | Packed | None = None
-    if zero is not None:
-        kept = pack(zero.T.astype(jnp.uint8), bits) if zero_code else zero.T.astype(jnp.float16)
-    return Affine(pack(codes, bits), scale.T.astype(jnp.float16), kept, group, (K, N), jnp.dtype(dtype))
+    if zero_point is not None:
+        kept = (
+            pack(zero_point.T.astype(jnp.uint8), bits)
+            if integer_zero_point
+            else zero_point.T.astype(jnp.float16)
+        )
+    return Affine(pack(codes, bits), scale.T.astype(jnp.float16), kept, group_size, (K, N), jnp.dtype(dtype))
 
 
 def encode(
     rows: Float[Array, "N K"],
     scale: Float[Array, "N G"],
-    zero: Float[Array, "N G"] | None,
+    zero_point: Float[Array, "N G"] | None,
     *,
     bits: int,
-    group: int,
+    group_size: int,
     dtype=jnp.float32,
-    zero_code: bool = False,
+    integer_zero_point: bool = False,
     scale_bits: int | None = None,
 ) -> Affine:
-    """Rounds scale and zero to what is stored, then every weight to the nearest code under those.
+    """Rounds scale and zero point to what is stored, then every weight to the nearest code under those.
 
-    zero: in units of codes; None for a symmetric grid. zero_code: store it as a whole code, not a float16.
-    scale_bits: store the scales in codes of so many bits; the grid must then be symmetric or have zero codes.
+    zero_point: in units of codes; None for a symmetric grid. integer_zero_point: store it as a whole code,
+    not a float16. scale_bits: store the scales in codes of so many bits; the grid must then be symmetric or
+    its zero points whole.
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"affine: bits must be 1 to 8, got {bits=}")
@@ -198,41 +207,53 @@ def encode(
     return _encode(
         rows,
         scale,
-        zero,
+        zero_point,
         bits=bits,
-        group=group,
+        group_size=group_size,
         dtype=jnp.dtype(dtype),
-        zero_code=zero_code,
+        integer_zero_point=integer_zero_point,
         scale_bits=scale_bits,
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("bits", "group", "dtype", "zero_code", "scale_bits"), inline=True
+    jax.jit, static_argnames=("bits", "group_size", "dtype", "integer_zero_point", "scale_bits"), inline=True
 )
-def _encode(rows, scale, zero, *, bits, group, dtype, zero_code, scale_bits) -> Affine:
-    scale, used = stored(rows, scale, zero, bits=bits, group=group, zero_code=zero_code)
-    second = None if scale_bits is None else coded_scales(scale, scale_bits)
+def _encode(rows, scale, zero_point, *, bits, group_size, dtype, integer_zero_point, scale_bits) -> Affine:
+    scale, used = round_to_storage(
+        rows, scale, zero_point, bits=bits, group_size=group_size, integer_zero_point=integer_zero_point
+    )
+    second = None if scale_bits is None else double_quantize_scales(scale, scale_bits)
     if second is not None:
-        check_scale_bits("affine", scale_bits, zero is None or zero_code)
+        check_scale_bits("affine", scale_bits, zero_point is None or integer_zero_point)
         scale = second.dequantize_rows().T
-    g, _ = grouped(rows.astype(jnp.float32), group)
+    g, _ = grouped(rows.astype(jnp.float32), group_size)
     codes = jnp.clip(jnp.round(g / scale[..., None] + used[..., None]), 0, 2**bits - 1)
     codes = codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]].astype(jnp.uint8)
-    kept = None if zero is None else used
-    made = from_codes(codes, scale, kept, bits=bits, group=group, dtype=dtype, zero_code=zero_code)
+    kept = None if zero_point is None else used
+    made = from_codes(
+        codes,
+        scale,
+        kept,
+        bits=bits,
+        group_size=group_size,
+        dtype=dtype,
+        integer_zero_point=integer_zero_point,
+    )
     return made if second is None else dataclasses.replace(made, scale=second)
 
 
-def coded_scales(scale: Float[Array, "N G"], bits: int) -> Affine:
+def double_quantize_scales(scale: Float[Array, "N G"], bits: int) -> Affine:
     """Positive scales as codes between 0 and the greatest of each 16 outputs, an Affine [N, G]."""
     N, G = scale.shape
-    group = min(OUTPUTS_PER_SCALE, N)
-    g, _ = grouped(scale.T, group)  # [G, N / OUTPUTS_PER_SCALE, OUTPUTS_PER_SCALE]
+    group_size = min(OUTPUTS_PER_SCALE, N)
+    g, _ = grouped(scale.T, group_size)  # [G, N / OUTPUTS_PER_SCALE, OUTPUTS_PER_SCALE]
     step = jnp.maximum(g.max(-1) / (2**bits - 1), MIN_SCALE).astype(jnp.float16).astype(jnp.float32)
     codes = jnp.clip(jnp.round(g / step[..., None]), 1, 2**bits - 1)  # a scale of 0 has no codes
     codes = codes.reshape(G, -1)[:, :N].astype(jnp.uint8)
-    return from_codes(codes, step, jnp.zeros_like(step), bits=bits, group=group, zero_code=True)
+    return from_codes(
+        codes, step, jnp.zeros_like(step), bits=bits, group_size=group_size, integer_zero_point=True
+    )
 
 
 def check_scale_bits(who: str, scale_bits: int | None, fixed_zero: bool) -> None:
@@ -242,30 +263,45 @@ def check_scale_bits(who: str, scale_bits: int | None, fixed_zero: bool) -> None
     if not 2 <= scale_bits <= 8:
         raise ValueError(f"{who}: scale_bits must be 2 to 8, got {scale_bits=}")
     if not fixed_zero:
-        raise ValueError(f"{who}: scale_bits needs zero_code=True or a symmetric grid, got {scale_bits=}")
+        raise ValueError(
+            f"{who}: scale_bits needs integer_zero_point=True or a symmetric grid, got {scale_bits=}"
+        )
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric"), inline=True)
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "symmetric"), inline=True)
 def min_max(
-    rows: Float[Array, "N K"], *, bits: int, group: int, symmetric: bool = False, shrink=1.0
+    rows: Float[Array, "N K"], *, bits: int, group_size: int, symmetric: bool = False, clip_ratio=1.0
 ) -> tuple[Float[Array, "N G"], Float[Array, "N G"] | None]:
-    """Scale and zero (in codes; None if symmetric) of the grid from the least to the greatest weight.
+    """Scale and zero point (in codes; None if symmetric) of the grid from the least to the greatest weight.
 
-    shrink: factors on the range, broadcast against [N, G]. The range always holds 0, so that a whole zero
+    clip_ratio: factors on the range, broadcast against [N, G]. The range always holds 0, so that a whole zero
     code serves it (Any-Precision dossier 2.5: what GPTQ does).
     """
-    g, _ = grouped(rows.astype(jnp.float32), group)
+    g, _ = grouped(rows.astype(jnp.float32), group_size)
     if symmetric:
         half = 2.0 ** (bits - 1) - 1 if bits > 1 else 0.5
-        return jnp.maximum(jnp.abs(g).max(-1) * shrink / half, MIN_SCALE), None
-    low, high = jnp.minimum(g.min(-1), 0) * shrink, jnp.maximum(g.max(-1), 0) * shrink
+        return jnp.maximum(jnp.abs(g).max(-1) * clip_ratio / half, MIN_SCALE), None
+    low, high = jnp.minimum(g.min(-1), 0) * clip_ratio, jnp.maximum(g.max(-1), 0) * clip_ratio
     scale = jnp.maximum((high - low) / (2**bits - 1), MIN_SCALE)
     return scale, jnp.round(-low / scale)
 
 
 def quantize(
-    w: Float[Array, "K N"], *, bits: int, group: int, symmetric: bool = False, zero_code: bool = True
+    w: Float[Array, "K N"],
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    integer_zero_point: bool = True,
 ) -> Affine:
     """Round to nearest between each group's least and greatest weight."""
-    scale, zero = min_max(w.T, bits=bits, group=group, symmetric=symmetric)
-    return encode(w.T, scale, zero, bits=bits, group=group, dtype=w.dtype, zero_code=zero_code)
+    scale, zero_point = min_max(w.T, bits=bits, group_size=group_size, symmetric=symmetric)
+    return encode(
+        w.T,
+        scale,
+        zero_point,
+        bits=bits,
+        group_size=group_size,
+        dtype=w.dtype,
+        integer_zero_point=integer_zero_point,
+    )

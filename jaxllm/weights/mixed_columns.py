@@ -2,18 +2,18 @@
 
 A weight [K, N] is cut into C = ceil(K / 16) column groups: 16 inputs, all outputs. With i an input of one:
 
-    2 bits   w[n, i] = (code - zero[n]) * (step[n] + step_zero[b]) * step_scale[b]
-             zero 2 bits, step 4 bits; step_zero 4 bits and step_scale float16 a block b of 16 outputs
-    4 bits   w[n, i] = (code - zero[n, g]) * scale[n, g]
-             zero 4 bits, scale float16, for each `group4` inputs g
+    2 bits   w[n, i] = (code - zero_point[n]) * (step[n] + step_zero[b]) * step_scale[b]
+             zero_point 2 bits, step 4 bits; step_zero 4 bits and step_scale float16 a block b of 16 outputs
+    4 bits   w[n, i] = (code - zero_point[n, g]) * scale[n, g]
+             zero_point 4 bits, scale float16, for each `group4` inputs g
     16 bits  a residual added to one weight: float16 and a place of 16 bits
 
 Layout, with B = ceil(N / 16) blocks of outputs and n2 + n4 = C; code j of a word at bit 2 j or 4 j; None for
 what does not occur:
 
     two [N, n2]        four [N, n4, 2]      order [C]: the column group at each place, both parts ascending
-    step [B, n2, 2]    zero [B, n2]         step_zero [B, ceil(n2 / 2)]      step_scale [B, n2]
-    four_scale [N, G]  four_zero [B, G, 2]  with G = ceil(16 n4 / group4)
+    step [B, n2, 2]    zero_point [B, n2]   step_zero [B, ceil(n2 / 2)]      step_scale [B, n2]
+    four_scale [N, G]  four_zero_point [B, G, 2]  with G = ceil(16 n4 / group4)
     outlier [O, m]     place [O, m]         m for R rows: row in block * 16 C + permuted input; unused: 0 at 0
 
 Letters: K inputs, N outputs, C column groups, n2 and n4 of them at 2 and 4 bits, *B any leading axes.
@@ -35,8 +35,8 @@ from jaxllm.pytree import pytree, static
 COLUMNS = 16  # inputs of a column group
 OUTPUTS_PER_BLOCK = 16  # outputs that share a step scale
 # The fields of the two parts.
-TWO = ("two", "step", "zero", "step_zero", "step_scale")
-FOUR = ("four", "four_scale", "four_zero")
+TWO = ("two", "step", "zero_point", "step_zero", "step_scale")
+FOUR = ("four", "four_scale", "four_zero_point")
 
 Outliers = Literal["exclusive", "anywhere", "none"]
 
@@ -52,11 +52,11 @@ class MixedColumns:
     two: jax.Array | None  # uint32 [N, n2]
     four: jax.Array | None  # uint32 [N, n4, 2]
     step: jax.Array | None  # uint32 [B, n2, 2]: 16 codes of 4 bits, one an output
-    zero: jax.Array | None  # uint32 [B, n2]: 16 codes of 2 bits
+    zero_point: jax.Array | None  # uint32 [B, n2]: 16 codes of 2 bits
     step_zero: jax.Array | None  # uint8 [B, ceil(n2 / 2)]: two of 4 bits
     step_scale: jax.Array | None  # float16 [B, n2]
     four_scale: jax.Array | None  # float16 [N, G]
-    four_zero: jax.Array | None  # uint32 [B, G, 2]: 16 codes of 4 bits, one an output
+    four_zero_point: jax.Array | None  # uint32 [B, G, 2]: 16 codes of 4 bits, one an output
     order: jax.Array  # int16 (int32 where C > 32767) [C]
     outlier: jax.Array | None  # float16 [O, m]
     place: jax.Array | None  # uint16 [O, m]
@@ -93,17 +93,17 @@ def by_output(codes: UInt32[Array, "B n 16"], N: int) -> UInt32[Array, "N n"]:
 
 @functools.partial(jax.jit, inline=True)
 def two_bit_steps(w: MixedColumns) -> tuple[Float[Array, "N n2"], Float[Array, "N n2"]]:
-    """The scale and the zero of each 2-bit group: exact in float32, and known without the codes."""
-    assert w.two is not None and w.step is not None and w.zero is not None
+    """The scale and the zero point of each 2-bit group: exact in float32, and known without the codes."""
+    assert w.two is not None and w.step is not None and w.zero_point is not None
     assert w.step_zero is not None and w.step_scale is not None
     N, n2 = w.two.shape
     step = by_output(from_words(w.step, 4), N).astype(jnp.float32)
-    zero = by_output(from_words(w.zero[..., None], 2), N).astype(jnp.float32)
+    zero_point = by_output(from_words(w.zero_point[..., None], 2), N).astype(jnp.float32)
     shared = nibbles(w.step_zero, n2).astype(jnp.float32)  # [B, n2]
     step_zero, step_scale = (
         jnp.repeat(v, OUTPUTS_PER_BLOCK, axis=0)[:N] for v in (shared, w.step_scale.astype(jnp.float32))
     )
-    return (step + step_zero) * step_scale, zero
+    return (step + step_zero) * step_scale, zero_point
 
 
 def nibbles(pairs: UInt8[Array, "B _"], n: int) -> UInt8[Array, "B n"]:
@@ -116,17 +116,17 @@ def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
     """The rows as they are stored, W = 16 C inputs in the order of `permute`."""
     N, parts = w.shape[1], []
     if w.two is not None:
-        scale, zero = two_bit_steps(w)
+        scale, zero_point = two_bit_steps(w)
         codes = from_words(w.two[..., None], 2).astype(jnp.float32)  # [N, n2, 16]
-        parts.append(((codes - zero[..., None]) * scale[..., None]).reshape(N, -1))
-    if w.four is not None and w.four_zero is not None and w.four_scale is not None:
+        parts.append(((codes - zero_point[..., None]) * scale[..., None]).reshape(N, -1))
+    if w.four is not None and w.four_zero_point is not None and w.four_scale is not None:
         codes = from_words(w.four, 4).astype(jnp.float32).reshape(N, -1)  # [N, 16 n4]
-        four_zero = by_output(from_words(w.four_zero, 4), N).astype(jnp.float32)
-        zero, scale = (
+        four_zero_point = by_output(from_words(w.four_zero_point, 4), N).astype(jnp.float32)
+        zero_point, scale = (
             jnp.repeat(v, w.group4, axis=1)[:, : codes.shape[1]]
-            for v in (four_zero, w.four_scale.astype(jnp.float32))
+            for v in (four_zero_point, w.four_scale.astype(jnp.float32))
         )
-        parts.append((codes - zero) * scale)
+        parts.append((codes - zero_point) * scale)
     rows = jnp.concatenate(parts, axis=1)
     outlier, place = w.outlier, w.place
     if outlier is not None and place is not None:
@@ -185,8 +185,8 @@ def stored_bits(
     C = -(-K // COLUMNS)
     two, B, G = C - four, -(-N // OUTPUTS_PER_BLOCK), -(-four * COLUMNS // group4)
     bits = (32 * two + 64 * four) * N  # codes
-    bits += B * (two * (64 + 32 + 16) + 8 * -(-two // 2))  # step, zero, step_scale, step_zero
-    bits += G * (16 * N + 64 * B)  # four_scale, four_zero
+    bits += B * (two * (64 + 32 + 16) + 8 * -(-two // 2))  # step, zero_point, step_scale, step_zero
+    bits += G * (16 * N + 64 * B)  # four_scale, four_zero_point
     bits += C * (16 if C < 2**15 else 32)  # order
     m = slots(K, N, four, outliers=outliers, where=where)
     return bits + (m * 32 * -(-N // block_rows(C * COLUMNS)) if m else 0)

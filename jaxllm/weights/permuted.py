@@ -6,7 +6,7 @@ are together again, and any format will do; in turn x is sorted the same way at 
 
     y = x[..., order] @ weight
 
-    w = Permuted(affine.quantize(x[order], bits=4, group=32), order)
+    w = Permuted(affine.quantize(x[order], bits=4, group_size=32), order)
 
 Bits a weight: the format's and 32 / N.
 """

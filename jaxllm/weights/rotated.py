@@ -55,15 +55,15 @@ def activations(
     turned = hadamard.rotate(x, w.seed)
     if w.activation_bits == 16:
         return turned, None
-    top = 2 ** (w.activation_bits - 1) - 1
-    step = jnp.max(jnp.abs(turned), axis=-1, keepdims=True) * (w.clip / top)
+    qmax = 2 ** (w.activation_bits - 1) - 1
+    step = jnp.max(jnp.abs(turned), axis=-1, keepdims=True) * (w.clip / qmax)
     step = jnp.where(step == 0, 1.0, step)  # a token with a NaN has NaN in all places, and so in its product
-    return jnp.clip(jnp.round(turned / step), -top, top), step
+    return jnp.clip(jnp.round(turned / step), -qmax, qmax), step
 
 
 def is_whole(w: Rotated) -> bool:
     """Whether the product can be taken in whole numbers: affine codes with one scale an output."""
-    whole = isinstance(w.base, Affine) and w.base.group >= w.base.shape[0]
+    whole = isinstance(w.base, Affine) and w.base.group_size >= w.base.shape[0]
     return whole and w.activation_bits <= 8
 
 
@@ -81,5 +81,5 @@ def whole_product(codes: Float[Array, "*B K"], w: Affine) -> Float[Array, "*B N"
     )
     total = jnp.sum(q, axis=-1, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
     flat = lambda v: jnp.expand_dims(v[0], range(y.ndim - 1))  # noqa: E731
-    shifted = y.astype(jnp.float32) - total * flat(affine.zeros(w) - half)
+    shifted = y.astype(jnp.float32) - total * flat(affine.zero_points(w) - half)
     return shifted * flat(affine.scales(w))

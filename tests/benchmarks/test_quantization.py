@@ -6,7 +6,19 @@ import pytest
 import quantization
 from quantization_tables import expectations
 
-RUN = ["--what", "methods", "curve", "--bits", "2", "--group", "16", "--seeds", "0", "--only", "RTN, clipped"]
+RUN = [
+    "--what",
+    "methods",
+    "curve",
+    "--bits",
+    "2",
+    "--group-size",
+    "16",
+    "--seeds",
+    "0",
+    "--only",
+    "RTN, clipped",
+]
 RUN += ["--curve", "2", "--sequences", "4", "--length", "16", "--context", "32", "--tokens", "64"]
 
 
@@ -54,7 +66,7 @@ def test_calibration_and_evaluation_text_must_differ(command):
 
 def test_expectations_are_read_from_the_results():
     def row(name, perplexity, **other):
-        common = {"group": None, "sequences": None, "seed": 0, "kl": 1.0, "loss_increase": 1.0}
+        common = {"group_size": None, "sequences": None, "seed": 0, "kl": 1.0, "loss_increase": 1.0}
         times = {"standard_error": 0.1, "seconds": 1.0, "memory": None, "bits_per_weight": 3.0}
         return {"name": name, "perplexity": perplexity, "bits": 3} | common | times | other
 

@@ -23,22 +23,24 @@ def rows(shape, **options):
     return QuantizedRows.zeros(shape, **{"bits": 4, "rotated": False, "dtype": jnp.float32} | options)
 
 
-def groups_of(x, group):
+def groups_of(x, group_size):
     """x cut into groups along its last axis, the last filled up."""
-    more = -x.shape[-1] % group
-    return np.pad(x, ((0, 0), (0, 0), (0, more)), mode="edge").reshape(*x.shape[:2], -1, group)
+    more = -x.shape[-1] % group_size
+    return np.pad(x, ((0, 0), (0, 0), (0, more)), mode="edge").reshape(*x.shape[:2], -1, group_size)
 
 
-@pytest.mark.parametrize("bits, size, group", [(2, 64, 64), (4, 64, 64), (8, 64, 64), (4, 40, 16), (4, 7, 7)])
-def test_no_number_is_off_by_more_than_half_a_scale(bits, size, group):
+@pytest.mark.parametrize(
+    "bits, size, group_size", [(2, 64, 64), (4, 64, 64), (8, 64, 64), (4, 40, 16), (4, 7, 7)]
+)
+def test_no_number_is_off_by_more_than_half_a_scale(bits, size, group_size):
     x = np.asarray(jax.random.normal(jax.random.key(size), (5, size)))
     x = np.stack([x, x * 1e-6, x * 5e3, 0 * x + 0.3, x + 100])  # plain, tiny, great, constant, far from 0
-    like = rows(x.shape, bits=bits, group=group)
+    like = rows(x.shape, bits=bits, group_size=group_size)
     held = jax.jit(lambda x: like.quantize(x).dequantize())(x)
-    g = groups_of(x, group)
+    g = groups_of(x, group_size)
     span = g.max(-1) - g.min(-1) + np.abs(g.min(-1)) * 2.0**-9  # low is rounded down by this at most
     scale = np.maximum(span / (2**bits - 1) * (1 + 2.0**-9), 2.0**-14)
-    error = groups_of(np.abs(np.asarray(held) - x), group)
+    error = groups_of(np.abs(np.asarray(held) - x), group_size)
     assert (error <= scale[..., None] / 2 * (1 + 1e-3) + np.abs(g) * 1e-6).all()
 
 
@@ -65,21 +67,23 @@ def test_a_row_is_its_grid_and_then_its_codes_lowest_first(bits):
 
 
 @pytest.mark.parametrize(
-    "bits, size, group, want", [(4, 64, None, 4.5), (8, 64, None, 8.5), (4, 128, 64, 4.5)]
+    "bits, size, group_size, want", [(4, 64, None, 4.5), (8, 64, None, 8.5), (4, 128, 64, 4.5)]
 )
-def test_bits_a_number_are_those_of_codes_and_grids(bits, size, group, want):
+def test_bits_a_number_are_those_of_codes_and_grids(bits, size, group_size, want):
     cache = kv.dense.make(
         3, windows=(None, 4), kv_heads=2, head_dim=size, rows=20, slack=1,
-        dtype=jnp.bfloat16, bits=bits, group=group,
+        dtype=jnp.bfloat16, bits=bits, group_size=group_size,
     )  # fmt: skip
     numbers = 2 * 3 * 2 * (20 + 5) * size
     assert kv.num_bytes(cache) == numbers * want / 8 + 4 * 3
 
 
-@pytest.mark.parametrize("bits, group, size", [(3, None, 8), (16, None, 8), (4, 9, 8), (4, 0, 8)])
-def test_rows_that_cannot_be_are_refused_in_one_line(bits, group, size):
-    with pytest.raises(ValueError, match="cache: bits must be 2, 4 or 8, group 1 to head_dim, got bits="):
-        rows((1, 1, size), bits=bits, group=group)
+@pytest.mark.parametrize("bits, group_size, size", [(3, None, 8), (16, None, 8), (4, 9, 8), (4, 0, 8)])
+def test_rows_that_cannot_be_are_refused_in_one_line(bits, group_size, size):
+    with pytest.raises(
+        ValueError, match="cache: bits must be 2, 4 or 8, group_size 1 to head_dim, got bits="
+    ):
+        rows((1, 1, size), bits=bits, group_size=group_size)
 
 
 def test_rotated_keys_score_as_the_keys_themselves():

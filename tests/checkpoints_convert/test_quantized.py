@@ -51,7 +51,7 @@ def test_a_quantized_linear_means_just_the_numbers_of_its_layout(name, tmp_path)
         assert isinstance(w, Permuted) == ("act-order" in name)
         assert type(inner) is (BitPlanes if name == "any-precision" else Affine)
         if isinstance(inner, Affine):
-            assert (inner.zero is None) == (name in SYMMETRIC)
+            assert (inner.zero_point is None) == (name in SYMMETRIC)
     assert isinstance(weights["head.w"], jax.Array) and model.embedding.table.get_value().dtype == jnp.float32
 
 
@@ -134,13 +134,13 @@ def test_a_zero_of_nothing_less_one_comes_back_as_it_was(bits, tmp_path):
         tensors[name] = np.stack([int32(row - sum(1 << i for i in range(0, 32, bits))) for row in words])
     model, _ = jl.load(write(tmp_path / "q", LLAMA | gptq_block(bits=bits, sym=False), tensors))
     w = named_weights(model)["layers.0.attention.k.w"]
-    np.testing.assert_array_equal(affine.zeros(w), zeros)
+    np.testing.assert_array_equal(affine.zero_points(w), zeros)
 
 
 def test_a_symmetric_file_of_the_second_version_that_says_the_first_is_read_as_it_is(tmp_path):
     _, rows = checkpoint(tmp_path / "q", gptq, gptq_block(), version=2)
     w = named_weights(jl.load(tmp_path / "q")[0])["layers.0.mlp.up.w"]
-    assert w.zero is None
+    assert w.zero_point is None
     np.testing.assert_array_equal(w.dequantize_rows(jnp.float32), rows["mlp.up_proj"])
 
 
@@ -275,7 +275,7 @@ def test_linears_of_one_checkpoint_are_stored_in_several_ways(tmp_path):
         options = next(ways)
         return compressed(rng, K, N, **options)
 
-    eight, zeros = {"bits": 8, "group": -1}, {"symmetric": False}
+    eight, zeros = {"bits": 8, "group_size": -1}, {"symmetric": False}
     ways = iter([zeros, {}, {}, eight, {}, {}, eight])  # in the order of LINEARS
     _, rows = checkpoint(tmp_path / "q", make, block)
     weights = named_weights(jl.load(tmp_path / "q")[0])

@@ -17,7 +17,7 @@ def weight(K=64, N=24):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_weight_means_the_same_to_qwix(bits, symmetric):
-    w = affine.quantize(weight(), bits=bits, group=32, symmetric=symmetric)
+    w = affine.quantize(weight(), bits=bits, group_size=32, symmetric=symmetric)
     array = to_qwix(w)
     assert isinstance(array, qwix.QArray) and array.shape == (64, 24)
     np.testing.assert_array_equal(qwix.dequantize(array), dequantize(w))
@@ -41,9 +41,9 @@ def test_an_array_of_qwix_means_the_same_here(qtype, how, method):
 
 def test_what_the_other_cannot_say_is_refused():
     with pytest.raises(ValueError, match="to_qwix: zeros must be whole codes"):
-        to_qwix(affine.quantize(weight(), bits=4, group=32, zero_code=False))
-    with pytest.raises(ValueError, match="to_qwix: group must divide K, got group=48, K=64"):
-        to_qwix(affine.quantize(weight(), bits=4, group=48))
+        to_qwix(affine.quantize(weight(), bits=4, group_size=32, integer_zero_point=False))
+    with pytest.raises(ValueError, match="to_qwix: group_size must divide K, got group_size=48, K=64"):
+        to_qwix(affine.quantize(weight(), bits=4, group_size=48))
     with pytest.raises(ValueError, match="from_qwix: qtype must be one of int2, int4, int8, got nf4"):
         from_qwix(qwix.quantize(weight(), "nf4", channelwise_axes=[1]))
     with pytest.raises(ValueError, match="from_qwix: the array must be"):

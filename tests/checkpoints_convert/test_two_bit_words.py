@@ -16,10 +16,10 @@ def layer():
 
 def test_every_word_of_the_papers_metadata_is_read_and_written_back():
     words = np.arange(2**16, dtype=np.uint16)
-    zero, step = two_bit_words.unpack_words(words)
-    assert (two_bit_words.pack_words(zero, step) == words).all()
-    assert zero.max() == 3 and step[:, :2].max() == 7 and step[:, 2].max() == 15
-    assert len(np.unique(np.concatenate([zero, step], 1), axis=0)) == 2**16
+    zero_point, step = two_bit_words.unpack_words(words)
+    assert (two_bit_words.pack_words(zero_point, step) == words).all()
+    assert zero_point.max() == 3 and step[:, :2].max() == 7 and step[:, 2].max() == 15
+    assert len(np.unique(np.concatenate([zero_point, step], 1), axis=0)) == 2**16
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_papers_layout_reads_as_its_figure_says(layer):
                 codes = np.array([p.main[c, n] >> (2 * i) & 3 for i in range(16)], np.float32)
                 word, zeros = int(p.words[at_two // 3, n]), int(p.zeros[at_two // 3, n // 16])
                 place = at_two % 3
-                zero = word >> (2 * place) & 3
+                zero_point = word >> (2 * place) & 3
                 step = word >> (6, 9, 12)[place] & (7, 7, 15)[place]
                 shared = zeros >> (4 * place) & (7, 7, 15)[place]
                 scale = np.float32(step + shared) * np.float32(p.scales[at_two, n // 16])
@@ -60,8 +60,8 @@ def test_the_papers_layout_reads_as_its_figure_says(layer):
                 pair = int(p.main[c, n]) | int(p.side[side, n]) << 32
                 codes = np.array([pair >> (4 * i) & 15 for i in range(16)], np.float32)
                 group = side * 16 // p.group4
-                zero, scale = p.four_zero[group, n], np.float32(p.four_scale[group, n])
-            want[n, 16 * c : 16 * c + 16] = (codes - np.float32(zero)) * scale
+                zero_point, scale = p.four_zero_point[group, n], np.float32(p.four_scale[group, n])
+            want[n, 16 * c : 16 * c + 16] = (codes - np.float32(zero_point)) * scale
         at_two += side < 0
     row = np.repeat(np.arange(N), np.diff(p.row_starts))
     want[row, p.columns] += p.values.astype(np.float32)

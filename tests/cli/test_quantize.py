@@ -16,7 +16,7 @@ RTN = 'base={"method": "rtn", "bits": 3}'
 def test_quantize_writes_a_model_that_eval_reads(jaxllm, tiny_checkpoint):
     text = Path("text.txt")
     text.write_text("Once upon a time there was a little dog. " * 40, "utf-8")
-    options = ("--method", "rtn", "--bits", 4, "--group", 16, "--option", "clip=true")
+    options = ("--method", "rtn", "--bits", 4, "--group-size", 16, "--option", "clip=true")
     calibration = ("--calibration", text, "--length", 32, "--sequences", 4)
     done = jaxllm("quantize", "--model", tiny_checkpoint, *options, *calibration, "--out", "small", "--json")
     assert done.status == 0, done.err
@@ -28,7 +28,7 @@ def test_quantize_writes_a_model_that_eval_reads(jaxllm, tiny_checkpoint):
 
 def test_quantize_spends_a_budget(jaxllm, tiny_checkpoint):
     Path("text.txt").write_text("Once upon a time there was a little dog. " * 40, "utf-8")
-    choices = [{"method": "rtn", "bits": bits, "group": 16} for bits in (2, 6)]
+    choices = [{"method": "rtn", "bits": bits, "group_size": 16} for bits in (2, 6)]
     Path("budget.json").write_text(json.dumps({"bits": 5.5, "methods": choices}), "utf-8")
     options = ("--recipe", "budget.json", "--calibration", "text.txt", "--length", 32, "--sequences", 4)
     done = jaxllm("quantize", "--model", tiny_checkpoint, *options, "--out", "small", "--json")
@@ -40,7 +40,7 @@ def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint
     rules = [
         {"pattern": r"mlp\.down", "method": None},
         {"pattern": "layers", "method": "dec-dec", "k_chunk": 0, "select": "exact",
-         "base": {"method": "rtn", "bits": 8, "group": 8}},
+         "base": {"method": "rtn", "bits": 8, "group_size": 8}},
     ]  # fmt: skip
     Path("recipe.json").write_text(json.dumps(rules), "utf-8")
     done = jaxllm("quantize", "--model", tiny_checkpoint, "--recipe", "recipe.json", "--out", "small")

@@ -27,7 +27,7 @@ def test_a_model_prints_in_a_line_what_it_is(make):
 
 
 def test_a_quantized_model_prints_its_bits():
-    small = jl.quantize(decoder.Decoder(decoder.TINY, rngs=nnx.Rngs(0)), jl.Rtn(bits=4, group=16))
+    small = jl.quantize(decoder.Decoder(decoder.TINY, rngs=nnx.Rngs(0)), jl.Rtn(bits=4, group_size=16))
     bits = 8 * sum(x.nbytes for x in jax.tree.leaves(small)) / jl.report_bytes(small).weights
     assert f"{bits:.2f} bits a weight" in repr(small)
 

@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    return calibrate(model, ROWS, want=STATISTICS, groups=2, batch=2, sample=9, progress=False)
+    return calibrate(model, ROWS, want=STATISTICS, output_groups=2, batch=2, sample=9, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +179,9 @@ def test_too_little_text_is_named_and_bad_wishes_are_refused(model):
     with pytest.raises(ValueError, match=r"want must name some of .*, got \['hesian'\]"):
         calibrate(model, few, want={"hesian"})
     with pytest.raises(
-        ValueError, match="must divide the outputs of layers.0.attention.q, got groups=3, N=32"
+        ValueError, match="must divide the outputs of layers.0.attention.q, got output_groups=3, N=32"
     ):
-        calibrate(model, few, want={"guided_hessian"}, groups=3)
+        calibrate(model, few, want={"guided_hessian"}, output_groups=3)
     with pytest.raises(ValueError, match="sequences must have 2 to 64 tokens, got none"):
         calibrate(model, [], want={"hessian_diag"})
     with pytest.raises(ValueError, match=r"token ids must lie in \[0, 128\), got token=128"):

@@ -37,11 +37,11 @@ class Spy:
     def required_stats(self):
         return frozenset({self.stat})
 
-    def solve(self, rows, stats: Stats, *, name, dtype, mask=None):
+    def quantize(self, rows, stats: Stats, *, name, dtype, mask=None):
         need(stats, "spy", self.stat)
         self.seen.append((name, np.asarray(getattr(stats, self.stat)), mask))
-        scale, zero = min_max(rows, bits=4, group=16)
-        return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
+        scale, zero_point = min_max(rows, bits=4, group_size=16)
+        return encode(rows, scale, zero_point, bits=4, group_size=16, dtype=dtype, integer_zero_point=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def model():
 
 
 def test_one_method_takes_every_linear_of_the_blocks_and_leaves_the_rest(model):
-    small = quantize(model, Rtn(bits=4, group=16), progress=False)
+    small = quantize(model, Rtn(bits=4, group_size=16), progress=False)
     weights = linear_weights(small)
     assert isinstance(weights.pop("head"), Dense) and isinstance(weights.pop("embedding"), Dense)
     assert len(weights) == 14
@@ -66,9 +66,9 @@ def test_one_method_takes_every_linear_of_the_blocks_and_leaves_the_rest(model):
 def test_a_recipe_gives_each_linear_its_first_match(model):
     recipe = [
         (r"layers\.0\.", None),
-        (r"mlp\.down", Rtn(bits=8, group=16)),
-        (r"layers", Rtn(bits=2, group=8)),
-        ("head", Rtn(bits=6, group=32)),
+        (r"mlp\.down", Rtn(bits=8, group_size=16)),
+        (r"layers", Rtn(bits=2, group_size=8)),
+        ("head", Rtn(bits=6, group_size=32)),
     ]
     weights = linear_weights(quantize(model, recipe, progress=False))
     bits = {name: w.codes.bits if isinstance(w, Affine) else None for name, w in weights.items()}
@@ -77,26 +77,26 @@ def test_a_recipe_gives_each_linear_its_first_match(model):
 
 
 def test_embedding_and_head_are_quantized_when_their_names_are_spelt(model):
-    left = quantize(model, [(".*", Rtn(bits=4, group=16))], progress=False)
+    left = quantize(model, [(".*", Rtn(bits=4, group_size=16))], progress=False)
     assert all(isinstance(linear_weights(left)[name], Dense) for name in ("embedding", "head"))
     rest = (r"\.", None)
-    small = quantize(model, [rest, ("embedding|head", Rtn(bits=8, group=16))], progress=False)
+    small = quantize(model, [rest, ("embedding|head", Rtn(bits=8, group_size=16))], progress=False)
     rows = {n: dequantize(w).T for n, w in linear_weights(small).items() if isinstance(w, Affine)}
     assert rows.keys() == {"embedding", "head"}
     same = replace_weights(model, {name: Dense(x) for name, x in rows.items()})
     tokens = jnp.asarray([ROWS[0]])
     np.testing.assert_allclose(small(tokens)[0], same(tokens)[0], rtol=1e-5, atol=1e-5)
     tied = Decoder(dataclasses.replace(TINY, tied=True), rngs=nnx.Rngs(0))
-    small = quantize(tied, [rest, ("embedding", Rtn(bits=8, group=16))], progress=False)
+    small = quantize(tied, [rest, ("embedding", Rtn(bits=8, group_size=16))], progress=False)
     same = replace_weights(tied, {"embedding": Dense(dequantize(linear_weights(small)["embedding"]).T)})
     np.testing.assert_allclose(small(tokens)[0], same(tokens)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="embedding must be stored in rows that stand alone, got Affine"):
-        quantize(tied, [rest, ("embedding", Rtn(bits=2, group=16, scale_bits=6))], progress=False)
+        quantize(tied, [rest, ("embedding", Rtn(bits=2, group_size=16, scale_bits=6))], progress=False)
 
 
 def test_every_family_can_be_rounded():
     model = t5.T5(t5.TINY, rngs=nnx.Rngs(0))
-    weights = linear_weights(quantize(model, Rtn(bits=4, group=16), progress=False))
+    weights = linear_weights(quantize(model, Rtn(bits=4, group_size=16), progress=False))
     names = [name for name, w in weights.items() if isinstance(w, Affine)]
     assert any(name.startswith("encoder.") for name in names) and any("cross" in name for name in names)
 
@@ -145,10 +145,10 @@ def test_bits_can_be_spent_across_layers(model):
 def test_a_stopped_run_goes_on_and_gives_the_same(model, tmp_path):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Stops(Spy):
-        def solve(self, rows, stats, *, name, dtype):
+        def quantize(self, rows, stats, *, name, dtype):
             if name == "layers.1.attention.k" and not self.seen:
                 raise KeyboardInterrupt
-            return super().solve(rows, stats, name=name, dtype=dtype)
+            return super().quantize(rows, stats, name=name, dtype=dtype)
 
     with pytest.raises(KeyboardInterrupt):
         recipe = [(r"layers\.0", Spy()), (r"layers\.1", Stops(seen=[]))]
@@ -185,13 +185,15 @@ def test_no_more_than_one_blocks_statistics_are_held(quick_gc, model):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Watch(Spy):
-        def solve(self, rows, stats, *, name, dtype):
+        def quantize(self, rows, stats, *, name, dtype):
             gc.collect()
             block = name.rpartition(".")[0].rpartition(".")[0]
             assert {other for other, ref in held if ref() is not None} <= {block}
             held.append((block, weakref.ref(stats)))
-            scale, zero = min_max(rows, bits=4, group=16)
-            return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
+            scale, zero_point = min_max(rows, bits=4, group_size=16)
+            return encode(
+                rows, scale, zero_point, bits=4, group_size=16, dtype=dtype, integer_zero_point=True
+            )
 
     alive: list = []
     take = sums.StatsAccumulator.update
@@ -221,11 +223,13 @@ def test_memory_is_what_was_given_what_is_finished_and_one_block(quick_gc, consu
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Watch(Spy):
-        def solve(self, rows, stats, *, name, dtype):
+        def quantize(self, rows, stats, *, name, dtype):
             gc.collect()
             held.append(size(x for x in jax.live_arrays() if id(x) not in before))
-            scale, zero = min_max(rows, bits=4, group=16)
-            return encode(rows, scale, zero, bits=4, group=16, dtype=dtype, zero_code=True)
+            scale, zero_point = min_max(rows, bits=4, group_size=16)
+            return encode(
+                rows, scale, zero_point, bits=4, group_size=16, dtype=dtype, integer_zero_point=True
+            )
 
     small = quantize(model, Watch(), ROWS, consume=consume, sequential=sequential, progress=False)
     assert (small is model) == consume
@@ -244,19 +248,19 @@ def test_a_checkpoint_is_quantized_without_ever_being_in_memory(tmp_path, quick_
     config = dataclasses.replace(TINY, layers=12)
     whole = Decoder(config, rngs=nnx.Rngs(0))
     jl.save(whole, tmp_path / "given", to="huggingface")
-    want = quantize(whole, Rtn(bits=4, group=16, clip=True), ROWS, batch=2, progress=False)
+    want = quantize(whole, Rtn(bits=4, group_size=16, clip=True), ROWS, batch=2, progress=False)
     before = {id(x) for x in jax.live_arrays()}
     size = lambda arrays: sum(x.nbytes for x in arrays)  # noqa: E731
     held = []
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Watch(Rtn):
-        def solve(self, rows, stats, *, name, dtype):
+        def quantize(self, rows, stats, *, name, dtype):
             gc.collect()
             held.append(size(x for x in jax.live_arrays() if id(x) not in before))
-            return super().solve(rows, stats, name=name, dtype=dtype)
+            return super().quantize(rows, stats, name=name, dtype=dtype)
 
-    got = quantize(tmp_path / "given", Watch(bits=4, group=16, clip=True), ROWS, batch=2, progress=False)
+    got = quantize(tmp_path / "given", Watch(bits=4, group_size=16, clip=True), ROWS, batch=2, progress=False)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(nnx.state(got)))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(want))
     done = sum(num_bytes(w) for n, w in linear_weights(got).items() if "." in n)
@@ -276,13 +280,13 @@ def test_a_checkpoint_is_quantized_without_ever_being_in_memory(tmp_path, quick_
 def test_a_consumed_model_that_fails_is_quantized_in_part_and_whole(model):
     given = nan(Decoder(TINY, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up"):
-        quantize(given, Rtn(bits=4, group=16), consume=True, progress=False)
+        quantize(given, Rtn(bits=4, group_size=16), consume=True, progress=False)
     kinds = {name: type(w) for name, w in linear_weights(given).items()}
     assert kinds["layers.0.mlp.up"] is Affine and kinds["layers.1.mlp.up"] is Dense
     given(jnp.asarray([ROWS[0]]))  # still a model
     whole = Decoder(TINY, rngs=nnx.Rngs(0))
-    quantize(whole, Rtn(bits=4, group=16), consume=True, progress=False)
-    want = quantize(model, Rtn(bits=4, group=16), progress=False)
+    quantize(whole, Rtn(bits=4, group_size=16), consume=True, progress=False)
+    want = quantize(model, Rtn(bits=4, group_size=16), progress=False)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(want))
 
 
@@ -296,7 +300,11 @@ def nan(model):
     [
         ([("nothing", Rtn()), (".*", Rtn())], None, "every pattern must match a linear, got 'nothing'"),
         ([("mlp", Rtn())], None, r"the recipe must match every linear, got none for layers\.0\.attention\.k"),
-        (Rtn(group=48), None, r"group must be at most K of layers\.0\.attention\.k, got group=48, K=32"),
+        (
+            Rtn(group_size=48),
+            None,
+            r"group_size must be at most K of layers\.0\.attention\.k, got group_size=48, K=32",
+        ),
         (Spy(), None, "hessian need calibration text, got none"),
         (Spy(), [], "sequences must have 2 to 64 tokens, got none"),
         ([("head", Spy()), (".*", None)], ROWS, "only linears of blocks are calibrated, got head"),
@@ -308,13 +316,13 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(model, recipe, sequ
 
 
 def test_a_second_quantization_bad_weights_and_foreign_statistics_are_refused(model):
-    small = quantize(model, Rtn(bits=4, group=16), progress=False)
+    small = quantize(model, Rtn(bits=4, group_size=16), progress=False)
     with pytest.raises(ValueError, match=r"layers\.0\.attention\.k must be dense, got Affine"):
-        quantize(small, Rtn(bits=2, group=16), progress=False)
+        quantize(small, Rtn(bits=2, group_size=16), progress=False)
     with pytest.raises(
         ValueError, match=r"weights must be finite, got NaN or infinity in layers\.1\.mlp\.up"
     ):
-        quantize(nan(model), Rtn(bits=4, group=16), progress=False)
+        quantize(nan(model), Rtn(bits=4, group_size=16), progress=False)
     stats = calibrate(model, ROWS, want={"hessian_diag"}, progress=False)
     with pytest.raises(ValueError, match="the calibration must hold hessian"):
         quantize(model, Spy(), stats, progress=False)

@@ -17,7 +17,7 @@ from jaxllm.quant.recipe import Budget, read_recipe
 from jaxllm.quant.sensitivity import FORMS, Choice, allocate_bits, sensitivity
 
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [30, 60, 90, 120, 3, 3]]
-METHODS = [jl.Rtn(bits=bits, group=16) for bits in (2, 3, 5)]
+METHODS = [jl.Rtn(bits=bits, group_size=16) for bits in (2, 3, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_cost_is_the_error_weighed_by_the_curvature(model, stats, by):
     name = "layers.1.mlp.down"
     w, known = linear_weights(model)[name], stats[name]
     table = sensitivity(model, METHODS[:1], stats, by=by, layers=name, progress=False)
-    made = METHODS[0].solve(w.rows, known, name=name, dtype=jnp.float32)
+    made = METHODS[0].quantize(w.rows, known, name=name, dtype=jnp.float32)
     d = np.asarray(made.dequantize_rows(jnp.float32) - w.rows, np.float64)
     if by in ("hessian", "guided_hessian"):
         H = np.asarray(known.hessian if by == "hessian" else known.guided_hessian[0], np.float64)

@@ -38,7 +38,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    return calibrate(model, PAIRS, want=STATISTICS, groups=2, batch=2, sample=9, progress=False)
+    return calibrate(model, PAIRS, want=STATISTICS, output_groups=2, batch=2, sample=9, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,9 @@ def test_statistics_equal_a_pass_through_the_whole_model(measured, seen, name):
 
 
 def test_a_quantized_t5_still_answers_and_feeds_its_own_outputs_forward(model):
-    one = quantize(model, Rtn(bits=8, group=16, clip=True), PAIRS, batch=2, sequential=True, progress=False)
+    one = quantize(
+        model, Rtn(bits=8, group_size=16, clip=True), PAIRS, batch=2, sequential=True, progress=False
+    )
     sources = [source for source, _ in PAIRS]
     assert len(generate(one, None, sources, max_new_tokens=4)) == 5
     target = jnp.asarray([[0, 8, 8]])

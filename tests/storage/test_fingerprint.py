@@ -84,6 +84,6 @@ def test_models_that_differ_behind_the_first_row_refuse_each_others_files(plain,
     with pytest.raises(ValueError, match="the calibration must be of this model"):
         jl.quantize(other, jl.Rtn(clip=True), stats, progress=False)
     run = {"checkpoint": tmp_path / "stopped", "progress": False}
-    jl.quantize(plain, jl.Rtn(group=16), **run)
+    jl.quantize(plain, jl.Rtn(group_size=16), **run)
     with pytest.raises(ValueError, match="must hold the same model, method and text"):
-        jl.quantize(other, jl.Rtn(group=16), **run)
+        jl.quantize(other, jl.Rtn(group_size=16), **run)

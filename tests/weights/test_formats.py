@@ -42,7 +42,7 @@ class Fixed:
     make: object
     required_stats = frozenset()
 
-    def solve(self, rows, stats, *, name, dtype):
+    def quantize(self, rows, stats, *, name, dtype):
         return self.make(rows)
 
 
@@ -56,30 +56,30 @@ def table(rows, bits):
 
 
 FORMS = {
-    "affine4": lambda rows: affine.quantize(rows.T, bits=4, group=32),
-    "affine3": lambda rows: affine.quantize(rows.T, bits=3, group=32, zero_code=False),
-    "affine8": lambda rows: affine.quantize(rows.T, bits=8, group=rows.shape[1], symmetric=True),
-    "affine2, coded scales": lambda rows: jl.Rtn(bits=2, group=32, scale_bits=6).solve(
+    "affine4": lambda rows: affine.quantize(rows.T, bits=4, group_size=32),
+    "affine3": lambda rows: affine.quantize(rows.T, bits=3, group_size=32, integer_zero_point=False),
+    "affine8": lambda rows: affine.quantize(rows.T, bits=8, group_size=rows.shape[1], symmetric=True),
+    "affine2, coded scales": lambda rows: jl.Rtn(bits=2, group_size=32, scale_bits=6).quantize(
         rows, Stats(), name="w", dtype=jnp.float32
     ),
-    "awq": lambda rows: jl.Awq(bits=4, group=32).solve(
+    "awq": lambda rows: jl.Awq(bits=4, group_size=32).quantize(
         rows, Stats(mean=jnp.ones(rows.shape[1]), sample=jnp.eye(rows.shape[1])), name="w", dtype=jnp.float32
     ),
     "codebook3": lambda rows: codebook.encode(rows, table(rows, 3), bits=3),
-    "any_precision": lambda rows: jl.AnyPrecision(parent_bits=5, seed_bits=3).solve(
+    "any_precision": lambda rows: jl.AnyPrecision(parent_bits=5, seed_bits=3).quantize(
         rows, Stats(fisher=jnp.ones(rows.shape), tokens=64), name="w", dtype=jnp.float32
     ),
-    "nested_fp": lambda rows: jl.NestedFp().solve(rows, Stats(), name="w", dtype=jnp.float32),
-    "nested_fp8": lambda rows: jl.NestedFp(mode="fp8").solve(rows, Stats(), name="w", dtype=jnp.float32),
-    "mixed_two_bit": lambda rows: MixedTwoBit().solve(rows, ones(rows), name="w", dtype=jnp.float32),
-    "dec_dec": lambda rows: jl.DecDec(base=jl.Rtn(bits=3, group=32)).solve(
+    "nested_fp": lambda rows: jl.NestedFp().quantize(rows, Stats(), name="w", dtype=jnp.float32),
+    "nested_fp8": lambda rows: jl.NestedFp(mode="fp8").quantize(rows, Stats(), name="w", dtype=jnp.float32),
+    "mixed_two_bit": lambda rows: MixedTwoBit().quantize(rows, ones(rows), name="w", dtype=jnp.float32),
+    "dec_dec": lambda rows: jl.DecDec(base=jl.Rtn(bits=3, group_size=32)).quantize(
         rows, ones(rows), name="w", dtype=jnp.float32
     ),
 }
-FORMS["rotated"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine4"]), activation_bits=8).solve(
+FORMS["rotated"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine4"]), activation_bits=8).quantize(
     rows, Stats(), name="w", dtype=jnp.float32
 )
-FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), activation_bits=4).solve(
+FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), activation_bits=4).quantize(
     rows, Stats(), name="w", dtype=jnp.float32
 )
 FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
@@ -154,7 +154,7 @@ def test_a_weight_prints_as_one_line_that_says_format_shape_and_bits(weights, na
 
 def test_what_a_weight_is_made_of_prints_its_fields_without_numbers(weights):
     w = weights[1]["affine4"]
-    assert repr(w) == "Affine([128, 64] float32 in 4.62 bits, group=32)"
+    assert repr(w) == "Affine([128, 64] float32 in 4.62 bits, group_size=32)"
     assert repr(w.codes) == "Packed(words=uint32[64, 4, 4], bits=4, size=128)"
 
 
@@ -207,8 +207,11 @@ def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path
     file = tmp_path / "out" / "manifest.json"
     whole = json.loads(file.read_text())
     for damage, message in (
-        (lambda w: w["fields"].pop("zero"), "layers.0.mlp.up.w must have the fields of Affine"),
-        (lambda w: w["fields"].update(zero=None), "weights and manifest.json must name the same arrays"),
+        (lambda w: w["fields"].pop("zero_point"), "layers.0.mlp.up.w must have the fields of Affine"),
+        (
+            lambda w: w["fields"].update(zero_point=None),
+            "weights and manifest.json must name the same arrays",
+        ),
         (lambda w: w["fields"]["scale"].update(shape=[1, 1]), "layers.0.mlp.up.w/scale must be"),
         (lambda w: w.update(type="Affinity"), "layers.0.mlp.up.w must be of a format of"),
     ):
@@ -241,7 +244,7 @@ def test_tensor_parallel_generation_gives_the_tokens_of_one_device(models, name)
 
 
 def test_what_a_mesh_cannot_split_is_one_line():
-    w = affine.quantize(jnp.ones((96, 64)), bits=4, group=48)
+    w = affine.quantize(jnp.ones((96, 64)), bits=4, group_size=48)
     assert w.partition_specs(P("model", None)).scale == P("model", None)
     model = quantize(
         Decoder(dataclasses.replace(CONFIG, ffn=96), rngs=nnx.Rngs(0)),

@@ -91,21 +91,21 @@ def test_the_product_is_that_of_the_rows_and_of_the_factored_form(n, k, groups, 
     if w.two is not None:  # sum of q x less zero times sum of x, once a group
         moved = np.asarray(mixed_columns.permute(x, w)).reshape(2, 3, -1, 16)[:, :, : w.two.shape[1]]
         codes = np.asarray(from_words(w.two[..., None], 2), np.float32)
-        scale, zero = map(np.asarray, mixed_columns.two_bit_steps(w))
-        sums = np.einsum("abci,nci->abnc", moved, codes) - zero * moved.sum(-1)[:, :, None]
-        dense = np.einsum("abci,nci->abn", moved, (codes - zero[..., None]) * scale[..., None])
+        scale, zero_point = map(np.asarray, mixed_columns.two_bit_steps(w))
+        sums = np.einsum("abci,nci->abnc", moved, codes) - zero_point * moved.sum(-1)[:, :, None]
+        dense = np.einsum("abci,nci->abn", moved, (codes - zero_point[..., None]) * scale[..., None])
         np.testing.assert_allclose((sums * scale).sum(-1), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_known_before_the_codes_give_the_same_rows(layer, w):
     """What the paper overlaps with loading the codes: the order of the two does not change a bit."""
-    scale, zero = jax.jit(mixed_columns.two_bit_steps)(w)  # without codes
+    scale, zero_point = jax.jit(mixed_columns.two_bit_steps)(w)  # without codes
     without = dataclasses.replace(w, two=jnp.zeros_like(w.two))
     assert all(
-        (a == b).all() for a, b in zip(mixed_columns.two_bit_steps(without), (scale, zero), strict=True)
+        (a == b).all() for a, b in zip(mixed_columns.two_bit_steps(without), (scale, zero_point), strict=True)
     )
     codes = from_words(w.two[..., None], 2).astype(jnp.float32)
-    late = (codes - zero[..., None]) * scale[..., None]
+    late = (codes - zero_point[..., None]) * scale[..., None]
     plain = dataclasses.replace(w, outlier=None, place=None)
     assert (jax.jit(mixed_columns.permuted_rows)(plain)[:, : late[0].size] == late.reshape(N, -1)).all()
 

@@ -17,7 +17,7 @@ errors and lie far from their weights, so cuts alone undo it. They start each wi
 restricted to it: levels by eq. 9, each code between its two halves by eq. 11, by turns. F = (w - P c)^T H
 (w - P c) then falls with the width (before the tables are rounded to float16).
 
-    w = AnyPrecision(parent_bits=8).solve(rows, Stats(fisher=fisher), name="up", dtype=rows.dtype)
+    w = AnyPrecision(parent_bits=8).quantize(rows, Stats(fisher=fisher), name="up", dtype=rows.dtype)
     w.at(4).dequantize_rows()                          # the same planes, four of them read
 
 Bits a weight: parent_bits + 16 * (2**(parent_bits + 1) - 2**seed_bits) / K, so K should be in the thousands.
@@ -53,9 +53,10 @@ class AnyPrecision:
     """A parent of `parent_bits` bits, grown from a seed of `seed_bits`.
 
     bits: the width it is first read at, by default the parent's. split: "exact", or "paper" for its binary
-    search. seeder: "squeeze_llm" (Fisher-weighted k-means) or "lnq" (guided, for `groups` groups of outputs).
-    restarts, exact_seed: see `squeeze_llm.SqueezeLlm`. turns: of LNQ's search at each width above its seed;
-    more are better near the seed and worse from three bits above it on, where 0 is best.
+    search. seeder: "squeeze_llm" (Fisher-weighted k-means) or "lnq" (guided, for `output_groups` of
+    consecutive outputs). restarts, exact_seed: see `squeeze_llm.SqueezeLlm`. turns: of LNQ's search at each
+    width above its seed; more are better near the seed and worse from three bits above it on, where 0 is
+    best.
     """
 
     parent_bits: int = 8
@@ -66,7 +67,7 @@ class AnyPrecision:
     seeder: Literal["squeeze_llm", "lnq"] = "squeeze_llm"
     restarts: int = 8
     exact_seed: bool = False
-    groups: int = 1
+    output_groups: int = 1
     turns: int = 2
 
     def __post_init__(self):
@@ -81,9 +82,9 @@ class AnyPrecision:
         if self.restarts < 1 or self.turns < 0:
             got = f"restarts={self.restarts}, turns={self.turns}"
             raise ValueError(f"AnyPrecision: restarts must be at least 1 and turns at least 0, got {got}")
-        if self.groups < 1 or (self.groups > 1 and self.seeder != "lnq"):
-            got = f"groups={self.groups}, seeder={self.seeder}"
-            raise ValueError(f"AnyPrecision: groups must be 1, or more with seeder=lnq, got {got}")
+        if self.output_groups < 1 or (self.output_groups > 1 and self.seeder != "lnq"):
+            got = f"output_groups={self.output_groups}, seeder={self.seeder}"
+            raise ValueError(f"AnyPrecision: output_groups must be 1, or more with seeder=lnq, got {got}")
 
     @property
     def first_bits(self) -> int:
@@ -94,14 +95,14 @@ class AnyPrecision:
     def required_stats(self) -> frozenset[str]:
         return frozenset({"fisher" if self.seeder == "squeeze_llm" else "guided_hessian"})
 
-    def solve(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> BitPlanes:
+    def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> BitPlanes:
         N = rows.shape[0]
         if self.seeder == "lnq":
             hessians = curvature(
-                stats, "AnyPrecision", guided=True, groups=self.groups, shape=(N, rows.shape[1])
+                stats, "AnyPrecision", guided=True, output_groups=self.output_groups, shape=(N, rows.shape[1])
             )
-            energy = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
-            weights = importance(rows, jnp.repeat(energy, N // self.groups, axis=0))
+            hessian_diag = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
+            weights = importance(rows, jnp.repeat(hessian_diag, N // self.output_groups, axis=0))
         else:
             need(stats, "AnyPrecision", "fisher")
             assert stats.fisher is not None

@@ -10,12 +10,12 @@ half, for the least error of the group's own contribution. Differs in:
 - an asymmetric grid shrinks at both ends, in the published ten steps;
 - errors are taken through the sample's curvature X^T X: the same numbers for less work.
 
-    w = Awq(bits=4, group=32).solve(rows, stats, name="up", dtype=jnp.bfloat16)           # Scaled
+    w = Awq(bits=4, group_size=32).quantize(rows, stats, name="up", dtype=jnp.bfloat16)           # Scaled
     y = matmul(x, w)
 
 r = 0 and the whole range are among the candidates: on the sample, never worse than round to nearest.
 Memory: about four times the rows [N, K] and two matrices [K, K], in float32.
-Letters: K inputs, N outputs, G = ceil(K / group) groups, n sample inputs.
+Letters: K inputs, N outputs, G = ceil(K / group_size) groups, n sample inputs.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from jaxllm.weights import affine
 from jaxllm.weights.affine import check_rows
 from jaxllm.weights.scaled import Scaled
 
-SHRINKS = tuple(1 - i / 20 for i in range(10))
+CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))
 MAX_INPUT_SCALE = 2.0**8  # greatest s and 1 / s: float16 holds both well
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -41,18 +41,18 @@ class Awq:
     """Activation-aware scaling, then a clip search.
 
     steps: how many powers r = 0, 1/steps, 2/steps ... are tried. clip: search the range. symmetric and
-    zero_code: as in `Rtn`.
+    integer_zero_point: as in `Rtn`.
     """
 
     bits: int = 4
-    group: int = 32
+    group_size: int = 32
     symmetric: bool = False
-    zero_code: bool = True
+    integer_zero_point: bool = True
     steps: int = 20
     clip: bool = True
 
     def __post_init__(self):
-        check_grid("awq", self.bits, self.group)
+        check_grid("awq", self.bits, self.group_size)
         if self.steps < 1:
             raise ValueError(f"awq: steps must be at least 1, got steps={self.steps}")
 
@@ -60,7 +60,7 @@ class Awq:
     def required_stats(self) -> frozenset[str]:
         return frozenset({"mean", "sample"})
 
-    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Scaled:
+    def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Scaled:
         """The rows, scaled and rounded."""
         need(stats, "awq", "mean", "sample")
         assert stats.mean is not None and stats.sample is not None
@@ -68,18 +68,21 @@ class Awq:
         K = rows.shape[1]
         if stats.mean.shape != (K,) or stats.sample.shape[1] != K:
             raise ValueError(f"awq: statistics must be of K inputs, got {K=}, {stats.sample.shape=}")
-        inverse, scale, zero = _search(self, rows, stats.mean, stats.sample)
-        kept = None if self.symmetric else zero
-        sizes = {"bits": self.bits, "group": min(self.group, K)}
+        inverse, scale, zero_point = _search(self, rows, stats.mean, stats.sample)
+        kept = None if self.symmetric else zero_point
+        sizes = {"bits": self.bits, "group_size": min(self.group_size, K)}
         scaled = rows.astype(jnp.float32) / inverse.astype(jnp.float32)[None]
         return Scaled(
-            affine.encode(scaled, scale, kept, **sizes, dtype=dtype, zero_code=self.zero_code), inverse
+            affine.encode(
+                scaled, scale, kept, **sizes, dtype=dtype, integer_zero_point=self.integer_zero_point
+            ),
+            inverse,
         )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _search(method: Awq, rows, mean, sample):
-    """1 / s [K] in float16, scale and zero [N, G]."""
+    """1 / s [K] in float16, scale and zero point [N, G]."""
     rows, sample = rows.astype(jnp.float32), sample.astype(jnp.float32)
     second = jnp.matmul(sample.T, sample, precision=HIGHEST)
     live = mean > 0  # an input that is always 0 keeps s = 1
@@ -98,51 +101,53 @@ def _search(method: Awq, rows, mean, sample):
     powers = jnp.arange(method.steps) / method.steps
     inverse = inverse_at(powers[jnp.argmin(jax.lax.map(loss, powers))])
     wide = inverse.astype(jnp.float32)
-    scale, zero = _clipped(method, rows / wide[None], second * wide[:, None] * wide[None])
-    return inverse, scale, zero
+    scale, zero_point = _clipped(method, rows / wide[None], second * wide[:, None] * wide[None])
+    return inverse, scale, zero_point
 
 
 def _clipped(method: Awq, rows, second):
-    """Scale and zero after the clip search: of each row's group, least e (X^T X) e^T of its own inputs."""
+    """Scale and zero point after the clip search: of each group, least e (X^T X) e^T of its own inputs."""
     best = _grid(method, rows, 1.0)
     if not method.clip:
         return best
     K = rows.shape[1]
-    group = min(method.group, K)
-    G = -(-K // group)
-    full = jnp.pad(second, (0, G * group - K)).reshape(G, group, G, group)
-    blocks = full[jnp.arange(G), :, jnp.arange(G)]  # [G, group, group]
+    group_size = min(method.group_size, K)
+    G = -(-K // group_size)
+    full = jnp.pad(second, (0, G * group_size - K)).reshape(G, group_size, G, group_size)
+    blocks = full[jnp.arange(G), :, jnp.arange(G)]  # [G, group_size, group_size]
 
-    def loss(scale, zero):
-        error = jnp.pad(rows - _round(method, rows, scale, zero), ((0, 0), (0, G * group - K)))
-        error = error.reshape(-1, G, group)
+    def loss(scale, zero_point):
+        error = jnp.pad(rows - _round(method, rows, scale, zero_point), ((0, 0), (0, G * group_size - K)))
+        error = error.reshape(-1, G, group_size)
         pushed = jnp.einsum("nga,gab->ngb", error, blocks, precision=HIGHEST)
         return (pushed * error).sum(-1)
 
     def closer(i, state):
-        least, scale, zero = state
-        new_scale, new_zero = _grid(method, rows, jnp.asarray(SHRINKS, jnp.float32)[i])
+        least, scale, zero_point = state
+        new_scale, new_zero = _grid(method, rows, jnp.asarray(CLIP_RATIOS, jnp.float32)[i])
         error = loss(new_scale, new_zero)
         better = error < least
         return (
             jnp.where(better, error, least),
             jnp.where(better, new_scale, scale),
-            jnp.where(better, new_zero, zero),
+            jnp.where(better, new_zero, zero_point),
         )
 
-    return jax.lax.fori_loop(1, len(SHRINKS), closer, (loss(*best), *best))[1:]
+    return jax.lax.fori_loop(1, len(CLIP_RATIOS), closer, (loss(*best), *best))[1:]
 
 
-def _grid(method: Awq, rows, shrink):
-    sizes = {"bits": method.bits, "group": min(method.group, rows.shape[1])}
-    scale, zero = affine.min_max(rows, symmetric=method.symmetric, shrink=shrink, **sizes)
-    return affine.stored(rows, scale, zero, zero_code=method.zero_code, **sizes)
+def _grid(method: Awq, rows, clip_ratio):
+    sizes = {"bits": method.bits, "group_size": min(method.group_size, rows.shape[1])}
+    scale, zero_point = affine.min_max(rows, symmetric=method.symmetric, clip_ratio=clip_ratio, **sizes)
+    return affine.round_to_storage(
+        rows, scale, zero_point, integer_zero_point=method.integer_zero_point, **sizes
+    )
 
 
-def _round(method: Awq, rows, scale, zero):
+def _round(method: Awq, rows, scale, zero_point):
     """Each weight's nearest grid point."""
     N, K = rows.shape
-    g, _ = affine.grouped(rows, min(method.group, K))
-    scale, zero = scale[..., None], zero[..., None]
-    codes = jnp.clip(jnp.round(g / scale + zero), 0, 2**method.bits - 1)
-    return ((codes - zero) * scale).reshape(N, -1)[:, :K]
+    g, _ = affine.grouped(rows, min(method.group_size, K))
+    scale, zero_point = scale[..., None], zero_point[..., None]
+    codes = jnp.clip(jnp.round(g / scale + zero_point), 0, 2**method.bits - 1)
+    return ((codes - zero_point) * scale).reshape(N, -1)[:, :K]

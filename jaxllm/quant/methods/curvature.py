@@ -10,7 +10,7 @@ from jaxllm.quant.statistics import Stats, need
 
 
 def curvature(
-    stats: Stats, who: str, *, guided: bool, groups: int, shape: tuple[int, ...]
+    stats: Stats, who: str, *, guided: bool, output_groups: int, shape: tuple[int, ...]
 ) -> Float[Array, "g K K"]:
     """The curvature of each group of outputs of rows [N, K]: of the inputs alone, or of the end loss."""
     N, K = shape
@@ -19,17 +19,19 @@ def curvature(
     assert hessians is not None
     if hessians.shape[1:] != (K, K):
         raise ValueError(f"{who}: the curvature must be of K inputs, got {K=}, {hessians.shape=}")
-    if N % groups:
-        raise ValueError(f"{who}: groups must divide N, got {groups=}, {N=}")
-    return averaged(hessians, groups)
+    if N % output_groups:
+        raise ValueError(f"{who}: output_groups must divide N, got {output_groups=}, {N=}")
+    return averaged(hessians, output_groups)
 
 
-def averaged(hessians: Float[Array, "many K K"], groups: int) -> Float[Array, "g K K"]:
+def averaged(hessians: Float[Array, "many K K"], output_groups: int) -> Float[Array, "g K K"]:
     """Neighbouring groups merged: the mean of their curvatures is the curvature of the larger group."""
     many, K, _ = hessians.shape
-    if many % groups:
-        raise ValueError(f"guided: groups must divide those measured, got {groups=}, measured={many}")
-    return hessians.reshape(groups, many // groups, K, K).mean(1)
+    if many % output_groups:
+        raise ValueError(
+            f"guided: output_groups must divide those measured, got {output_groups=}, measured={many}"
+        )
+    return hessians.reshape(output_groups, many // output_groups, K, K).mean(1)
 
 
 @functools.partial(jax.jit, static_argnames="damping")
@@ -46,12 +48,14 @@ def damped(hessian: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
     return hessian + jnp.diag(extra)
 
 
-def check_curvature(who: str, damping: float, guided: bool, groups: int) -> None:
+def check_curvature(who: str, damping: float, guided: bool, output_groups: int) -> None:
     """Raises ValueError for options that no curvature has."""
     if not 0 <= damping < float("inf"):
         raise ValueError(f"{who}: damping must be finite and not negative, got {damping=}")
-    if groups < 1 or (groups > 1 and not guided):
-        raise ValueError(f"{who}: groups must be 1, or more if guided, got {groups=}, {guided=}")
+    if output_groups < 1 or (output_groups > 1 and not guided):
+        raise ValueError(
+            f"{who}: output_groups must be 1, or more if guided, got {output_groups=}, {guided=}"
+        )
 
 
 FLOOR = 2.0**-30  # least weight of a place, in units of its row's mean

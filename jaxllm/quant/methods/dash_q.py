@@ -1,4 +1,4 @@
-"""DASH-Q: each group's scale and zero by least squares, inputs weighed by their energy. Lossy.
+"""DASH-Q: each group's scale and zero point by least squares, inputs weighed by hessian_diag. Lossy.
 
 Paper: arXiv:2604.13806 (section 5; equations as in the dossier: 1 rounding, 10 scale, 11 offset, 12 start).
 With H = sum_t x_t x_t^T cut down to its diagonal h, every group of every row is a problem of its own:
@@ -14,15 +14,16 @@ Rounding is exact for given (s, l), a weighted regression is exact for given q; 
 - No damping and no ridge there, so F falls with every step.
 - The grid is rounded to what is stored within the search, and compared as stored with the start: no group
   ends above round to nearest on its own range.
-- `zero_code` fits with a whole zero, one that packs into `bits` bits, rather than rounding it afterwards.
+- `integer_zero_point` fits with a whole zero point, one that packs into `bits` bits, rather than rounding it
+  afterwards.
 - `feedback` hands the grids to GPTQ's loop, with H_rho = rho H + (1 - rho) diag(H); rho = `shrinkage`, "auto"
   for the one whose error on held-out inputs is least. It pays where tokens are many more than inputs.
 
-    DashQ(bits=2).solve(rows, stats, name="up", dtype=jnp.bfloat16)                             # Affine
+    DashQ(bits=2).quantize(rows, stats, name="up", dtype=jnp.bfloat16)                             # Affine
 
 Layout while solving: [C, G, U, n], n rows side by side: sums over a group are sums of vectors. Memory:
 about four times the rows [N, K] in float32 (search works on 256 rows at a time); `feedback` adds GPTQ's.
-Letters: K inputs, N outputs, G = ceil(K / group) groups of C * U places.
+Letters: K inputs, N outputs, G = ceil(K / group_size) groups of C * U places.
 """
 
 import dataclasses
@@ -50,20 +51,20 @@ RHOS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 class DashQ:
     """Weighted least squares on affine grids.
 
-    group: None is the paper's (32, 64, 128 at 2, 3, 4 bits); never more than K. damping and ridge: of "paper"
-    only (alpha and lambda). h_power: exponent on the energies, 0 weighs all inputs alike. shrinkage: rho,
-    None is 1, with `feedback` only. scale_bits: store the scales in codes of so many bits as well, with
-    zero_code and no feedback (the errors of codes are then those of the coded scales).
+    group_size: None is the paper's (32, 64, 128 at 2, 3, 4 bits); never more than K. damping and ridge: of
+    "paper" only (alpha and lambda). h_power: exponent on hessian_diag, 0 weighs all inputs alike. shrinkage:
+    rho, None is 1, with `feedback` only. scale_bits: store the scales in codes of so many bits as well, with
+    integer_zero_point and no feedback (the errors of codes are then those of the coded scales).
     """
 
     bits: int = 2
-    group: int | None = None
+    group_size: int | None = None
     mode: Literal["search", "paper"] = "search"
     iterations: int = 9
     damping: float = 0.5
     ridge: float = 1e-2
     h_power: float = 1.0
-    zero_code: bool = False
+    integer_zero_point: bool = False
     feedback: bool = False
     shrinkage: float | Literal["auto"] | None = None
     scale_bits: int | None = None
@@ -72,13 +73,19 @@ class DashQ:
         rho = self.shrinkage
         for right, what in (
             (1 <= self.bits <= 8, f"bits must be 1 to 8, got {self.bits=}"),
-            (self.group is None or self.group >= 1, f"group must be at least 1, got {self.group=}"),
+            (
+                self.group_size is None or self.group_size >= 1,
+                f"group_size must be at least 1, got {self.group_size=}",
+            ),
             (self.mode in ("search", "paper"), f"mode must be search or paper, got {self.mode=}"),
             (self.iterations >= 0, f"iterations must not be negative, got {self.iterations=}"),
             (0 < self.damping <= 1, f"damping must be above 0, at most 1, got {self.damping=}"),
             (0 <= self.ridge < float("inf"), f"ridge must be finite, not negative, got {self.ridge=}"),
             (0 <= self.h_power < float("inf"), f"h_power must be finite, not negative, got {self.h_power=}"),
-            (self.mode == "search" or not self.zero_code, "zero_code needs mode='search', got mode='paper'"),
+            (
+                self.mode == "search" or not self.integer_zero_point,
+                "integer_zero_point needs mode='search', got mode='paper'",
+            ),
             (not self.feedback or self.scale_bits is None, "scale_bits needs feedback=False, got True"),
             (self.feedback or rho is None, f"shrinkage needs feedback=True, got {self.shrinkage=}"),
             (
@@ -88,51 +95,55 @@ class DashQ:
         ):
             if not right:
                 raise ValueError(f"dash_q: {what}")
-        affine.check_scale_bits("dash_q", self.scale_bits, self.zero_code)
+        affine.check_scale_bits("dash_q", self.scale_bits, self.integer_zero_point)
 
     @property
     def required_stats(self) -> frozenset[str]:
         extra = {"hessian"} if self.feedback else set()
         return frozenset({"hessian_diag"} | extra | ({"held_out"} if self.shrinkage == "auto" else set()))
 
-    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:
+    def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:
         """The rows in affine codes."""
         need(stats, "dash_q", *sorted(self.required_stats))
         rows = rows.astype(jnp.float32)
-        energy, K = stats.hessian_diag, rows.shape[1]
-        assert energy is not None
-        if energy.shape != (K,):
-            raise ValueError(f"dash_q: diagonal must be [K], got {energy.shape=}, {K=}")
+        hessian_diag, K = stats.hessian_diag, rows.shape[1]
+        assert hessian_diag is not None
+        if hessian_diag.shape != (K,):
+            raise ValueError(f"dash_q: hessian_diag must be [K], got {hessian_diag.shape=}, {K=}")
         check_rows(f"dash_q: {name}", rows)
-        if not bool((jnp.isfinite(energy) & (energy >= 0)).all()):
-            raise ValueError(f"dash_q: diagonal must be finite and not negative, got another in {name=}")
-        sizes = {"bits": self.bits, "group": min(self.group or _paper_group(self.bits), K)}
-        scale, zero = fit(
+        if not bool((jnp.isfinite(hessian_diag) & (hessian_diag >= 0)).all()):
+            raise ValueError(f"dash_q: hessian_diag must be finite and not negative, got another in {name=}")
+        sizes = {"bits": self.bits, "group_size": min(self.group_size or _paper_group(self.bits), K)}
+        scale, zero_point = fit(
             rows,
-            energy,
+            hessian_diag,
             **sizes,
             mode=self.mode,
             iterations=self.iterations,
             damping=self.damping,
             ridge=self.ridge,
             h_power=self.h_power,
-            zero_code=self.zero_code,
+            integer_zero_point=self.integer_zero_point,
         )
         if not self.feedback:
             return affine.encode(
                 rows,
                 scale,
-                zero,
+                zero_point,
                 bits=self.bits,
-                group=sizes["group"],
+                group_size=sizes["group_size"],
                 dtype=dtype,
-                zero_code=self.zero_code,
+                integer_zero_point=self.integer_zero_point,
                 scale_bits=self.scale_bits,
             )
-        scale, zero = affine.stored(rows, scale, zero, **sizes, zero_code=self.zero_code)
+        scale, zero_point = affine.round_to_storage(
+            rows, scale, zero_point, **sizes, integer_zero_point=self.integer_zero_point
+        )
         rhos = RHOS if self.shrinkage == "auto" else (1.0 if self.shrinkage is None else self.shrinkage,)
-        codes = _fed_back(rows, scale, zero, stats, rhos, **sizes)
-        return affine.from_codes(codes, scale, zero, **sizes, dtype=dtype, zero_code=self.zero_code)
+        codes = _fed_back(rows, scale, zero_point, stats, rhos, **sizes)
+        return affine.from_codes(
+            codes, scale, zero_point, **sizes, dtype=dtype, integer_zero_point=self.integer_zero_point
+        )
 
 
 def _paper_group(bits: int) -> int:
@@ -141,71 +152,84 @@ def _paper_group(bits: int) -> int:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("bits", "group", "mode", "iterations", "damping", "ridge", "h_power", "zero_code"),
+    static_argnames=(
+        "bits",
+        "group_size",
+        "mode",
+        "iterations",
+        "damping",
+        "ridge",
+        "h_power",
+        "integer_zero_point",
+    ),
 )
 def fit(
     rows: Float[Array, "N K"],
-    energy: Float[Array, " K"],
+    hessian_diag: Float[Array, " K"],
     *,
     bits: int,
-    group: int,
+    group_size: int,
     mode: str = "search",
     iterations: int = 9,
     damping: float = 0.5,
     ridge: float = 1e-2,
     h_power: float = 1.0,
-    zero_code: bool = False,
+    integer_zero_point: bool = False,
 ) -> tuple[Float[Array, "N G"], Float[Array, "N G"]]:
-    """Scale and zero (in codes) of every group; of a search, as `affine.stored` rounds them."""
-    N, top = rows.shape[0], 2**bits - 1
+    """Scale and zero point (in codes) of every group; of a search, as they will be stored."""
+    N, qmax = rows.shape[0], 2**bits - 1
     blocks = -(-N // ROWS)
     n = -(-N // (16 * blocks)) * 16  # whole vectors
-    h = _weights(energy, group, h_power)
+    h = _weights(hessian_diag, group_size, h_power)
 
     def block(rows):
-        w = _cut(rows, group)
+        w = _cut(rows, group_size)
         if mode == "paper":
-            s, low = descend(w, h, *_range(w, top), top=top, steps=iterations, damping=damping, ridge=ridge)
+            s, low = descend(
+                w, h, *_range(w, qmax), qmax=qmax, steps=iterations, damping=damping, ridge=ridge
+            )
             return s, -low / s
-        s, zero = search(w, h, top=top, iterations=iterations, zero_code=zero_code)
-        return _polish(rows, w, h, s, zero, bits=bits, group=group, zero_code=zero_code)
+        s, zero_point = search(w, h, qmax=qmax, iterations=iterations, integer_zero_point=integer_zero_point)
+        return _polish(
+            rows, w, h, s, zero_point, bits=bits, group_size=group_size, integer_zero_point=integer_zero_point
+        )
 
     padded = jnp.pad(rows.astype(jnp.float32), ((0, blocks * n - N), (0, 0)))
-    scale, zero = jax.lax.map(block, padded.reshape(blocks, n, -1))  # [blocks, G, n]
+    scale, zero_point = jax.lax.map(block, padded.reshape(blocks, n, -1))  # [blocks, G, n]
     back = lambda x: x.transpose(0, 2, 1).reshape(blocks * n, -1)[:N]  # noqa: E731
-    return back(scale), back(zero)
+    return back(scale), back(zero_point)
 
 
-def _weights(energy, group: int, power: float):
-    """What the places of each group weigh, [C, G, U, 1], together 1; a group without energy: all alike."""
-    h, real = affine.grouped(energy[None].astype(jnp.float32), group)
+def _weights(hessian_diag, group_size: int, power: float):
+    """What the places of each group weigh, [C, G, U, 1], together 1; a group of zeros: all alike."""
+    h, real = affine.grouped(hessian_diag[None].astype(jnp.float32), group_size)
     # subtle: powers of large or small sums may leave float32; relative to the greatest they do not
     h = (h[0] / jnp.maximum(h[0].max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)) ** power * real
     h = jnp.where(h.sum(-1, keepdims=True) > 0, h, real)
     h = h / h.sum(-1, keepdims=True)
-    C, U = _places(group)
-    return jnp.pad(h, ((0, 0), (0, C * U - group))).reshape(-1, C, U, 1).transpose(1, 0, 2, 3)
+    C, U = _places(group_size)
+    return jnp.pad(h, ((0, 0), (0, C * U - group_size))).reshape(-1, C, U, 1).transpose(1, 0, 2, 3)
 
 
-def _cut(rows, group: int):
+def _cut(rows, group_size: int):
     """Rows [n, K] in the layout of the sums, [C, G, U, n]; places that fill up repeat the last weight."""
-    C, U = _places(group)
-    w = affine.grouped(rows, group)[0]
-    w = jnp.pad(w, ((0, 0), (0, 0), (0, C * U - group)), mode="edge")
+    C, U = _places(group_size)
+    w = affine.grouped(rows, group_size)[0]
+    w = jnp.pad(w, ((0, 0), (0, 0), (0, C * U - group_size)), mode="edge")
     return w.reshape(len(rows), -1, C, U).transpose(2, 1, 3, 0)
 
 
-def _places(group: int) -> tuple[int, int]:
-    C = -(-group // UNROLL)
-    return C, -(-group // C)
+def _places(group_size: int) -> tuple[int, int]:
+    C = -(-group_size // UNROLL)
+    return C, -(-group_size // C)
 
 
-def _range(w, top: int, zero_code: bool = False):
+def _range(w, qmax: int, integer_zero_point: bool = False):
     """Scale and low end of the grid from the least to the greatest weight (equation 12), perhaps with 0."""
     low, high = w.min((0, 2)), w.max((0, 2))
-    if zero_code:
+    if integer_zero_point:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    return jnp.maximum((high - low) / top, MIN_TRIAL_SCALE), low
+    return jnp.maximum((high - low) / qmax, MIN_TRIAL_SCALE), low
 
 
 def _sum(w, h, start, add):
@@ -222,83 +246,83 @@ def _sum(w, h, start, add):
     return jax.lax.scan(some, start, (w, h))[0]
 
 
-def moments(w, h, s, low, *, top: int):
+def moments(w, h, s, low, *, qmax: int):
     """sum h q, sum h q^2, sum h q w of each group, q the codes nearest to w under (s, low) (equation 1)."""
-    inverse, zero = 1 / s, jnp.zeros_like(s)
+    inverse, zero_point = 1 / s, jnp.zeros_like(s)
 
     def add(sums, w, h):
-        q = jnp.clip(jnp.round((w - low) * inverse), 0, top)
+        q = jnp.clip(jnp.round((w - low) * inverse), 0, qmax)
         hq = h * q
         return sums[0] + hq, sums[1] + hq * q, sums[2] + hq * w
 
-    return _sum(w, h, (zero, zero, zero), add)
+    return _sum(w, h, (zero_point, zero_point, zero_point), add)
 
 
-def refit(w, h, s, low, *, top: int, ridge=0.0):
+def refit(w, h, s, low, *, qmax: int, ridge=0.0):
     """One step, undamped: codes by rounding, then (s, low) by regression on them (equations 10, 11).
 
     Returns F of these codes with the new s and low, less sum h w^2; then s, low. sum h w of every group must
     be 0. A group whose codes are all the same keeps its s.
     """
-    mean, square, cross = moments(w, h, s, low, top=top)
+    mean, square, cross = moments(w, h, s, low, qmax=qmax)
     var = square - mean * mean
     varied = var > 1e-6 * square  # below, it is the rounding error of the difference
     s = jnp.where(varied, jnp.maximum(cross / jnp.where(varied, var + ridge, 1.0), MIN_TRIAL_SCALE), s)
     return s * (s * var - 2 * cross), s, -s * mean
 
 
-def refit_code(w, h, total, s, low, *, top: int):
-    """The same where low = -zero * s with a whole zero, which stays; sum h w is `total`, whatever it be."""
-    mean, square, cross = moments(w, h, s, low, top=top)
-    zero = jnp.round(-low / s)
-    cross = cross - zero * total
-    var = square - 2 * zero * mean + zero * zero
-    varied = var > 1e-6 * (square + zero * zero)
+def refit_code(w, h, total, s, low, *, qmax: int):
+    """The same where low = -zero_point * s whole, which stays; sum h w is `total`, whatever it be."""
+    mean, square, cross = moments(w, h, s, low, qmax=qmax)
+    zero_point = jnp.round(-low / s)
+    cross = cross - zero_point * total
+    var = square - 2 * zero_point * mean + zero_point * zero_point
+    varied = var > 1e-6 * (square + zero_point * zero_point)
     s = jnp.where(varied, jnp.maximum(cross / jnp.where(varied, var, 1.0), MIN_TRIAL_SCALE), s)
-    return s * (s * var - 2 * cross), s, -zero * s
+    return s * (s * var - 2 * cross), s, -zero_point * s
 
 
 def _mean(w, h):
     return _sum(w, h, jnp.zeros((w.shape[1], w.shape[3])), lambda total, w, h: total + h * w)
 
 
-def error(w, h, s, zero, *, top: int):
-    """F of each group on the grid (code - zero) * s, codes nearest."""
+def error(w, h, s, zero_point, *, qmax: int):
+    """F of each group on the grid (code - zero_point) * s, codes nearest."""
 
     def add(total, w, h):
-        q = jnp.clip(jnp.round(w / s + zero), 0, top)
-        return total + h * (w - (q - zero) * s) ** 2
+        q = jnp.clip(jnp.round(w / s + zero_point), 0, qmax)
+        return total + h * (w - (q - zero_point) * s) ** 2
 
     return _sum(w, h, jnp.zeros_like(s), add)
 
 
-def descend(w, h, s, low, *, top: int, steps, damping, ridge):
+def descend(w, h, s, low, *, qmax: int, steps, damping, ridge):
     """The paper's loop: (s, low) after `steps` damped steps."""
     mean = _mean(w, h)
     centred = w - mean[None, :, None]
 
     def step(_, at):
         s, low = at
-        _, new_s, new_low = refit(centred, h, s, low, top=top, ridge=ridge)
+        _, new_s, new_low = refit(centred, h, s, low, qmax=qmax, ridge=ridge)
         return damping * new_s + (1 - damping) * s, damping * new_low + (1 - damping) * low
 
     s, low = jax.lax.fori_loop(0, steps, step, (s, low - mean))
     return s, low + mean
 
 
-def search(w, h, *, top: int, iterations: int, zero_code: bool):
-    """Scale and zero (in codes) of the best of many starts, refined."""
-    step, w, centre = _stepper(w, h, top, zero_code)
-    whole, low = _range(w, top, zero_code)
-    middle = low + whole * (top / 2)
+def search(w, h, *, qmax: int, iterations: int, integer_zero_point: bool):
+    """Scale and zero point (in codes) of the best of many starts, refined."""
+    step, w, centre = _stepper(w, h, qmax, integer_zero_point)
+    whole, low = _range(w, qmax, integer_zero_point)
+    middle = low + whole * (qmax / 2)
 
     def begin(i):
         part = 0.3 + 0.7 * (i // SHIFTS).astype(jnp.float32) / (RANGES - 1)
         shift = (i % SHIFTS - SHIFTS // 2).astype(jnp.float32)
         s = jnp.maximum(part * whole, MIN_TRIAL_SCALE)
-        low = middle - s * (top / 2)
-        if zero_code:
-            return s, -s * jnp.clip(jnp.round(-low / s) + shift, 0, top)
+        low = middle - s * (qmax / 2)
+        if integer_zero_point:
+            return s, -s * jnp.clip(jnp.round(-low / s) + shift, 0, qmax)
         return s, low + s * (shift / SHIFTS)
 
     def attempt(i, best):
@@ -314,33 +338,35 @@ def search(w, h, *, top: int, iterations: int, zero_code: bool):
     return s, -(low + centre) / s
 
 
-def _stepper(w, h, top: int, zero_code: bool):
+def _stepper(w, h, qmax: int, integer_zero_point: bool):
     """The undamped step, the weights it is for, and what was taken from them."""
     mean = _mean(w, h)
-    if zero_code:
-        return functools.partial(refit_code, w, h, mean, top=top), w, jnp.zeros_like(mean)
+    if integer_zero_point:
+        return functools.partial(refit_code, w, h, mean, qmax=qmax), w, jnp.zeros_like(mean)
     centred = w - mean[None, :, None]
-    return functools.partial(refit, centred, h, top=top), centred, mean
+    return functools.partial(refit, centred, h, qmax=qmax), centred, mean
 
 
-def _polish(rows, w, h, s, zero, *, bits: int, group: int, zero_code: bool):
-    """Scale and zero as stored: the best of round to nearest, one mean a group, (s, zero) and its refits."""
-    top = 2**bits - 1
-    step, _, centre = _stepper(w, h, top, zero_code)
-    whole, low = _range(w, top, zero_code)
+def _polish(rows, w, h, s, zero_point, *, bits: int, group_size: int, integer_zero_point: bool):
+    """Grid as stored: the best of round to nearest, one mean a group, (s, zero_point) and its refits."""
+    qmax = 2**bits - 1
+    step, _, centre = _stepper(w, h, qmax, integer_zero_point)
+    whole, low = _range(w, qmax, integer_zero_point)
 
     def attempt(i, state):
         best, new_s, new_zero = state
-        new = affine.stored(rows, new_s.T, new_zero.T, bits=bits, group=group, zero_code=zero_code)
+        new = affine.round_to_storage(
+            rows, new_s.T, new_zero.T, bits=bits, group_size=group_size, integer_zero_point=integer_zero_point
+        )
         new_s, new_zero = (x.T for x in new)
-        best = _least(best, (error(w, h, new_s, new_zero, top=top), new_s, new_zero))
+        best = _least(best, (error(w, h, new_s, new_zero, qmax=qmax), new_s, new_zero))
         _, new_s, low = step(new_s, -new_s * new_zero - centre)
         after = new_s, -(low + centre) / new_s
-        mean = s, jnp.full_like(zero, jnp.inf)  # a zero that no grid has: stored as the mean
+        mean = s, jnp.full_like(zero_point, jnp.inf)  # one that no grid has: stored as the mean
         turn = lambda *of: jax.lax.select_n(jnp.minimum(i, 2), *of)  # noqa: E731
-        return best, *(turn(*of) for of in zip(mean, (s, zero), after, strict=True))
+        return best, *(turn(*of) for of in zip(mean, (s, zero_point), after, strict=True))
 
-    start = (jnp.full_like(s, jnp.inf), s, zero), whole, -low / whole
+    start = (jnp.full_like(s, jnp.inf), s, zero_point), whole, -low / whole
     return jax.lax.fori_loop(0, 3 + POLISH, attempt, start)[0][1:]
 
 
@@ -349,16 +375,16 @@ def _least(best, other):
     return tuple(jnp.where(other[0] < best[0], b, a) for a, b in zip(best, other, strict=True))
 
 
-def _fed_back(rows, scale, zero, stats: Stats, rhos, *, bits: int, group: int):
+def _fed_back(rows, scale, zero_point, stats: Stats, rhos, *, bits: int, group_size: int):
     """Codes by GPTQ's loop under the H_rho whose error on held-out inputs is least (one rho: no choice)."""
     assert stats.hessian is not None
     best, least = None, float("inf")
     for rho in rhos:
         hessian = rho * stats.hessian + (1 - rho) * jnp.diag(jnp.diag(stats.hessian))
-        codes = feedback(rows, hessian, scale, zero, bits=bits, group=group)
+        codes = feedback(rows, hessian, scale, zero_point, bits=bits, group_size=group_size)
         if len(rhos) == 1:
             return codes
-        grid = (jnp.repeat(x, group, axis=1)[:, : rows.shape[1]] for x in (scale, zero))
+        grid = (jnp.repeat(x, group_size, axis=1)[:, : rows.shape[1]] for x in (scale, zero_point))
         found = float(_loss(rows, codes, *grid, stats.held_out))
         if best is None or found < least:
             best, least = codes, found
@@ -366,7 +392,7 @@ def _fed_back(rows, scale, zero, stats: Stats, rhos, *, bits: int, group: int):
 
 
 @jax.jit
-def _loss(rows, codes, scale, zero, hessian):
+def _loss(rows, codes, scale, zero_point, hessian):
     """tr(E H E^T), E the error of the rows."""
-    off = rows - (codes.astype(jnp.float32) - zero) * scale
+    off = rows - (codes.astype(jnp.float32) - zero_point) * scale
     return (jnp.matmul(off, hessian, precision=jax.lax.Precision.HIGHEST) * off).sum()

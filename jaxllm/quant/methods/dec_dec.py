@@ -18,7 +18,7 @@ what can be known there is the bytes fetched, not their speed.
 
 Lossy; with k_chunk = 0 the base, bit for bit; with k_chunk = 1024 the base plus the whole coded residual.
 
-    w = DecDec(base=Rtn(bits=3), k_chunk=8).solve(rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
+    w = DecDec(base=Rtn(bits=3), k_chunk=8).quantize(rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
     y = matmul(x, w.base) + compensation(x, w)                  # what weights.matmul does
 
 Letters: K inputs, N outputs, k inputs fetched a token, R tokens, *B any leading axes.
@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.quant.statistics import Method, Stats, need, output_groups
+from jaxllm.quant.statistics import Method, Stats, need, output_groups_of
 from jaxllm.weights.host_residual import BITS, CHUNK, HostResidual, How, edges, encode, to_host
 
 
@@ -64,14 +64,14 @@ class DecDec:
         return self.base.required_stats | own
 
     @property
-    def groups(self) -> int:
+    def output_groups(self) -> int:
         """Of outputs, in the guided Hessians that the base wants."""
-        return output_groups(self.base)
+        return output_groups_of(self.base)
 
-    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> HostResidual:
+    def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> HostResidual:
         """The base's weight, and 4-bit codes of what it lacks. Holds three arrays of [N, K]."""
         N, K = rows.shape
-        base: Any = self.base.solve(rows, stats, name=name, dtype=dtype)
+        base: Any = self.base.quantize(rows, stats, name=name, dtype=dtype)
         codes, scale = jax.jit(encode, static_argnames="bits")(
             rows.astype(jnp.float32) - base.dequantize_rows(jnp.float32), bits=self.residual_bits
         )

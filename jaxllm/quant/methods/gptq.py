@@ -8,23 +8,23 @@ first input to the last. Differs in how, not in what it computes:
   of the inverse (arXiv:2307.13304, theorem 6) and inverts nothing; weights are read, never updated.
 - Grids are rounded to what is stored before the first column, so what was made up for is what is stored.
 - A group's own grid (`act_order=False`) is fitted to its weights with every correction from inputs before
-  the group, those of the same block included; published code misses these when group < 128.
+  the group, those of the same block included; published code misses these when group_size < 128.
 - `act_order=True` takes inputs by falling H_jj, on grids fitted before in the order that is stored, so
   that nothing has to be known about the order afterwards.
-- A clipped grid weighs input j by D_jj, what is left of its energy once those before it are known: its
+- A clipped grid weighs input j by D_jj, what is left of its hessian_diag once those before it are known: its
   weight in the sum above. With `rounds` > 1 a row's grids are fitted again, to the weights as corrected in
   the round before, and the row's best round is kept: never worse than one round, `rounds=1` is the paper.
 - An input that is always 0 keeps its weight, rounded; damping is relative, so H may have any scale.
 
-`guided` (arXiv:2505.07004, eq. 7) takes H from the gradients of the end loss, one for each of `groups` groups
+`guided` (arXiv:2505.07004, eq. 7) takes H from the gradients of the end loss, one for each of `output_groups`
 of consecutive outputs.
 
-    Gptq(bits=3, group=32).solve(rows, stats, name="up", dtype=jnp.bfloat16)                    # Affine
-    codes = feedback(rows, hessian, scale, zero, bits=2, group=32)              # on a grid of one's own
+    Gptq(bits=3, group_size=32).quantize(rows, stats, name="up", dtype=jnp.bfloat16)               # Affine
+    codes = feedback(rows, hessian, scale, zero_point, bits=2, group_size=32)         # on a grid of one's own
 
 Memory: about three times the rows [N, K] and three times H [K, K], in float32.
 Layout: inputs lead, [K, N], so that a column of the paper is contiguous; blocks of inputs stay in cache.
-Letters: K inputs, N outputs, G = ceil(K / group) grids a row, g groups of outputs, B inputs a block.
+Letters: K inputs, N outputs, G = ceil(K / group_size) grids a row, g groups of outputs, B inputs a block.
 """
 
 import dataclasses
@@ -49,26 +49,26 @@ HIGHEST = jax.lax.Precision.HIGHEST
 class Gptq:
     """GPTQ on affine grids.
 
-    act_order: inputs by falling energy, grids fitted before; False: inputs as they come, a group's grid
+    act_order: inputs by falling hessian_diag, grids fitted before; False: inputs as they come, a group's grid
     fitted when it is reached. rounds: how often grids are fitted, if `act_order`. damping: times the mean of
-    H's diagonal, added to it. clip, symmetric, zero_code: as in `Rtn`. guided: H of the end loss, for
-    `groups` groups of outputs.
+    H's diagonal, added to it. clip, symmetric, integer_zero_point: as in `Rtn`. guided: H of the end loss,
+    for `output_groups` groups of outputs.
     """
 
     bits: int = 4
-    group: int = 32
+    group_size: int = 32
     act_order: bool = True
     rounds: int = 2
     damping: float = 0.01
     symmetric: bool = False
     clip: bool = True
-    zero_code: bool = True
+    integer_zero_point: bool = True
     guided: bool = False
-    groups: int = 1
+    output_groups: int = 1
 
     def __post_init__(self):
-        check_grid("gptq", self.bits, self.group)
-        check_curvature("gptq", self.damping, self.guided, self.groups)
+        check_grid("gptq", self.bits, self.group_size)
+        check_curvature("gptq", self.damping, self.guided, self.output_groups)
         if self.rounds < 1:
             raise ValueError(f"gptq: rounds must be at least 1, got rounds={self.rounds}")
 
@@ -76,39 +76,43 @@ class Gptq:
     def required_stats(self) -> frozenset[str]:
         return frozenset({"guided_hessian" if self.guided else "hessian"})
 
-    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:
+    def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:
         """The rows in affine codes; ValueError if H cannot be factored."""
         check_rows("gptq", rows)
-        hessians = curvature(stats, "gptq", guided=self.guided, groups=self.groups, shape=rows.shape)
+        hessians = curvature(
+            stats, "gptq", guided=self.guided, output_groups=self.output_groups, shape=rows.shape
+        )
         parts = jnp.split(rows.astype(jnp.float32), len(hessians))
         solved = [self._part(part, h) for part, h in zip(parts, hessians, strict=True)]
-        codes, scale, zero = (jnp.concatenate(column) for column in zip(*solved, strict=True))
-        kept = None if self.symmetric else zero
-        sizes = {"bits": self.bits, "group": min(self.group, rows.shape[1])}
-        return affine.from_codes(codes, scale, kept, **sizes, dtype=dtype, zero_code=self.zero_code)
+        codes, scale, zero_point = (jnp.concatenate(column) for column in zip(*solved, strict=True))
+        kept = None if self.symmetric else zero_point
+        sizes = {"bits": self.bits, "group_size": min(self.group_size, rows.shape[1])}
+        return affine.from_codes(
+            codes, scale, kept, **sizes, dtype=dtype, integer_zero_point=self.integer_zero_point
+        )
 
     def _part(self, rows, hessian):
-        """Codes, scale and zero of the rows that share one H."""
+        """Codes, scale and zero point of the rows that share one H."""
         grid = Rtn(
             bits=self.bits,
-            group=min(self.group, rows.shape[1]),
+            group_size=min(self.group_size, rows.shape[1]),
             symmetric=self.symmetric,
-            zero_code=self.zero_code,
+            integer_zero_point=self.integer_zero_point,
             clip=self.clip,
         )
         if not self.act_order:
             return refitted(rows, hessian, grid, damping=self.damping)
-        sizes = {"bits": grid.bits, "group": grid.group}
-        order = _by_energy(hessian)
-        upper, energy = _factored(hessian, order, self.damping)
-        scale, zero = grid.grid(rows, energy)
-        codes, loss, target = _given(rows, upper, energy, order, scale, zero, **sizes)
-        best = codes, scale, zero
+        sizes = {"bits": grid.bits, "group_size": grid.group_size}
+        order = _by_diagonal(hessian)
+        upper, pivots = _factored(hessian, order, self.damping)
+        scale, zero_point = grid.grid(rows, pivots)
+        codes, loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
+        best = codes, scale, zero_point
         for _ in range(self.rounds - 1):
-            scale, zero = grid.grid(target, energy)
-            codes, new_loss, target = _given(rows, upper, energy, order, scale, zero, **sizes)
+            scale, zero_point = grid.grid(target, pivots)
+            codes, new_loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
             better = (new_loss < loss)[:, None]
-            best = jax.tree.map(functools.partial(jnp.where, better), (codes, scale, zero), best)
+            best = jax.tree.map(functools.partial(jnp.where, better), (codes, scale, zero_point), best)
             loss = jnp.minimum(loss, new_loss)
         return best
 
@@ -117,41 +121,41 @@ def feedback(
     rows: Float[Array, "N K"],
     hessian: Float[Array, "K K"],
     scale: Float[Array, "N G"],
-    zero: Float[Array, "N G"],
+    zero_point: Float[Array, "N G"],
     *,
     bits: int,
-    group: int,
+    group_size: int,
     act_order: bool = True,
     damping: float = 0.01,
 ) -> UInt8[Array, "N K"]:
-    """Codes on grids given beforehand, as `affine.stored` rounds them: (code - zero) * scale."""
+    """Codes on grids given beforehand, as `affine.round_to_storage` gives them."""
     N, K = rows.shape
-    if scale.shape != (N, -(-K // group)):
+    if scale.shape != (N, -(-K // group_size)):
         raise ValueError(
-            f"gptq: scale must be [N, ceil(K / group)], got {scale.shape=}, {rows.shape=}, {group=}"
+            f"gptq: scale must be [N, ceil(K / group_size)], got {scale.shape=}, {rows.shape=}, {group_size=}"
         )
-    order = _by_energy(hessian) if act_order else jnp.arange(K)
-    upper, energy = _factored(hessian, order, damping)
-    return _given(rows, upper, energy, order, scale, zero, bits=bits, group=group)[0]
+    order = _by_diagonal(hessian) if act_order else jnp.arange(K)
+    upper, pivots = _factored(hessian, order, damping)
+    return _given(rows, upper, pivots, order, scale, zero_point, bits=bits, group_size=group_size)[0]
 
 
 def refitted(
     rows: Float[Array, "N K"], hessian: Float[Array, "K K"], grid: Rtn, *, damping: float = 0.01
 ) -> tuple[UInt8[Array, "N K"], Float[Array, "N G"], Float[Array, "N G"]]:
-    """Codes, scale and zero, inputs as they come; a group's grid is fitted when it is reached."""
-    upper, energy = _factored(hessian, jnp.arange(rows.shape[1]), damping)
-    return _refitted(rows, upper, energy, grid)
+    """Codes, scale and zero point, inputs as they come; a group's grid is fitted when it is reached."""
+    upper, pivots = _factored(hessian, jnp.arange(rows.shape[1]), damping)
+    return _refitted(rows, upper, pivots, grid)
 
 
-def _by_energy(hessian):
+def _by_diagonal(hessian):
     return jnp.argsort(-jnp.diag(hessian))  # stable: ties as they come
 
 
 def _factored(hessian, order, damping: float):
-    upper, energy = _factor(damped(hessian, damping), order)
+    upper, pivots = _factor(damped(hessian, damping), order)
     if not isinstance(upper, jax.core.Tracer) and not bool(jnp.isfinite(upper).all()):
         raise ValueError(f"gptq: hessian must be finite and positive definite once damped, got {damping=}")
-    return upper, energy
+    return upper, pivots
 
 
 @jax.jit
@@ -166,13 +170,13 @@ def _factor(hessian, order):
     return jnp.triu(upper / root[None], 1), jnp.zeros_like(root).at[order].set(root**2)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group"))
-def _given(rows, upper, energy, order, scale, zero, *, bits: int, group: int):
+@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
+def _given(rows, upper, pivots, order, scale, zero_point, *, bits: int, group_size: int):
     """Codes on grids given, and of those tr(E H E^T) of each row [N] and the weights as corrected [N, K]."""
     K = rows.shape[1]
     columns, upper = _pad(rows.T.astype(jnp.float32)[order], upper, INPUTS_PER_PRODUCT)
-    grid = (scale.T.astype(jnp.float32), zero.T.astype(jnp.float32))
-    of = jnp.pad(order // group, (0, len(columns) - K))  # which grid serves an input
+    grid = (scale.T.astype(jnp.float32), zero_point.T.astype(jnp.float32))
+    of = jnp.pad(order // group_size, (0, len(columns) - K))  # which grid serves an input
 
     def block(b, state):
         errors, codes = state
@@ -183,43 +187,45 @@ def _given(rows, upper, energy, order, scale, zero, *, bits: int, group: int):
     state = jnp.zeros_like(columns), jnp.zeros(columns.shape, jnp.uint8)
     errors, codes = jax.lax.fori_loop(0, len(columns) // INPUTS_PER_PRODUCT, block, state)
     correction = jnp.matmul(upper.T, errors, precision=HIGHEST)
-    loss = jnp.einsum("k,kn->n", energy[order], ((errors + correction) ** 2)[:K], precision=HIGHEST)
+    loss = jnp.einsum("k,kn->n", pivots[order], ((errors + correction) ** 2)[:K], precision=HIGHEST)
     back = jnp.argsort(order)
     return codes[back].T, loss, (columns + correction)[back].T
 
 
 @functools.partial(jax.jit, static_argnames=("grid",))
-def _refitted(rows, upper, energy, grid: Rtn):
-    (N, K), group = rows.shape, grid.group
-    columns, upper = _pad(rows.T.astype(jnp.float32), upper, group)
-    groups = len(columns) // group
-    energy = jnp.pad(energy.astype(jnp.float32), (0, len(columns) - K))
-    of = jnp.zeros(group, jnp.int32)
+def _refitted(rows, upper, pivots, grid: Rtn):
+    (N, K), group_size = rows.shape, grid.group_size
+    columns, upper = _pad(rows.T.astype(jnp.float32), upper, group_size)
+    G = len(columns) // group_size
+    pivots = jnp.pad(pivots.astype(jnp.float32), (0, len(columns) - K))
+    of = jnp.zeros(group_size, jnp.int32)
 
     def block(b, state):
         errors, codes, scales, zeros = state
-        start = _corrected(columns, upper, errors, b, group)
-        weights = jax.lax.dynamic_slice_in_dim(columns, b * group, group)
-        within = jax.lax.dynamic_slice(upper, (b * group, b * group), (group, group))
+        start = _corrected(columns, upper, errors, b, group_size)
+        weights = jax.lax.dynamic_slice_in_dim(columns, b * group_size, group_size)
+        within = jax.lax.dynamic_slice(upper, (b * group_size, b * group_size), (group_size, group_size))
         # subtle: `start` is what input j is rounded at once those before it in its group were rounded without
         #   error. The best weights given only the blocks before are these, what the published updates hold.
         best = weights + solve_triangular(within, start - weights, trans=1, unit_diagonal=True)
         # Places that fill up a short last group repeat its first weight, which changes no range.
-        real = b * group + jnp.arange(group) < K
+        real = b * group_size + jnp.arange(group_size) < K
         fitted = jnp.where(real[:, None], best, best[:1]).T
-        scale, zero = grid.grid(fitted, jax.lax.dynamic_slice_in_dim(energy, b * group, group))
-        errors, codes = _block(
-            columns, upper, start, (scale.T, zero.T, of), errors, codes, b, 2**grid.bits - 1
+        scale, zero_point = grid.grid(
+            fitted, jax.lax.dynamic_slice_in_dim(pivots, b * group_size, group_size)
         )
-        return errors, codes, scales.at[b].set(scale[:, 0]), zeros.at[b].set(zero[:, 0])
+        errors, codes = _block(
+            columns, upper, start, (scale.T, zero_point.T, of), errors, codes, b, 2**grid.bits - 1
+        )
+        return errors, codes, scales.at[b].set(scale[:, 0]), zeros.at[b].set(zero_point[:, 0])
 
     state = (
         jnp.zeros_like(columns),
         jnp.zeros(columns.shape, jnp.uint8),
-        jnp.zeros((groups, N)),
-        jnp.zeros((groups, N)),
+        jnp.zeros((G, N)),
+        jnp.zeros((G, N)),
     )
-    _, codes, scales, zeros = jax.lax.fori_loop(0, groups, block, state)
+    _, codes, scales, zeros = jax.lax.fori_loop(0, G, block, state)
     return codes[:K].T, scales.T, zeros.T
 
 
@@ -236,18 +242,18 @@ def _corrected(columns, upper, errors, b, size: int):
     return here + jnp.matmul(into.T, errors, precision=HIGHEST)
 
 
-def _block(columns, upper, start, grid, errors, codes, b, top: int):
+def _block(columns, upper, start, grid, errors, codes, b, qmax: int):
     """Rounds a block input by input; `errors` and `codes` [K, N] with its rows filled in."""
     size = len(start)
-    scale, zero, of = grid
+    scale, zero_point, of = grid
     weights = jax.lax.dynamic_slice_in_dim(columns, b * size, size)
     within = jax.lax.dynamic_slice(upper, (b * size, b * size), (size, size)).T
 
     def column(j, state):
         made, code = state  # errors of the block's inputs so far, 0 for those to come
         w = start[j] + jnp.matmul(within[j], made, precision=HIGHEST)
-        s, z = scale[of[j]], zero[of[j]]
-        c = jnp.clip(jnp.round(w / s + z), 0, top)
+        s, z = scale[of[j]], zero_point[of[j]]
+        c = jnp.clip(jnp.round(w / s + z), 0, qmax)
         return made.at[j].set(weights[j] - (c - z) * s), code.at[j].set(c.astype(jnp.uint8))
 
     state = jnp.zeros_like(start), jnp.zeros(start.shape, jnp.uint8)

@@ -6,7 +6,7 @@ levels c and the assignment P, by turns (its algorithm 2), and F never rises:
     levels   c = (P^T H P)^-1 P^T H w                                               eq. 9
     codes    each input in turn: the level nearest w_i - sum_{r != i} H_ir (wq_r - w_r) / H_ii     eq. 11
 
-H is sum_t x_t x_t^T, or with `guided` that of the end loss (eq. 7), one for each of `groups` groups of
+H is sum_t x_t x_t^T, or with `guided` that of the end loss (eq. 7), one for each of `output_groups` groups of
 consecutive outputs. Starts from k-means weighted by H's diagonal. Differs in:
 
 - unguided is unguided: it needs no gradients (the published code takes them in any case);
@@ -16,7 +16,7 @@ consecutive outputs. Starts from k-means weighted by H's diagonal. Differs in:
   curvature: no scale matters, a level without weights stays, and the step cannot raise F;
 - each row keeps the best it has met; after the table is rounded to float16, the codes get one more descent.
 
-    Lnq(bits=3).solve(rows, stats, name="up", dtype=jnp.bfloat16)                         # Codebook
+    Lnq(bits=3).quantize(rows, stats, name="up", dtype=jnp.bfloat16)                         # Codebook
 
 Memory: about six times the rows [N, K], three times H [K, K], and AT_ONCE numbers, in float32.
 Layout: inputs lead, [K, N], so that one step of the descent is contiguous; blocks of inputs stay in cache.
@@ -47,12 +47,12 @@ class Lnq:
     """Layer-wise non-uniform quantization.
 
     iterations: turns of levels and codes (the paper's T); cycles: sweeps of the codes a turn. damping: times
-    the mean of H's diagonal, added to it. guided: H of the end loss, for `groups` groups of outputs.
+    the mean of H's diagonal, added to it. guided: H of the end loss, for `output_groups` groups of outputs.
     """
 
     bits: int = 3
     guided: bool = False
-    groups: int = 1
+    output_groups: int = 1
     iterations: int = 2
     cycles: int = 4
     damping: float = 1e-4
@@ -63,19 +63,21 @@ class Lnq:
             raise ValueError(f"lnq: bits must be 1 to 8, got bits={self.bits}")
         if self.iterations < 0 or self.cycles < 0:
             raise ValueError(f"lnq: iterations and cycles must not be negative, got {self}")
-        check_curvature("lnq", self.damping, self.guided, self.groups)
+        check_curvature("lnq", self.damping, self.guided, self.output_groups)
 
     @property
     def required_stats(self) -> frozenset[str]:
         return frozenset({"guided_hessian" if self.guided else "hessian"})
 
-    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Codebook:
+    def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Codebook:
         """The rows in codes and tables."""
         check_rows("lnq", rows)
         N = rows.shape[0]
-        hessians = curvature(stats, "lnq", guided=self.guided, groups=self.groups, shape=rows.shape)
-        energy = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
-        weights = importance(rows, jnp.repeat(energy, N // len(hessians), axis=0))
+        hessians = curvature(
+            stats, "lnq", guided=self.guided, output_groups=self.output_groups, shape=rows.shape
+        )
+        hessian_diag = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
+        weights = importance(rows, jnp.repeat(hessian_diag, N // len(hessians), axis=0))
         codes, _ = k_means(rows, weights, row_keys(self.seed, name, N), bits=self.bits)
         codes, table = lnq(
             rows,
@@ -105,7 +107,7 @@ def lnq(
     """
     N, g = len(rows), len(hessians)
     if N % g:
-        raise ValueError(f"lnq: groups must divide N, got groups={g}, {N=}")
+        raise ValueError(f"lnq: output_groups must divide N, got output_groups={g}, {N=}")
     parts = (jnp.split(a, g) for a in (rows.astype(jnp.float32), codes.astype(jnp.uint8)))
     solved = [
         _alternate(part, damped(h, damping), code, 2**bits, iterations, cycles)

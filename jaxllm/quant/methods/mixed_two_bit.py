@@ -16,7 +16,7 @@ an import and export (`checkpoints_convert/quantized/two_bit_words.py`).
 `stored_bits` gives the exact size, fillings included; with r = n4 / C and p outliers a weight it is about
 2 (1 - r) + 4 r + (1 - r) (6 / 16 + 20 / 256) + r * 20 / group4 + 32 p.
 
-    w = MixedTwoBit(target_bits=2.91).solve(rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
+    w = MixedTwoBit(target_bits=2.91).quantize(rows, stats, name="layers.0.mlp.up", dtype=jnp.float32)
     y = matmul(x, w)
 
 Letters: K inputs, N outputs, C column groups, n2 and n4 of them at 2 and 4 bits, *B any leading axes.
@@ -175,7 +175,7 @@ class MixedTwoBit:
         """For each weight which column groups get 4 bits: `target_bits` over all of them. sizes: (K, N)."""
         return allocate(gains, sizes, target_bits=self.target_bits, **self._size)
 
-    def solve(
+    def quantize(
         self,
         rows: Float[Array, "N K"],
         stats: Stats,
@@ -303,7 +303,7 @@ def _store(
 def _measured(g: Groups, h: Columns, live: Live, steps: Steps) -> Steps:
     """The same steps with the error that they have where `live`."""
     return dataclasses.replace(
-        steps, error=squared_error(g, h[None], live, group_scale(steps), steps.zero, 3)
+        steps, error=squared_error(g, h[None], live, group_scale(steps), steps.zero_point, 3)
     )
 
 
@@ -335,7 +335,7 @@ def _two(g: Groups, steps: Steps, order: Int[Array, " n2"], N: int) -> dict[str,
     return {
         "two": to_words(codes, 2)[..., 0],
         "step": to_words(by_block(steps.step), 4),
-        "zero": to_words(by_block(steps.zero), 2)[..., 0],
+        "zero_point": to_words(by_block(steps.zero_point), 2)[..., 0],
         "step_zero": shared[:, ::2] | (shared[:, 1::2] << 4),
         "step_scale": steps.scale[:, order].astype(jnp.float16),
     }
@@ -343,14 +343,14 @@ def _two(g: Groups, steps: Steps, order: Int[Array, " n2"], N: int) -> dict[str,
 
 def _four(wide: Wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
     """The fields of the part at 4 bits."""
-    scale, zero, codes, _ = wide
+    scale, zero_point, codes, _ = wide
     G = -(-four * COLUMNS // group4)
-    real = (jnp.arange(zero.shape[0]) < N)[:, None]
-    zero = jnp.where(real, zero[:, :G], 0.0).astype(jnp.uint32).reshape(-1, OUTPUTS_PER_BLOCK, G)
+    real = (jnp.arange(zero_point.shape[0]) < N)[:, None]
+    zero_point = jnp.where(real, zero_point[:, :G], 0.0).astype(jnp.uint32).reshape(-1, OUTPUTS_PER_BLOCK, G)
     return {
         "four": to_words(codes[:N, :four], 4),
         "four_scale": scale[:N, :G].astype(jnp.float16),
-        "four_zero": to_words(jnp.swapaxes(zero, 1, 2), 4),
+        "four_zero_point": to_words(jnp.swapaxes(zero_point, 1, 2), 4),
     }
 
 

@@ -56,7 +56,7 @@ class NestedFp:
     def required_stats(self) -> frozenset[str]:
         return frozenset()
 
-    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> NestedFloat | Dense:
+    def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> NestedFloat | Dense:
         """The rows, cast to float16, in two bytes or, where they are not eligible, as they are."""
         half = rows.astype(jnp.float16)
         if not bool(jnp.isfinite(half).all()):

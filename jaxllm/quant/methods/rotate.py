@@ -16,11 +16,11 @@ for nothing else, are spread over all. `base` is any other method's weight of Q^
   turned, too, only one is: GuidedQuant dossier 2.4);
 - activations are symmetric, weights whatever the base is.
 
-Where the base is affine with one scale an output (`group` at least K: "per channel") the product is one of
-int8 numbers in int32. Else it is the float product of the same whole numbers, in x's type: equal to rounding.
-On a mesh that cuts K, x is gathered before it is turned; the product is cut as the base's.
+Where the base is affine with one scale an output (`group_size` at least K: "per channel") the product is one
+of int8 numbers in int32. Else it is the float product of the same whole numbers, in x's type: equal to
+rounding. On a mesh that cuts K, x is gathered before it is turned; the product is cut as the base's.
 
-    Rotate(base=Gptq(bits=4, guided=True), activation_bits=4).solve(rows, stats, name="up", dtype=jnp.float32)
+    Rotate(base=Gptq(bits=4), activation_bits=4).quantize(rows, stats, name="up", dtype=jnp.float32)
 
 Memory: the base's, and one more copy of the rows and of each H. With 16 bits x Q is not rounded.
 Letters: K inputs, N outputs.
@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.ops import hadamard
 from jaxllm.quant.methods.gptq import Gptq
-from jaxllm.quant.statistics import Method, Stats, need, output_groups
+from jaxllm.quant.statistics import Method, Stats, need, output_groups_of
 from jaxllm.weights.rotated import Rotated
 
 FIXED = frozenset({"mean", "thresholds", "fisher"})  # of one input each: they do not turn with the inputs
@@ -49,7 +49,7 @@ class Rotate:
     want what cannot be rotated (AWQ's means, Fisher information by weight, DecDEC's thresholds).
     """
 
-    base: Method = Gptq(bits=4, group=32, guided=True)
+    base: Method = Gptq(bits=4, group_size=32, guided=True)
     activation_bits: int = 4
     clip: float = 0.9
     seed: int = 0
@@ -69,16 +69,16 @@ class Rotate:
         return of_base - diagonal | {"hessian"} if of_base & diagonal else of_base
 
     @property
-    def groups(self) -> int:
+    def output_groups(self) -> int:
         """Of outputs, for guided curvature: the base's."""
-        return output_groups(self.base)
+        return output_groups_of(self.base)
 
-    def solve(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Rotated:
+    def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Rotated:
         """The base's solution for the rotated rows."""
         if "hessian_diag" in self.base.required_stats:
             need(stats, "rotate", "hessian")
         turned = jax.jit(hadamard.rotate, static_argnums=1)(rows, self.seed)
-        base = self.base.solve(turned, rotated(stats, self.seed), name=name, dtype=dtype)
+        base = self.base.quantize(turned, rotated(stats, self.seed), name=name, dtype=dtype)
         return Rotated(base, self.activation_bits, self.clip, self.seed)
 
 

@@ -15,7 +15,7 @@ borders. Ours differs so:
 
 Stored as a `Codebook` whose tables ascend. Memory: some ten times AT_ONCE numbers beside rows and weights.
 
-    w = SqueezeLlm(bits=3).solve(rows, Stats(fisher=fisher), name="layers.0.up", dtype=rows.dtype)
+    w = SqueezeLlm(bits=3).quantize(rows, Stats(fisher=fisher), name="layers.0.up", dtype=rows.dtype)
 
 Letters: K inputs, N outputs, m = 2**bits levels.
 """
@@ -53,7 +53,7 @@ class SqueezeLlm:
     def required_stats(self) -> frozenset[str]:
         return frozenset({"fisher"})
 
-    def solve(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> Codebook:
+    def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> Codebook:
         need(stats, "SqueezeLlm", "fisher")
         assert stats.fisher is not None
         codes, table = k_means(

@@ -38,7 +38,7 @@ class Steps:
     """Metadata of every column group as if it were at 2 bits."""
 
     step: PerGroup  # 0 .. 15
-    zero: PerGroup  # 0 .. 3
+    zero_point: PerGroup  # 0 .. 3
     shared: PerBlock  # step_zero, 1 .. 15
     scale: PerBlock  # step_scale, a float16 in float32
     error: PerGroup  # weighted squared error
@@ -60,14 +60,16 @@ def limits(g: Groups, live: Live) -> tuple[PerGroup, PerGroup]:
     return some.min(axis=-1, initial=0.0), some.max(axis=-1, initial=0.0)
 
 
-def _codes(g: Groups, scale: PerGroup, zero: PerGroup, top: int) -> Groups:
-    """The nearest code 0 .. top of each weight."""
-    return jnp.clip(jnp.round(g / scale[..., None]) + zero[..., None], 0, top)
+def _codes(g: Groups, scale: PerGroup, zero_point: PerGroup, qmax: int) -> Groups:
+    """The nearest code 0 .. qmax of each weight."""
+    return jnp.clip(jnp.round(g / scale[..., None]) + zero_point[..., None], 0, qmax)
 
 
-def squared_error(g: Groups, h: Moments, live: Live, scale: PerGroup, zero: PerGroup, top: int) -> PerGroup:
-    """What rounding to codes 0 .. top costs each group."""
-    off = g - (_codes(g, scale, zero, top) - zero[..., None]) * scale[..., None]
+def squared_error(
+    g: Groups, h: Moments, live: Live, scale: PerGroup, zero_point: PerGroup, qmax: int
+) -> PerGroup:
+    """What rounding to codes 0 .. qmax costs each group."""
+    off = g - (_codes(g, scale, zero_point, qmax) - zero_point[..., None]) * scale[..., None]
     return jnp.sum(jnp.where(live, h * jnp.square(off), 0.0), axis=-1)
 
 
@@ -77,13 +79,13 @@ def _search_scale(g: Groups, h: Moments, live: Live) -> PerGroup:
 
     def closer(i, best):
         error, scale = best
-        zero = (i % 4).astype(jnp.float32)
-        # the least scale whose codes below and above the zero reach the range's ends
-        below = jnp.where(zero > 0, -low / jnp.maximum(zero, 1), 0.0)
-        above = jnp.where(zero < 3, high / jnp.maximum(3 - zero, 1), 0.0)
+        zero_point = (i % 4).astype(jnp.float32)
+        # the least scale whose codes below and above the zero point reach the range's ends
+        below = jnp.where(zero_point > 0, -low / jnp.maximum(zero_point, 1), 0.0)
+        above = jnp.where(zero_point < 3, high / jnp.maximum(3 - zero_point, 1), 0.0)
         share = 1.0 - 0.06 * (i // 4).astype(jnp.float32)
         trial = jnp.maximum(jnp.maximum(below, above) * share, MIN_STEP_SCALE)
-        here = squared_error(g, h, live, trial, jnp.broadcast_to(zero, trial.shape), 3)
+        here = squared_error(g, h, live, trial, jnp.broadcast_to(zero_point, trial.shape), 3)
         return jnp.minimum(error, here), jnp.where(here < error, trial, scale)
 
     start = jnp.full(low.shape, jnp.inf), jnp.zeros(low.shape)
@@ -114,14 +116,16 @@ def _search_steps(
     base, unit = over_outputs(shared), over_outputs(second)
 
     def closer(i, best):
-        step, zero = (i // 4).astype(jnp.float32), (i % 4).astype(jnp.float32)
-        here = squared_error(g, h, live, (step + base) * unit, jnp.broadcast_to(zero, base.shape), 3)
+        step, zero_point = (i // 4).astype(jnp.float32), (i % 4).astype(jnp.float32)
+        here = squared_error(g, h, live, (step + base) * unit, jnp.broadcast_to(zero_point, base.shape), 3)
         better = (here < best[0]) & (step <= top)
-        return tuple(jnp.where(better, new, old) for new, old in zip((here, step, zero), best, strict=True))
+        return tuple(
+            jnp.where(better, new, old) for new, old in zip((here, step, zero_point), best, strict=True)
+        )
 
     start = jnp.full(base.shape, jnp.inf), jnp.zeros(base.shape), jnp.zeros(base.shape)
-    error, step, zero = jax.lax.fori_loop(0, 64, closer, start)
-    return Steps(step, zero, shared, second, error)
+    error, step, zero_point = jax.lax.fori_loop(0, 64, closer, start)
+    return Steps(step, zero_point, shared, second, error)
 
 
 def _paper_steps(
@@ -133,12 +137,12 @@ def _paper_steps(
     second: PerBlock,
     top: StepLimits,
 ) -> Steps:
-    """The step nearest to the range's scale, and the zero that the range has under that step."""
+    """The step nearest to the range's scale, and the zero point that the range has under that step."""
     base, unit = over_outputs(shared), over_outputs(second)
     step = jnp.clip(jnp.round(scale / unit) - base, 0, top)
     used = (step + base) * unit
-    zero = jnp.clip(jnp.round(-limits(g, live)[0] / used), 0, 3)
-    return Steps(step, zero, shared, second, squared_error(g, h, live, used, zero, 3))
+    zero_point = jnp.clip(jnp.round(-limits(g, live)[0] / used), 0, 3)
+    return Steps(step, zero_point, shared, second, squared_error(g, h, live, used, zero_point, 3))
 
 
 @jax.jit
@@ -167,8 +171,9 @@ def fit_two(
 ) -> Steps:
     """Steps and zeros of every group at 2 bits; N a multiple of 16. top: greatest step, 15 or 7.
 
-    "search": a scale each, from these the block's step scale; then the best step and zero under it; then the
-    step scale that least squares gives for those, kept where it helps. Holds about four arrays of [N, K].
+    "search": a scale each, from these the block's step scale; then the best step and zero point under it;
+    then the step scale that least squares gives for those, kept where it helps. Holds about four arrays of
+    [N, K].
     """
     h, top = h[None], top[None]
     if fit == "paper":
@@ -182,7 +187,7 @@ def fit_two(
     def again(_, steps: Steps) -> Steps:
         size = steps.step + over_outputs(steps.shared)
         scale = size * over_outputs(steps.scale)
-        units = (_codes(g, scale, steps.zero, 3) - steps.zero[..., None]) * size[..., None]
+        units = (_codes(g, scale, steps.zero_point, 3) - steps.zero_point[..., None]) * size[..., None]
         weight = jnp.where(live, h, 0.0)
         above = _block_sum((weight * units * g).sum(axis=-1))
         below = _block_sum((weight * units * units).sum(axis=-1))
@@ -204,15 +209,15 @@ def step_limits(mask: Bool[np.ndarray, " C"], *, narrow: bool) -> Int[np.ndarray
 def two_values(g: Float[Array, "N C 16"], steps: Steps) -> tuple[Array, Array]:
     """Codes and values of every group at 2 bits."""
     scale = group_scale(steps)
-    codes = _codes(g, scale, steps.zero, 3)
-    return codes, (codes - steps.zero[..., None]) * scale[..., None]
+    codes = _codes(g, scale, steps.zero_point, 3)
+    return codes, (codes - steps.zero_point[..., None]) * scale[..., None]
 
 
 @functools.partial(jax.jit, static_argnames=("fit", "group4"))
 def fit_four(
     g: Float[Array, "N C 16"], h: Float[Array, "C 16"], live: Bool[Array, "N C 16"], *, group4: int, fit: Fit
 ) -> tuple[Array, Array, Array, Array]:
-    """Scale and zero [N, G] of each `group4` inputs at 4 bits; codes and values [N, C, 16] under them.
+    """Scale and zero point [N, G] of each `group4` inputs at 4 bits; codes and values [N, C, 16] under them.
 
     "search": the best of 16 shares of the range. Holds about four arrays of [N, K].
     """
@@ -231,20 +236,22 @@ def fit_four(
     def closer(i, best):
         share = 1.0 - 0.03 * i.astype(jnp.float32)
         scale = _half((high - low) / 15 * share)
-        zero = jnp.clip(jnp.round(-low * share / scale), 0, 15)
-        here = squared_error(wide, weight, real, scale, zero, 15)
+        zero_point = jnp.clip(jnp.round(-low * share / scale), 0, 15)
+        here = squared_error(wide, weight, real, scale, zero_point, 15)
         better = here < best[0]
-        return tuple(jnp.where(better, new, old) for new, old in zip((here, scale, zero), best, strict=True))
+        return tuple(
+            jnp.where(better, new, old) for new, old in zip((here, scale, zero_point), best, strict=True)
+        )
 
     start = jnp.full(low.shape, jnp.inf), jnp.ones(low.shape), jnp.zeros(low.shape)
-    _, scale, zero = jax.lax.fori_loop(0, 16 if fit == "search" else 1, closer, start)
-    codes = _codes(wide, scale, zero, 15)
-    values = (codes - zero[..., None]) * scale[..., None]
+    _, scale, zero_point = jax.lax.fori_loop(0, 16 if fit == "search" else 1, closer, start)
+    codes = _codes(wide, scale, zero_point, 15)
+    values = (codes - zero_point[..., None]) * scale[..., None]
 
     def uncut(v):  # [N, G, group4] -> [N, C, 16]
         return v.reshape(N, -1)[:, : C * COLUMNS].reshape(N, C, COLUMNS)
 
-    return scale, zero, uncut(codes), uncut(values)
+    return scale, zero_point, uncut(codes), uncut(values)
 
 
 @jax.jit

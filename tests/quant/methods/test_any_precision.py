@@ -46,7 +46,7 @@ def loss(rows, weights, codes, table):
 @pytest.fixture(scope="module")
 def stored():
     rows, stats = example()
-    return AnyPrecision().solve(rows, stats, name="up", dtype=jnp.float32)
+    return AnyPrecision().quantize(rows, stats, name="up", dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module", params=["exact", "paper"])
@@ -171,7 +171,7 @@ def test_the_cuda_order_needs_whole_words():
 
 def test_the_seed_is_the_standalone_k_means(stored):
     rows, stats = example()
-    alone = SqueezeLlm(bits=3).solve(rows, stats, name="up", dtype=jnp.float32)
+    alone = SqueezeLlm(bits=3).quantize(rows, stats, name="up", dtype=jnp.float32)
     assert (stored.tables[0] == alone.table).all()
     assert (stored.at(3).dequantize_rows() == alone.dequantize_rows()).all()
 
@@ -261,7 +261,7 @@ def test_edge_rows_keep_every_width_finite_and_ordered(split):
     pairs = [(np.full(K, 0.25), one), (np.zeros(K), one), (few, one), (huge, one)]
     pairs += [(w, np.zeros(K)), (w, only), (w, 10.0 ** rng.uniform(-12, 0, K)), (w, one * 1e-36)]
     rows, fisher = (jnp.asarray(np.stack(a), jnp.float32) for a in zip(*pairs, strict=True))
-    made = AnyPrecision(split=split).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
+    made = AnyPrecision(split=split).quantize(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
     for b, table in zip(WIDTHS, made.tables, strict=True):
         error = np.abs(np.asarray(made.at(b).dequantize_rows() - rows))
         assert np.isfinite(error).all() and (np.diff(table, axis=1) >= 0).all()
@@ -285,7 +285,7 @@ def test_rows_do_not_depend_on_how_many_go_at_once(grown, monkeypatch, request):
 def test_a_layer_is_reproducible_by_seed_and_name(stored):
     rows, stats = example()
     same, named, seeded = (
-        AnyPrecision(seed=s).solve(rows, stats, name=name, dtype=jnp.float32)
+        AnyPrecision(seed=s).quantize(rows, stats, name=name, dtype=jnp.float32)
         for s, name in [(0, "up"), (0, "down"), (1, "up")]
     )
     assert (same.planes == stored.planes).all()
@@ -306,11 +306,11 @@ def guided():
 
 def test_a_guided_parent_errs_less_with_every_bit_by_the_whole_curvature(guided):
     rows, hessians = guided
-    method = AnyPrecision(seeder="lnq", seed_bits=2, parent_bits=4, groups=2)
+    method = AnyPrecision(seeder="lnq", seed_bits=2, parent_bits=4, output_groups=2)
     assert method.required_stats == {"guided_hessian"}
-    made = method.solve(rows, Stats(guided_hessian=hessians), name="up", dtype=jnp.float32)
+    made = method.quantize(rows, Stats(guided_hessian=hessians), name="up", dtype=jnp.float32)
     assert (np.diff(made.tables[0], axis=1) >= 0).all()
-    plain = AnyPrecision(seed_bits=2, parent_bits=4).solve(
+    plain = AnyPrecision(seed_bits=2, parent_bits=4).quantize(
         rows,
         Stats(fisher=jnp.repeat(jnp.diagonal(hessians, axis1=1, axis2=2), 4, axis=0)),
         name="",
@@ -378,11 +378,11 @@ def test_wrong_options_and_missing_statistics_are_refused():
         ({"seeder": "none"}, "seeder=none"),
         ({"restarts": 0}, "restarts=0"),
         ({"turns": -1}, "turns=-1"),
-        ({"groups": 2}, "groups=2, seeder=squeeze_llm"),
+        ({"output_groups": 2}, "output_groups=2, seeder=squeeze_llm"),
     ]:
         with pytest.raises(ValueError, match=f"AnyPrecision: .* got .*{got}"):
             refuse(**options)
     with pytest.raises(ValueError, match="AnyPrecision: calibration must give guided"):
-        AnyPrecision(seeder="lnq").solve(rows, stats, name="", dtype=jnp.float32)
+        AnyPrecision(seeder="lnq").quantize(rows, stats, name="", dtype=jnp.float32)
     with pytest.raises(ValueError, match="AnyPrecision: calibration must give fisher"):
-        AnyPrecision().solve(rows, Stats(), name="", dtype=jnp.float32)
+        AnyPrecision().quantize(rows, Stats(), name="", dtype=jnp.float32)

@@ -26,7 +26,7 @@ def layer():
 @pytest.fixture(scope="module")
 def stored(layer):
     rows, x = layer
-    return Awq(bits=3, group=GROUP).solve(rows, stats(x), name="w", dtype=jnp.float32)
+    return Awq(bits=3, group_size=GROUP).quantize(rows, stats(x), name="w", dtype=jnp.float32)
 
 
 def stats(x):
@@ -40,17 +40,19 @@ def loss(rows, stored, x):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_scaling_beats_round_to_nearest_and_clipping_beats_scaling_alone(layer, bits):
     rows, x = layer
-    sizes = {"bits": bits, "group": GROUP}
-    plain = Rtn(**sizes).solve(rows, Stats(), name="w", dtype=jnp.float32)
-    scaled = Awq(**sizes, clip=False).solve(rows, stats(x), name="w", dtype=jnp.float32)
-    clipped = Awq(**sizes).solve(rows, stats(x), name="w", dtype=jnp.float32)
+    sizes = {"bits": bits, "group_size": GROUP}
+    plain = Rtn(**sizes).quantize(rows, Stats(), name="w", dtype=jnp.float32)
+    scaled = Awq(**sizes, clip=False).quantize(rows, stats(x), name="w", dtype=jnp.float32)
+    clipped = Awq(**sizes).quantize(rows, stats(x), name="w", dtype=jnp.float32)
     assert loss(rows, clipped, x) < loss(rows, scaled, x) < 0.7 * loss(rows, plain, x)
 
 
 def test_with_one_power_and_no_clipping_it_is_round_to_nearest(layer):
     rows, x = layer
-    got = Awq(bits=3, group=GROUP, steps=1, clip=False).solve(rows, stats(x), name="w", dtype=jnp.float32)
-    want = Rtn(bits=3, group=GROUP).solve(rows, Stats(), name="w", dtype=jnp.float32)
+    got = Awq(bits=3, group_size=GROUP, steps=1, clip=False).quantize(
+        rows, stats(x), name="w", dtype=jnp.float32
+    )
+    want = Rtn(bits=3, group_size=GROUP).quantize(rows, Stats(), name="w", dtype=jnp.float32)
     assert (got.inverse == 1).all()
     jax.tree.map(np.testing.assert_array_equal, got.weight, want)
 
@@ -70,20 +72,20 @@ def test_the_product_is_that_with_the_effective_weight(layer, stored):
 def test_the_scale_of_the_statistics_does_not_matter(layer, stored):
     rows, x = layer
     for power in (-30, 20):
-        method = Awq(bits=3, group=GROUP)
+        method = Awq(bits=3, group_size=GROUP)
         s = Stats(mean=jnp.abs(x).mean(0) * 2.0**power, sample=x * 2.0 ** (power // 2))
-        again = method.solve(rows, s, name="w", dtype=jnp.float32)
+        again = method.quantize(rows, s, name="w", dtype=jnp.float32)
         np.testing.assert_array_equal(again.weight.codes.words, stored.weight.codes.words)
 
 
 def test_dead_inputs_and_statistics_of_nothing_work(layer):
     rows, x = layer
     x = x.at[:, ::7].set(0.0)
-    method = Awq(bits=3, group=GROUP)
-    dead = method.solve(rows, stats(x), name="w", dtype=jnp.float32)
+    method = Awq(bits=3, group_size=GROUP)
+    dead = method.quantize(rows, stats(x), name="w", dtype=jnp.float32)
     assert bool(jnp.isfinite(dead.dequantize_rows()).all()) and (dead.inverse[::7] == 1).all()
-    nothing = method.solve(rows, stats(x * 0), name="w", dtype=jnp.float32)
-    plain = Rtn(bits=3, group=GROUP).solve(rows, Stats(), name="w", dtype=jnp.float32)
+    nothing = method.quantize(rows, stats(x * 0), name="w", dtype=jnp.float32)
+    plain = Rtn(bits=3, group_size=GROUP).quantize(rows, Stats(), name="w", dtype=jnp.float32)
     np.testing.assert_array_equal(nothing.dequantize_rows(), plain.dequantize_rows())
 
 
@@ -101,7 +103,7 @@ def test_the_format_has_places_on_a_mesh_and_survives_tree_map_and_vmap(layer, s
 
 def test_a_single_weight_and_a_constant_row_work(layer):
     rows, x = layer
-    one = Awq(bits=4).solve(jnp.full((1, 1), 0.5), stats(x[:, :1]), name="w", dtype=jnp.bfloat16)
+    one = Awq(bits=4).quantize(jnp.full((1, 1), 0.5), stats(x[:, :1]), name="w", dtype=jnp.bfloat16)
     np.testing.assert_allclose(one.dequantize_rows(), 0.5, atol=1e-3)
     assert one.dtype == jnp.bfloat16
 
@@ -113,8 +115,8 @@ def test_what_makes_no_sense_is_refused(layer):
     with pytest.raises(ValueError, match="awq: steps must be at least 1, got steps=0"):
         Awq(steps=0)
     with pytest.raises(ValueError, match="awq: calibration must give mean, sample, got none"):
-        Awq().solve(rows, Stats(), name="w", dtype=jnp.float32)
+        Awq().quantize(rows, Stats(), name="w", dtype=jnp.float32)
     with pytest.raises(ValueError, match="awq: weights must be finite, got NaN"):
-        Awq().solve(rows.at[0, 0].set(jnp.nan), stats(x), name="w", dtype=jnp.float32)
+        Awq().quantize(rows.at[0, 0].set(jnp.nan), stats(x), name="w", dtype=jnp.float32)
     with pytest.raises(ValueError, match="awq: statistics must be of K inputs, got K=150"):
-        Awq().solve(rows, stats(x[:, :5]), name="w", dtype=jnp.float32)
+        Awq().quantize(rows, stats(x[:, :5]), name="w", dtype=jnp.float32)

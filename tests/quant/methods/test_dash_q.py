@@ -1,4 +1,4 @@
-"""DASH-Q finds the scale and zero of each group that energies ask for, next to the exact optimum."""
+"""DASH-Q finds the scale and zero of each group that hessian_diag asks for, next to the exact optimum."""
 
 import itertools
 from functools import partial
@@ -23,28 +23,32 @@ def problem(N=32, K=64, seed=0):
 
 
 def solved(rows, h, **options):
-    return DashQ(**options).solve(rows, Stats(hessian_diag=h), name="up", dtype=jnp.float32)
+    return DashQ(**options).quantize(rows, Stats(hessian_diag=h), name="up", dtype=jnp.float32)
 
 
-def cut(x, group):
-    """Groups [N, G, g] of rows whose K the group divides."""
-    return np.asarray(x, np.float64).reshape(x.shape[0], -1, group)
+def cut(x, group_size):
+    """Groups [N, G, g] of rows whose K the group size divides."""
+    return np.asarray(x, np.float64).reshape(x.shape[0], -1, group_size)
 
 
-def errors(w, rows, h, group):
+def errors(w, rows, h, group_size):
     """F of every group [N, G]."""
-    return (cut(h[None], group) * (cut(w.dequantize_rows(), group) - cut(rows, group)) ** 2).sum(-1)
+    return (
+        cut(h[None], group_size) * (cut(w.dequantize_rows(), group_size) - cut(rows, group_size)) ** 2
+    ).sum(-1)
 
 
-def nearest_range(rows, group, bits, zero_code=False):
+def nearest_range(rows, group_size, bits, integer_zero_point=False):
     """Round to nearest from each group's least to its greatest weight."""
-    if zero_code:
-        scale, zero = affine.min_max(rows, bits=bits, group=group)
+    if integer_zero_point:
+        scale, zero_point = affine.min_max(rows, bits=bits, group_size=group_size)
     else:
-        g = cut(rows, group)
+        g = cut(rows, group_size)
         scale = (g.max(-1) - g.min(-1)) / (2**bits - 1)
-        scale, zero = (jnp.asarray(x, jnp.float32) for x in (scale, -g.min(-1) / scale))
-    return affine.encode(rows, scale, zero, bits=bits, group=group, zero_code=zero_code)
+        scale, zero_point = (jnp.asarray(x, jnp.float32) for x in (scale, -g.min(-1) / scale))
+    return affine.encode(
+        rows, scale, zero_point, bits=bits, group_size=group_size, integer_zero_point=integer_zero_point
+    )
 
 
 def regressed(w, q, h):
@@ -72,7 +76,7 @@ def steps():
     """(s, low) [G, n] after so many steps of the paper's loop, for any damping and ridge."""
     rows, h = problem()
     w, weights = dash_q._cut(rows, 8), dash_q._weights(h, 8, 1.0)
-    run = jax.jit(partial(dash_q.descend, w, weights, *dash_q._range(w, 3), top=3))
+    run = jax.jit(partial(dash_q.descend, w, weights, *dash_q._range(w, 3), qmax=3))
     places = lambda x: np.broadcast_to(x, w.shape)[0].transpose(0, 2, 1).astype(np.float64)  # noqa: E731
     return lambda *of: [np.asarray(x, np.float64) for x in run(**of[0])], places(w), places(weights)
 
@@ -103,7 +107,7 @@ def test_the_closed_form_is_weighted_least_squares():
     mean = dash_q._mean(w, weights)
     s, low = dash_q._range(w, 3)
     q = np.clip(np.rint((np.asarray(rows).T - low) / s), 0, 3)  # [g, n]
-    F, new_s, new_low = dash_q.refit(w - mean[None, :, None], weights, s, low - mean, top=3)
+    F, new_s, new_low = dash_q.refit(w - mean[None, :, None], weights, s, low - mean, qmax=3)
     h = np.asarray(weights, np.float64).ravel()
     for n, row in enumerate(np.asarray(rows, np.float64)):
         design = np.sqrt(h)[:, None] * np.stack([q[:, n], np.ones(8)], 1)
@@ -116,15 +120,15 @@ def test_equal_energies_are_plain_least_squares_and_dead_inputs_do_not_count():
     rows, h = problem()
     ones = jnp.ones_like(h)
     for got, want in (
-        (solved(rows, h, group=8, h_power=0.0), solved(rows, ones, group=8)),
-        (solved(rows, 0 * h, group=8), solved(rows, ones, group=8)),  # nothing was ever active
+        (solved(rows, h, group_size=8, h_power=0.0), solved(rows, ones, group_size=8)),
+        (solved(rows, 0 * h, group_size=8), solved(rows, ones, group_size=8)),  # nothing was ever active
     ):
         assert (got.dequantize_rows() == want.dequantize_rows()).all()
     w, weights = dash_q._cut(rows, 8), dash_q._weights(h.at[3].set(0.0), 8, 1.0)
     start = dash_q._range(w, 3)
     for step in (
-        lambda w: dash_q.descend(w, weights, *start, top=3, steps=3, damping=1.0, ridge=0.0),
-        lambda w: dash_q.refit_code(w, weights, dash_q._mean(w, weights), start[0], -start[0], top=3),
+        lambda w: dash_q.descend(w, weights, *start, qmax=3, steps=3, damping=1.0, ridge=0.0),
+        lambda w: dash_q.refit_code(w, weights, dash_q._mean(w, weights), start[0], -start[0], qmax=3),
     ):
         other = jnp.asarray(w).at[:, 0, 3].set(-0.7)
         for a, b in zip(step(w), step(other), strict=True):
@@ -133,8 +137,8 @@ def test_equal_energies_are_plain_least_squares_and_dead_inputs_do_not_count():
 
 def test_rounding_is_the_best_of_all_codes():
     rows, h = problem(N=16, K=6)
-    scale, zero = jnp.full((16, 1), 0.5), jnp.full((16, 1), 1.375)
-    w = affine.encode(rows, scale, zero, bits=2, group=6)
+    scale, zero_point = jnp.full((16, 1), 0.5), jnp.full((16, 1), 1.375)
+    w = affine.encode(rows, scale, zero_point, bits=2, group_size=6)
     every = (np.array(list(itertools.product(range(4), repeat=6))) - 1.375) * 0.5
     best = (np.asarray(h) * (np.asarray(rows)[:, None] - every) ** 2).sum(-1).min(-1)
     np.testing.assert_allclose(errors(w, rows, h, 6)[:, 0], best, rtol=1e-5)
@@ -160,44 +164,46 @@ def test_search_is_within_ten_percent_of_the_exact_optimum_and_the_paper_behind(
 
 def test_a_whole_zero_is_fitted_next_to_its_optimum():
     rows, h = problem(N=32, K=64)
-    g, energy = cut(rows, 32)[:, :, None], cut(h[None], 32)[0][:, None]
+    g, hessian_diag = cut(rows, 32)[:, :, None], cut(h[None], 32)[0][:, None]
     scales = np.linspace(0.05, 2.5, 1000)[:, None]
     best = np.full((32, 2), np.inf)
-    for zero in range(4):
-        q = np.clip(np.rint(g / scales + zero), 0, 3) - zero
-        cross, square = (energy * g * q).sum(-1), (energy * q * q).sum(-1)
+    for zero_point in range(4):
+        q = np.clip(np.rint(g / scales + zero_point), 0, 3) - zero_point
+        cross, square = (hessian_diag * g * q).sum(-1), (hessian_diag * q * q).sum(-1)
         gain = np.where(square > 0, cross**2 / np.maximum(square, 1e-9), 0)
-        best = np.minimum(best, ((energy * g * g).sum(-1) - gain).min(-1))
-    found = errors(solved(rows, h, zero_code=True), rows, h, 32)
+        best = np.minimum(best, ((hessian_diag * g * g).sum(-1) - gain).min(-1))
+    found = errors(solved(rows, h, integer_zero_point=True), rows, h, 32)
     assert found.sum() <= 1.01 * best.sum()
 
 
-@pytest.mark.parametrize("zero_code", [False, True])
+@pytest.mark.parametrize("integer_zero_point", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 8])
-def test_no_group_ends_above_round_to_nearest(bits, zero_code):
+def test_no_group_ends_above_round_to_nearest(bits, integer_zero_point):
     rows, h = problem()
     rows = rows.at[0].multiply(1e-3).at[1].add(20.0).at[2, 5].set(50.0)
-    found = errors(solved(rows, h, bits=bits, group=8, zero_code=zero_code), rows, h, 8)
-    start = errors(nearest_range(rows, 8, bits, zero_code), rows, h, 8)
+    found = errors(
+        solved(rows, h, bits=bits, group_size=8, integer_zero_point=integer_zero_point), rows, h, 8
+    )
+    start = errors(nearest_range(rows, 8, bits, integer_zero_point), rows, h, 8)
     assert (found <= start * (1 + 1e-5) + 1e-9).all() and found.sum() < start.sum()
 
 
 @pytest.mark.parametrize("mode", ["search", "paper"])
 def test_units_of_energies_and_weights_and_the_order_of_inputs_do_not_matter(mode):
     rows, h = problem()
-    fit = partial(dash_q.fit, bits=2, group=8, mode=mode)
-    codes = lambda rows, h: unpack(solved(rows, h, group=8, mode=mode).codes)  # noqa: E731
-    scale, zero = fit(rows, h)
+    fit = partial(dash_q.fit, bits=2, group_size=8, mode=mode)
+    codes = lambda rows, h: unpack(solved(rows, h, group_size=8, mode=mode).codes)  # noqa: E731
+    scale, zero_point = fit(rows, h)
     for unit in (2.0**-90, 2.0**70):
-        for got, want in zip(fit(rows, h * unit), (scale, zero), strict=True):
+        for got, want in zip(fit(rows, h * unit), (scale, zero_point), strict=True):
             assert (got == want).all()
     np.testing.assert_allclose(fit(rows, h * 1000)[0], scale, rtol=2e-3)
     moved = fit(4 * rows, h)
-    assert (moved[0] == 4 * scale).all() and (moved[1] == zero).all()
+    assert (moved[0] == 4 * scale).all() and (moved[1] == zero_point).all()
     assert (codes(4 * rows, h) == codes(rows, h)).all()
     shifted = fit(rows + 1, h)
     np.testing.assert_allclose(shifted[0], scale, rtol=2e-3)
-    np.testing.assert_allclose(shifted[1], zero - 1 / scale, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(shifted[1], zero_point - 1 / scale, rtol=2e-3, atol=2e-3)
     order = jnp.asarray(np.arange(64).reshape(8, 8)[:, ::-1].ravel())
     assert (codes(rows[:, order], h[order]) == codes(rows, h)[:, order]).all()
 
@@ -206,9 +212,9 @@ def test_weights_on_a_grid_come_back_exactly():
     rng = np.random.default_rng(0)
     codes = np.concatenate([rng.permuted(np.arange(8)[None] % 4, axis=1) for _ in range(8)], 1)
     rows, h = jnp.asarray((codes - 1.5) * 0.125, jnp.float32), problem()[1]
-    w = solved(rows, h, group=8)
+    w = solved(rows, h, group_size=8)
     assert (w.dequantize_rows() == rows).all() and (np.asarray(unpack(w.codes)) == codes).all()
-    paper = solved(rows, h, group=8, mode="paper", iterations=40)
+    paper = solved(rows, h, group_size=8, mode="paper", iterations=40)
     assert (np.asarray(unpack(paper.codes)) == codes).all()
     h = cut(h[None], 8)[0]
     mean = (h * cut(codes, 8)[0]).sum(-1) / h.sum(-1)
@@ -221,17 +227,20 @@ def test_constant_groups_are_stored_exactly(mode):
     rows, h = problem(N=4)
     for value in (0.0, 0.25, -3.0):
         flat = rows.at[1, 8:24].set(value)
-        w = solved(flat, h, group=8, mode=mode)
+        w = solved(flat, h, group_size=8, mode=mode)
         assert (w.dequantize_rows()[1, 8:24] == value).all()
-        assert np.isfinite(w.scale).all() and np.isfinite(w.zero).all()
+        assert np.isfinite(w.scale).all() and np.isfinite(w.zero_point).all()
 
 
 def test_what_is_stored_is_counted_to_the_bit():
     rows, h = problem()
-    w = solved(rows, h, group=8)
+    w = solved(rows, h, group_size=8)
     assert bits_per_weight(w) == 2 + 32 / 8 and num_bytes(w) == 32 * 64 * 2 // 8 + 4 * 32 * 8
-    assert bits_per_weight(solved(rows, h, group=8, zero_code=True)) == 2 + 16 / 8 + 2 / 8
-    assert [DashQ(bits=b).solve(*_wide(b), name="x", dtype=jnp.bfloat16).group for b in (2, 4)] == [32, 64]
+    assert bits_per_weight(solved(rows, h, group_size=8, integer_zero_point=True)) == 2 + 16 / 8 + 2 / 8
+    assert [DashQ(bits=b).quantize(*_wide(b), name="x", dtype=jnp.bfloat16).group_size for b in (2, 4)] == [
+        32,
+        64,
+    ]
 
 
 def _wide(bits):
@@ -241,35 +250,35 @@ def _wide(bits):
 
 def test_the_product_is_that_of_the_numbers_and_of_group_sums():
     rows, h = problem(K=60)
-    w = solved(rows, h, group=8)  # a short last group
+    w = solved(rows, h, group_size=8)  # a short last group
     x = jax.random.normal(jax.random.key(0), (5, 60))
     want = np.asarray(x) @ np.asarray(w.dequantize_rows()).T
     np.testing.assert_allclose(matmul(x, w), want, atol=1e-4)
     of = np.arange(60) // 8
-    scale, zero = (np.asarray(v, np.float32) for v in (w.scale, w.zero))  # [G, N]
+    scale, zero_point = (np.asarray(v, np.float32) for v in (w.scale, w.zero_point))  # [G, N]
     codes = np.asarray(unpack(w.codes), np.float32)
     sums = np.stack([np.asarray(x)[:, of == g].sum(1) for g in range(8)], 1)  # [B, G]
     parts = [np.asarray(x)[:, of == g] @ codes[:, of == g].T for g in range(8)]
-    factored = sum(part * scale[g] for g, part in enumerate(parts)) - sums @ (scale * zero)
+    factored = sum(part * scale[g] for g, part in enumerate(parts)) - sums @ (scale * zero_point)
     np.testing.assert_allclose(factored, want, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 7), (17, 9)])
 def test_any_shape_works_and_rows_do_not_depend_on_one_another(shape):
     rows, h = problem(*shape)
-    w = solved(rows, h, group=4)
+    w = solved(rows, h, group_size=4)
     assert w.shape == shape[::-1] and np.isfinite(w.dequantize_rows()).all()
-    more = solved(jnp.concatenate([rows, 100 * rows]), h, group=4)
+    more = solved(jnp.concatenate([rows, 100 * rows]), h, group_size=4)
     assert (more.dequantize_rows()[: len(rows)] == w.dequantize_rows()).all()
 
 
 def test_groups_longer_than_a_loop_and_more_rows_than_a_block_are_cut_up(monkeypatch):
     rows, h = problem(N=40, K=30)
-    want = solved(rows, h, group=10).dequantize_rows()
+    want = solved(rows, h, group_size=10).dequantize_rows()
     monkeypatch.setattr(dash_q, "UNROLL", 4)
     monkeypatch.setattr(dash_q, "ROWS", 16)
     jax.clear_caches()
-    np.testing.assert_allclose(solved(rows, h, group=10).dequantize_rows(), want, atol=1e-2)
+    np.testing.assert_allclose(solved(rows, h, group_size=10).dequantize_rows(), want, atol=1e-2)
     jax.clear_caches()
 
 
@@ -290,11 +299,11 @@ def loss(w, rows, hessian):
 
 def test_feedback_is_gptq_on_the_fitted_grids_and_pays_with_many_tokens():
     rows, stats = problem()[0], gaussian()
-    run = lambda **of: DashQ(group=8, **of).solve(rows, stats, name="up", dtype=jnp.float32)  # noqa: E731
+    run = lambda **of: DashQ(group_size=8, **of).quantize(rows, stats, name="up", dtype=jnp.float32)  # noqa: E731
     plain, fed = run(), run(feedback=True)
-    assert (fed.scale == plain.scale).all() and (fed.zero == plain.zero).all()
-    grid = fed.scale.astype(jnp.float32).T, fed.zero.astype(jnp.float32).T
-    codes = gptq.feedback(rows, stats.hessian, *grid, bits=2, group=8)
+    assert (fed.scale == plain.scale).all() and (fed.zero_point == plain.zero_point).all()
+    grid = fed.scale.astype(jnp.float32).T, fed.zero_point.astype(jnp.float32).T
+    codes = gptq.feedback(rows, stats.hessian, *grid, bits=2, group_size=8)
     assert (unpack(fed.codes) == codes).all()
     assert loss(fed, rows, stats.held_out) < 0.9 * loss(plain, rows, stats.held_out)
     diagonal = run(feedback=True, shrinkage=0.0)
@@ -306,7 +315,7 @@ def test_the_shrinkage_chosen_has_the_least_held_out_error(tokens):
     rows, true = problem()[0], gaussian()
     few = gaussian(tokens=tokens)
     stats = Stats(hessian_diag=few.hessian_diag, hessian=few.hessian, held_out=true.held_out)
-    run = lambda rho: DashQ(group=8, feedback=True, shrinkage=rho).solve(  # noqa: E731
+    run = lambda rho: DashQ(group_size=8, feedback=True, shrinkage=rho).quantize(  # noqa: E731
         rows, stats, name="up", dtype=jnp.float32
     )
     each = [loss(run(rho), rows, stats.held_out) for rho in dash_q.RHOS]
@@ -322,13 +331,15 @@ def test_what_a_method_wants_is_said_and_missing_or_foreign_statistics_are_refus
     assert DashQ(feedback=True, shrinkage="auto").required_stats == {"hessian_diag", "hessian", "held_out"}
     rows, h = problem()
     with pytest.raises(ValueError, match="dash_q: calibration must give hessian_diag, got none"):
-        DashQ().solve(rows, Stats(), name="up", dtype=jnp.float32)
-    with pytest.raises(ValueError, match=r"dash_q: diagonal must be \[K\], got energy\.shape=\(32,\), K=64"):
+        DashQ().quantize(rows, Stats(), name="up", dtype=jnp.float32)
+    with pytest.raises(
+        ValueError, match=r"dash_q: hessian_diag must be \[K\], got hessian_diag\.shape=\(32,\), K=64"
+    ):
         solved(rows, h[:32])
     with pytest.raises(ValueError, match="dash_q: up: weights must be finite, got NaN or infinity"):
         solved(rows.at[0, 0].set(jnp.nan), h)
     for bad in (-1.0, jnp.inf, jnp.nan):
-        with pytest.raises(ValueError, match="dash_q: diagonal must be finite and not negative"):
+        with pytest.raises(ValueError, match="dash_q: hessian_diag must be finite and not negative"):
             solved(rows, h.at[0].set(bad))
 
 
@@ -336,12 +347,12 @@ def test_what_a_method_wants_is_said_and_missing_or_foreign_statistics_are_refus
     "options, message",
     [
         ({"bits": 9}, "bits must be 1 to 8, got self.bits=9"),
-        ({"group": 0}, "group must be at least 1, got self.group=0"),
+        ({"group_size": 0}, "group_size must be at least 1, got self.group_size=0"),
         ({"iterations": -1}, "iterations must not be negative"),
         ({"damping": 0.0}, "damping must be above 0"),
         ({"ridge": -1.0}, "ridge must be finite"),
         ({"h_power": float("nan")}, "h_power must be finite"),
-        ({"mode": "paper", "zero_code": True}, "zero_code needs mode='search'"),
+        ({"mode": "paper", "integer_zero_point": True}, "integer_zero_point needs mode='search'"),
         ({"shrinkage": 0.5}, "shrinkage needs feedback=True"),
         ({"feedback": True, "shrinkage": 1.5}, "shrinkage must be None, 'auto' or 0 to 1"),
     ],

@@ -34,9 +34,9 @@ class Nearest:
     bits: int = 3
     required_stats = frozenset({"mean"})
 
-    def solve(self, rows, stats, *, name, dtype):
-        group = min(32, rows.shape[1])
-        return affine.quantize(rows.T, bits=self.bits, group=group)
+    def quantize(self, rows, stats, *, name, dtype):
+        group_size = min(32, rows.shape[1])
+        return affine.quantize(rows.T, bits=self.bits, group_size=group_size)
 
 
 def inputs(tokens, width=K, seed=1):
@@ -48,7 +48,7 @@ def weight(rows=None, *, k_chunk=32, bits=4, how="bucket", x=None) -> HostResidu
     x = inputs(64, rows.shape[1]) if x is None else x
     stats = Stats(hessian_diag=jnp.square(x).sum(0), thresholds=token_thresholds(x))
     method = DecDec(base=Nearest(), residual_bits=bits, k_chunk=k_chunk, select=how)
-    return method.solve(rows, stats, name="a.b", dtype=rows.dtype)
+    return method.quantize(rows, stats, name="a.b", dtype=rows.dtype)
 
 
 def token_thresholds(x):
@@ -352,9 +352,9 @@ def test_the_method_asks_for_what_its_selection_needs_and_refuses_nonsense(rows)
         with pytest.raises(ValueError, match=message):
             wrong.__post_init__()
     with pytest.raises(ValueError, match="DecDec: calibration must give thresholds"):
-        DecDec(base=base).solve(rows, Stats(), name="a", dtype=rows.dtype)
+        DecDec(base=base).quantize(rows, Stats(), name="a", dtype=rows.dtype)
     with pytest.raises(ValueError, match=r"DecDec: thresholds must be \[K\]"):
-        DecDec(base=base).solve(rows, Stats(thresholds=jnp.ones(7)), name="a", dtype=rows.dtype)
+        DecDec(base=base).quantize(rows, Stats(thresholds=jnp.ones(7)), name="a", dtype=rows.dtype)
     with pytest.raises(ValueError, match="bits must be 2, 4, 8 or 16, got bits=5"):
         host_residual.encode(rows, bits=5)
 
@@ -362,7 +362,7 @@ def test_the_method_asks_for_what_its_selection_needs_and_refuses_nonsense(rows)
 def test_random_channels_depend_on_the_name_and_the_seed_only(rows):
     def drawn(name, seed):
         method = DecDec(base=Nearest(), select="random", seed=seed)
-        return method.solve(rows, Stats(), name=name, dtype=rows.dtype).hint
+        return method.quantize(rows, Stats(), name=name, dtype=rows.dtype).hint
 
     assert (drawn("a", 0) == drawn("a", 0)).all()
     assert (drawn("a", 0) != drawn("b", 0)).any() and (drawn("a", 0) != drawn("a", 1)).any()

@@ -51,9 +51,9 @@ def published(rows, hessian, quantize, order, damping=0.01):
 @pytest.mark.parametrize("act_order", [True, False])
 def test_feedback_gives_the_codes_of_the_published_recursion(layer, bits, act_order):
     rows, hessian = layer
-    scale, zero = Rtn(bits=bits, group=GROUP, zero_code=False).grid(rows)
+    scale, zero_point = Rtn(bits=bits, group_size=GROUP, integer_zero_point=False).grid(rows)
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(K)
-    s, z = np.asarray(scale, np.float64), np.asarray(zero, np.float64)
+    s, z = np.asarray(scale, np.float64), np.asarray(zero_point, np.float64)
 
     def quantize(w, i):
         g = order[i] // GROUP
@@ -61,39 +61,41 @@ def test_feedback_gives_the_codes_of_the_published_recursion(layer, bits, act_or
         return code, (code - z[:, g]) * s[:, g]
 
     want = published(rows, hessian, quantize, order)
-    got = feedback(rows, hessian, scale, zero, bits=bits, group=GROUP, act_order=act_order)
+    got = feedback(rows, hessian, scale, zero_point, bits=bits, group_size=GROUP, act_order=act_order)
     np.testing.assert_array_equal(got, want)
 
 
 def test_a_groups_grid_is_fitted_to_weights_that_hold_every_correction(layer):
     rows, hessian = layer
-    grid, scales, zeros = Rtn(bits=3, group=GROUP), [], []
+    grid, scales, zeros = Rtn(bits=3, group_size=GROUP), [], []
 
     def quantize(w, i):
         if i % GROUP == 0:
             part = jnp.asarray(w[:, i : i + GROUP], jnp.float32)
-            fit = dataclasses.replace(grid, group=part.shape[1]).grid(part)
+            fit = dataclasses.replace(grid, group_size=part.shape[1]).grid(part)
             scales.append(np.asarray(fit[0][:, 0], np.float64))
             zeros.append(np.asarray(fit[1][:, 0], np.float64))
         code = np.clip(np.round(w[:, i] / scales[-1] + zeros[-1]), 0, 7)
         return code, (code - zeros[-1]) * scales[-1]
 
     want = published(rows, hessian, quantize, np.arange(K))
-    codes, scale, zero = refitted(rows, hessian, grid)
+    codes, scale, zero_point = refitted(rows, hessian, grid)
     np.testing.assert_allclose(scale, np.stack(scales, 1), rtol=1e-3)  # a float16 may round the other way
-    np.testing.assert_array_equal(zero, np.stack(zeros, 1))
+    np.testing.assert_array_equal(zero_point, np.stack(zeros, 1))
     np.testing.assert_array_equal(codes, want)
 
 
 @pytest.mark.parametrize("diagonal", ["falling", "ones", "zeros"])
 def test_without_correlations_it_is_round_to_nearest_on_the_same_grid(layer, diagonal):
     rows, _ = layer
-    energy = {"falling": jnp.linspace(5.0, 1.0, K), "ones": jnp.ones(K), "zeros": jnp.zeros(K)}[diagonal]
-    method = {"bits": 2, "group": GROUP, "clip": False}
-    want = Rtn(**method).solve(rows, Stats(), name="w", dtype=jnp.float32)
+    hessian_diag = {"falling": jnp.linspace(5.0, 1.0, K), "ones": jnp.ones(K), "zeros": jnp.zeros(K)}[
+        diagonal
+    ]
+    method = {"bits": 2, "group_size": GROUP, "clip": False}
+    want = Rtn(**method).quantize(rows, Stats(), name="w", dtype=jnp.float32)
     for act_order in (True, False):
-        stats = Stats(hessian=jnp.diag(energy))
-        got = Gptq(**method, act_order=act_order, rounds=1).solve(rows, stats, name="w", dtype=jnp.float32)
+        stats = Stats(hessian=jnp.diag(hessian_diag))
+        got = Gptq(**method, act_order=act_order, rounds=1).quantize(rows, stats, name="w", dtype=jnp.float32)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -101,19 +103,19 @@ def test_without_correlations_it_is_round_to_nearest_on_the_same_grid(layer, dia
 def test_on_correlated_inputs_it_beats_round_to_nearest_by_far(layer, bits):
     rows, hessian = layer
     stats = Stats(hessian=hessian, hessian_diag=jnp.diag(hessian))
-    sizes = {"bits": bits, "group": GROUP, "clip": True}
-    plain = Rtn(**sizes).solve(rows, stats, name="w", dtype=jnp.float32)
+    sizes = {"bits": bits, "group_size": GROUP, "clip": True}
+    plain = Rtn(**sizes).quantize(rows, stats, name="w", dtype=jnp.float32)
     for act_order in (True, False):
-        ours = Gptq(**sizes, act_order=act_order).solve(rows, stats, name="w", dtype=jnp.float32)
+        ours = Gptq(**sizes, act_order=act_order).quantize(rows, stats, name="w", dtype=jnp.float32)
         assert loss(rows, ours, hessian).sum() < 0.6 * loss(rows, plain, hessian).sum()
 
 
 def test_what_was_made_up_for_is_what_is_stored(layer):
     rows, hessian = layer
-    method = Gptq(bits=3, group=GROUP, zero_code=False)
-    stored = method.solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
-    scale, zero = stored.scale.T.astype(jnp.float32), stored.zero.T.astype(jnp.float32)
-    codes = feedback(rows, hessian, scale, zero, bits=3, group=GROUP)
+    method = Gptq(bits=3, group_size=GROUP, integer_zero_point=False)
+    stored = method.quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
+    scale, zero_point = stored.scale.T.astype(jnp.float32), stored.zero_point.T.astype(jnp.float32)
+    codes = feedback(rows, hessian, scale, zero_point, bits=3, group_size=GROUP)
     np.testing.assert_array_equal(codes, unpack(stored.codes))
 
 
@@ -121,7 +123,9 @@ def test_more_rounds_never_raise_a_rows_loss(layer):
     rows, hessian = layer
     stats, before = Stats(hessian=hessian), np.inf
     for rounds in (1, 2, 4):
-        stored = Gptq(bits=2, group=GROUP, rounds=rounds).solve(rows, stats, name="w", dtype=jnp.float32)
+        stored = Gptq(bits=2, group_size=GROUP, rounds=rounds).quantize(
+            rows, stats, name="w", dtype=jnp.float32
+        )
         now = loss(rows, stored, damped(hessian, 0.01))
         assert (now <= before * (1 + 1e-5)).all()
         before = now
@@ -130,18 +134,18 @@ def test_more_rounds_never_raise_a_rows_loss(layer):
 def test_with_one_grid_a_row_the_order_of_inputs_does_not_matter(layer):
     rows, hessian = layer
     mixed = np.random.default_rng(0).permutation(K)
-    scale, zero = Rtn(bits=3, group=K).grid(rows)
-    codes = feedback(rows, hessian, scale, zero, bits=3, group=K)
-    again = feedback(rows[:, mixed], hessian[mixed][:, mixed], scale, zero, bits=3, group=K)
+    scale, zero_point = Rtn(bits=3, group_size=K).grid(rows)
+    codes = feedback(rows, hessian, scale, zero_point, bits=3, group_size=K)
+    again = feedback(rows[:, mixed], hessian[mixed][:, mixed], scale, zero_point, bits=3, group_size=K)
     np.testing.assert_array_equal(again, codes[:, mixed])
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_the_scale_of_the_statistics_does_not_matter(layer, act_order):
     rows, hessian = layer
-    method = Gptq(bits=3, group=GROUP, act_order=act_order)
+    method = Gptq(bits=3, group_size=GROUP, act_order=act_order)
     one, *others = (
-        method.solve(rows, Stats(hessian=hessian * 2.0**power), name="w", dtype=jnp.float32)
+        method.quantize(rows, Stats(hessian=hessian * 2.0**power), name="w", dtype=jnp.float32)
         for power in (0, -60, 40)
     )
     for other in others:
@@ -154,23 +158,23 @@ def test_inputs_that_are_always_zero_are_rounded_and_disturb_no_other(layer, act
     rows, hessian = layer
     dead = np.arange(0, K, 7)
     hessian = hessian.at[dead].set(0).at[:, dead].set(0)
-    scale, zero = Rtn(bits=4, group=GROUP).grid(rows)
-    options = {"bits": 4, "group": GROUP, "act_order": act_order, "damping": damping}
-    codes = feedback(rows, hessian, scale, zero, **options)
-    plain = Rtn(bits=4, group=GROUP).solve(rows, Stats(), name="w", dtype=jnp.float32)
+    scale, zero_point = Rtn(bits=4, group_size=GROUP).grid(rows)
+    options = {"bits": 4, "group_size": GROUP, "act_order": act_order, "damping": damping}
+    codes = feedback(rows, hessian, scale, zero_point, **options)
+    plain = Rtn(bits=4, group_size=GROUP).quantize(rows, Stats(), name="w", dtype=jnp.float32)
     np.testing.assert_array_equal(codes[:, dead], unpack(plain.codes)[:, dead])
-    moved = feedback(rows.at[:, dead].set(0.0), hessian, scale, zero, **options)
+    moved = feedback(rows.at[:, dead].set(0.0), hessian, scale, zero_point, **options)
     alive = np.setdiff1d(np.arange(K), dead)
     np.testing.assert_array_equal(moved[:, alive], codes[:, alive])
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("zero_code", [True, False])
-def test_a_constant_row_comes_back(layer, act_order, zero_code):
+@pytest.mark.parametrize("integer_zero_point", [True, False])
+def test_a_constant_row_comes_back(layer, act_order, integer_zero_point):
     rows, hessian = layer
     rows = rows.at[3].set(0.5).at[4].set(0.0)
-    method = Gptq(bits=3, group=GROUP, act_order=act_order, zero_code=zero_code)
-    got = method.solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32).dequantize_rows()
+    method = Gptq(bits=3, group_size=GROUP, act_order=act_order, integer_zero_point=integer_zero_point)
+    got = method.quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32).dequantize_rows()
     np.testing.assert_allclose(got[3:5], rows[3:5], atol=2e-3)
 
 
@@ -179,37 +183,39 @@ def test_any_shape_and_groups_wider_than_it_work(shape):
     rows = jax.random.normal(jax.random.key(1), shape)
     stats = Stats(hessian=jnp.eye(shape[1]) + 0.1)
     for act_order in (True, False):
-        stored = Gptq(bits=8, group=200, act_order=act_order).solve(rows, stats, name="w", dtype=jnp.bfloat16)
+        stored = Gptq(bits=8, group_size=200, act_order=act_order).quantize(
+            rows, stats, name="w", dtype=jnp.bfloat16
+        )
         assert stored.shape == shape[::-1] and stored.dtype == jnp.bfloat16
         np.testing.assert_allclose(stored.dequantize_rows(), rows, atol=0.05)
 
 
 def test_symmetric_grids_store_no_zero(layer):
     rows, hessian = layer
-    method = Gptq(bits=4, group=GROUP, symmetric=True)
-    stored = method.solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
-    plain = Rtn(bits=4, group=GROUP, symmetric=True).solve(rows, Stats(), name="w", dtype=jnp.float32)
-    assert stored.zero is None
+    method = Gptq(bits=4, group_size=GROUP, symmetric=True)
+    stored = method.quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
+    plain = Rtn(bits=4, group_size=GROUP, symmetric=True).quantize(rows, Stats(), name="w", dtype=jnp.float32)
+    assert stored.zero_point is None
     assert loss(rows, stored, hessian).sum() < loss(rows, plain, hessian).sum()
 
 
 def test_guided_solves_each_group_of_outputs_with_its_own_curvature(layer):
     rows, hessian = layer
     other = hessian[::-1, ::-1]
-    method = Gptq(bits=3, group=GROUP, guided=True, groups=2)
+    method = Gptq(bits=3, group_size=GROUP, guided=True, output_groups=2)
     stats = Stats(guided_hessian=jnp.stack([hessian, other]))
-    got = method.solve(rows, stats, name="w", dtype=jnp.float32).dequantize_rows()
-    plain = Gptq(bits=3, group=GROUP)
+    got = method.quantize(rows, stats, name="w", dtype=jnp.float32).dequantize_rows()
+    plain = Gptq(bits=3, group_size=GROUP)
     for half, h in ((slice(0, 4), hessian), (slice(4, 8), other)):
-        want = plain.solve(rows, Stats(hessian=h), name="w", dtype=jnp.float32).dequantize_rows()
+        want = plain.quantize(rows, Stats(hessian=h), name="w", dtype=jnp.float32).dequantize_rows()
         np.testing.assert_array_equal(got[half], want[half])
 
 
 def test_guided_with_equal_gradients_and_one_group_is_plain(layer):
     rows, hessian = layer
-    guided = Gptq(bits=3, group=GROUP, guided=True)
-    got = guided.solve(rows, Stats(guided_hessian=hessian[None]), name="w", dtype=jnp.float32)
-    want = Gptq(bits=3, group=GROUP).solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
+    guided = Gptq(bits=3, group_size=GROUP, guided=True)
+    got = guided.quantize(rows, Stats(guided_hessian=hessian[None]), name="w", dtype=jnp.float32)
+    want = Gptq(bits=3, group_size=GROUP).quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert guided.required_stats == {"guided_hessian"} and Gptq().required_stats == {"hessian"}
 
@@ -220,10 +226,10 @@ def test_guided_curvature_is_the_squared_error_weighed_by_gradients():
     x, g, e = random.normal(size=(40, 12)), random.normal(size=(40, 8)), random.normal(size=(12, 8))
     each = np.einsum("ta,tj,tb->jab", x, g**2, x)  # H_j
     np.testing.assert_allclose(((g * (x @ e)) ** 2).sum(), np.einsum("aj,jab,bj->", e, each, e), rtol=1e-12)
-    for groups in (1, 2, 4, 8):
-        s = (g**2).reshape(40, groups, -1).mean(-1)
+    for output_groups in (1, 2, 4, 8):
+        s = (g**2).reshape(40, output_groups, -1).mean(-1)
         direct = np.einsum("ta,tj,tb->jab", x, s, x)
-        got = averaged(jnp.asarray(each, jnp.float32), groups)
+        got = averaged(jnp.asarray(each, jnp.float32), output_groups)
         np.testing.assert_allclose(got, direct, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got, got.swapaxes(1, 2), atol=1e-4)
         assert np.linalg.eigvalsh(got).min() > -1e-3
@@ -233,10 +239,10 @@ def test_guided_curvature_is_the_squared_error_weighed_by_gradients():
 
 def test_stored_grids_are_fixed_points_of_storing(layer):
     rows, _ = layer
-    for zero_code in (True, False):
-        sizes = {"bits": 3, "group": GROUP, "zero_code": zero_code}
-        once = affine.stored(rows, *affine.min_max(rows, bits=3, group=GROUP), **sizes)
-        twice = affine.stored(rows, *once, **sizes)
+    for integer_zero_point in (True, False):
+        sizes = {"bits": 3, "group_size": GROUP, "integer_zero_point": integer_zero_point}
+        once = affine.round_to_storage(rows, *affine.min_max(rows, bits=3, group_size=GROUP), **sizes)
+        twice = affine.round_to_storage(rows, *once, **sizes)
         jax.tree.map(np.testing.assert_array_equal, twice, once)
 
 
@@ -244,10 +250,13 @@ def test_stored_grids_are_fixed_points_of_storing(layer):
     ("options", "message"),
     [
         ({"bits": 9}, "gptq: bits must be 1 to 8, got bits=9"),
-        ({"group": 0}, "gptq: group must be at least 1, got group=0"),
+        ({"group_size": 0}, "gptq: group_size must be at least 1, got group_size=0"),
         ({"damping": -1.0}, "gptq: damping must be finite and not negative, got damping=-1.0"),
         ({"rounds": 0}, "gptq: rounds must be at least 1, got rounds=0"),
-        ({"groups": 2}, "gptq: groups must be 1, or more if guided, got groups=2, guided=False"),
+        (
+            {"output_groups": 2},
+            "gptq: output_groups must be 1, or more if guided, got output_groups=2, guided=False",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -259,7 +268,7 @@ def test_what_cannot_be_solved_is_refused(layer):
     rows, hessian = layer
 
     def solve(rows, stats, **options):
-        return Gptq(**options).solve(rows, stats, name="w", dtype=jnp.float32)
+        return Gptq(**options).quantize(rows, stats, name="w", dtype=jnp.float32)
 
     with pytest.raises(ValueError, match="gptq: weights must be finite, got NaN"):
         solve(rows.at[0, 0].set(jnp.nan), Stats(hessian=hessian))
@@ -267,13 +276,17 @@ def test_what_cannot_be_solved_is_refused(layer):
         solve(rows, Stats(hessian=hessian.at[0, 0].set(jnp.nan)))
     with pytest.raises(ValueError, match="gptq: calibration must give hessian, got none"):
         solve(rows, Stats())
-    with pytest.raises(ValueError, match="gptq: groups must divide N, got groups=3, N=8"):
-        solve(rows, Stats(guided_hessian=hessian[None]), guided=True, groups=3)
-    with pytest.raises(ValueError, match="groups must divide those measured, got groups=2, measured=1"):
-        solve(rows, Stats(guided_hessian=hessian[None]), guided=True, groups=2)
+    with pytest.raises(ValueError, match="gptq: output_groups must divide N, got output_groups=3, N=8"):
+        solve(rows, Stats(guided_hessian=hessian[None]), guided=True, output_groups=3)
+    with pytest.raises(
+        ValueError, match="output_groups must divide those measured, got output_groups=2, measured=1"
+    ):
+        solve(rows, Stats(guided_hessian=hessian[None]), guided=True, output_groups=2)
     with pytest.raises(
         ValueError, match=r"gptq: the curvature must be of K inputs, got K=150, .*\(1, 5, 5\)"
     ):
         solve(rows, Stats(hessian=hessian[:5, :5]))
-    with pytest.raises(ValueError, match=r"gptq: scale must be \[N, ceil\(K / group\)\], got .*\(8, 4\)"):
-        feedback(rows, hessian, rows[:, :4], rows[:, :4], bits=2, group=GROUP)
+    with pytest.raises(
+        ValueError, match=r"gptq: scale must be \[N, ceil\(K / group_size\)\], got .*\(8, 4\)"
+    ):
+        feedback(rows, hessian, rows[:, :4], rows[:, :4], bits=2, group_size=GROUP)

@@ -135,12 +135,12 @@ def test_the_objective_is_the_weighed_output_error(layer):
 
 def test_with_a_diagonal_curvature_its_fixed_points_are_those_of_k_means(layer):
     rows, hessian, start, _ = layer
-    energy = jnp.linspace(1.0, 5.0, K)
-    codes, table = lnq(rows, jnp.diag(energy)[None], start, bits=3, iterations=60, damping=0.0)
+    hessian_diag = jnp.linspace(1.0, 5.0, K)
+    codes, table = lnq(rows, jnp.diag(hessian_diag)[None], start, bits=3, iterations=60, damping=0.0)
     wide = table.astype(jnp.float32)
     distance = np.abs(np.asarray(rows)[..., None] - np.asarray(wide)[:, None])
     np.testing.assert_array_equal(codes, distance.argmin(-1))
-    np.testing.assert_allclose(table, means(rows, energy, codes.astype(jnp.int32), m=M), atol=2e-3)
+    np.testing.assert_allclose(table, means(rows, hessian_diag, codes.astype(jnp.int32), m=M), atol=2e-3)
 
 
 @pytest.mark.parametrize("power", [-60, -20, 20])
@@ -177,7 +177,7 @@ def test_inputs_that_are_always_zero_go_to_their_nearest_level_and_disturb_no_ot
 def test_constant_rows_and_fewer_distinct_weights_than_levels_come_back(layer):
     rows, hessian, _, _ = layer
     rows = rows.at[0].set(0.25).at[1].set(0.0).at[2].set(jnp.where(jnp.arange(K) % 3 == 0, 1.0, -0.5))
-    stored = Lnq(bits=3).solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
+    stored = Lnq(bits=3).quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
     np.testing.assert_allclose(stored.dequantize_rows()[:3], rows[:3], atol=1e-3)
 
 
@@ -185,9 +185,9 @@ def test_it_beats_its_start_and_guided_uses_each_groups_curvature(layer):
     rows, hessian, _, _ = layer
     other = hessian[::-1, ::-1]
     stats = Stats(hessian=hessian, guided_hessian=jnp.stack([hessian, other]))
-    plain = Lnq(bits=3).solve(rows, stats, name="w", dtype=jnp.bfloat16)
-    guided = Lnq(bits=3, guided=True, groups=2).solve(rows, stats, name="w", dtype=jnp.bfloat16)
-    start = Lnq(bits=3, iterations=0, cycles=0).solve(rows, stats, name="w", dtype=jnp.bfloat16)
+    plain = Lnq(bits=3).quantize(rows, stats, name="w", dtype=jnp.bfloat16)
+    guided = Lnq(bits=3, guided=True, output_groups=2).quantize(rows, stats, name="w", dtype=jnp.bfloat16)
+    start = Lnq(bits=3, iterations=0, cycles=0).quantize(rows, stats, name="w", dtype=jnp.bfloat16)
     assert plain.shape == (K, N) and plain.dtype == jnp.bfloat16
 
     def loss(w, h):
@@ -202,8 +202,8 @@ def test_unguided_uses_no_gradients(layer):
     rows, hessian, _, _ = layer
     method, stats = Lnq(bits=3), Stats(hessian=hessian)
     assert method.required_stats == {"hessian"} and Lnq(guided=True).required_stats == {"guided_hessian"}
-    one = method.solve(rows, stats, name="w", dtype=jnp.float32)
-    two = method.solve(
+    one = method.quantize(rows, stats, name="w", dtype=jnp.float32)
+    two = method.quantize(
         rows, Stats(hessian=hessian, guided_hessian=hessian[None] * 0), name="w", dtype=jnp.float32
     )
     jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -223,7 +223,10 @@ def test_any_shape_works(shape):
         ({"bits": 0}, "lnq: bits must be 1 to 8, got bits=0"),
         ({"cycles": -1}, "lnq: iterations and cycles must not be negative"),
         ({"damping": -1.0}, "lnq: damping must be finite and not negative, got damping=-1.0"),
-        ({"groups": 2}, "lnq: groups must be 1, or more if guided, got groups=2, guided=False"),
+        (
+            {"output_groups": 2},
+            "lnq: output_groups must be 1, or more if guided, got output_groups=2, guided=False",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -233,9 +236,9 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 def test_what_cannot_be_solved_is_refused(layer):
     rows, hessian, start, _ = layer
-    with pytest.raises(ValueError, match="lnq: groups must divide N, got groups=3, N=8"):
+    with pytest.raises(ValueError, match="lnq: output_groups must divide N, got output_groups=3, N=8"):
         lnq(rows, jnp.stack([hessian] * 3), start, bits=3)
     with pytest.raises(ValueError, match="lnq: weights must be finite, got NaN"):
-        Lnq().solve(rows.at[0, 0].set(jnp.nan), Stats(hessian=hessian), name="w", dtype=jnp.float32)
+        Lnq().quantize(rows.at[0, 0].set(jnp.nan), Stats(hessian=hessian), name="w", dtype=jnp.float32)
     with pytest.raises(ValueError, match="lnq: calibration must give guided_hessian, got none"):
-        Lnq(guided=True).solve(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
+        Lnq(guided=True).quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)

@@ -131,10 +131,10 @@ def test_requantized_codes_are_at_most_as_wrong_as_the_first_ones(layer):
     scale = np.asarray(two_bit_fit.group_scale(steps))[..., None]
     low, high = (np.asarray(v) for v in two_bit_fit.limits(g, live))
     first = np.maximum((high - low) / 3, 1e-9)[..., None]
-    zero, g = np.asarray(steps.zero)[..., None], np.asarray(g)
-    old_codes = np.clip(np.round(g / first) + zero, 0, 3)
+    zero_point, g = np.asarray(steps.zero_point)[..., None], np.asarray(g)
+    old_codes = np.clip(np.round(g / first) + zero_point, 0, 3)
     again = np.asarray(two_bit_fit.two_values(jnp.asarray(g), steps)[1])
-    new, old = np.square(again - g), np.square((old_codes - zero) * scale - g)
+    new, old = np.square(again - g), np.square((old_codes - zero_point) * scale - g)
     assert (new <= old * 1.0001 + 1e-12).all()
     best = two_bit_fit.fit_two(jnp.asarray(g), h, live, top, fit="search")
     assert float(best.error.sum()) < 0.8 * float(steps.error.sum())

@@ -45,7 +45,7 @@ def weight(N=24, K=40, seed=0, scale=0.1):
 
 
 def nested(rows, **options):
-    return NestedFp(**options).solve(rows, Stats(), name="up", dtype=rows.dtype)
+    return NestedFp(**options).quantize(rows, Stats(), name="up", dtype=rows.dtype)
 
 
 def test_eligible_are_just_the_32512_finite_patterns_below_1_875():

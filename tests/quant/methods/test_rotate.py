@@ -71,7 +71,7 @@ def layer():
 
 
 def solve(method, rows, stats=None):
-    return method.solve(rows, Stats() if stats is None else stats, name="w", dtype=jnp.float32)
+    return method.quantize(rows, Stats() if stats is None else stats, name="w", dtype=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plain:
 
     required_stats = frozenset()
 
-    def solve(self, rows, stats, *, name, dtype):
+    def quantize(self, rows, stats, *, name, dtype):
         return Dense(rows.astype(dtype))
 
 
@@ -134,10 +134,16 @@ def test_activations_are_whole_codes_and_a_step_a_token(layer, bits):
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
-@pytest.mark.parametrize("zero", ["code", "float", "none"])
-def test_the_whole_product_is_the_float_product_of_the_same_codes(bits, zero):
+@pytest.mark.parametrize("zero_point", ["code", "float", "none"])
+def test_the_whole_product_is_the_float_product_of_the_same_codes(bits, zero_point):
     rows = jax.random.normal(jax.random.key(bits), (24, 70))
-    w = affine.quantize(rows.T, bits=bits, group=70, symmetric=zero == "none", zero_code=zero == "code")
+    w = affine.quantize(
+        rows.T,
+        bits=bits,
+        group_size=70,
+        symmetric=zero_point == "none",
+        integer_zero_point=zero_point == "code",
+    )
     q = jnp.round(jax.random.uniform(jax.random.key(9), (2, 3, 70), minval=-127, maxval=127))
     want = q @ w.dequantize_rows().T
     got = jax.jit(whole_product)(q, w)
@@ -148,17 +154,17 @@ def test_every_code_meets_every_activation_without_error():
     """All 256 weights of 8 bits, all 255 activations, all 16 x 15 at 4 bits: the exact integer."""
     for bits, top in ((8, 127), (4, 7)):
         codes = jnp.arange(2**bits, dtype=jnp.uint8)[:, None]  # [N, K = 1]
-        scale, zero = jnp.ones((2**bits, 1)), jnp.full((2**bits, 1), 3.0)
-        w = affine.from_codes(codes, scale, zero, bits=bits, group=1, zero_code=True)
+        scale, zero_point = jnp.ones((2**bits, 1)), jnp.full((2**bits, 1), 3.0)
+        w = affine.from_codes(codes, scale, zero_point, bits=bits, group_size=1, integer_zero_point=True)
         q = jnp.arange(-top, top + 1, dtype=jnp.float32)[:, None]
         want = np.arange(-top, top + 1)[:, None] * (np.arange(2**bits)[None] - 3)
         np.testing.assert_array_equal(whole_product(q, w), want)
 
 
-@pytest.mark.parametrize("group, whole", [(32, False), (96, True), (1000, True)])
-def test_the_product_is_that_of_rounded_inputs_and_the_stored_weight(layer, group, whole):
+@pytest.mark.parametrize("group_size, whole", [(32, False), (96, True), (1000, True)])
+def test_the_product_is_that_of_rounded_inputs_and_the_stored_weight(layer, group_size, whole):
     rows, x = layer
-    w = solve(Rotate(base=jl.Rtn(bits=4, group=group), activation_bits=4), rows)
+    w = solve(Rotate(base=jl.Rtn(bits=4, group_size=group_size), activation_bits=4), rows)
     assert is_whole(w) == whole
     codes, step = activations(x, w)
     want = (codes * step) @ w.base.dequantize_rows().T
@@ -182,7 +188,7 @@ def test_at_four_bits_rotation_saves_what_great_inputs_would_drown():
     direct = jnp.linalg.norm(jnp.round(x / step) * step @ rows.T - want)
     errors = {}
     for bits in (4, 8):
-        w = solve(Rotate(base=jl.Rtn(bits=8, group=1024), activation_bits=bits), rows)
+        w = solve(Rotate(base=jl.Rtn(bits=8, group_size=1024), activation_bits=bits), rows)
         errors[bits] = float(jnp.linalg.norm(jax.jit(matmul)(x, w) - want) / direct)
     assert errors[4] < 0.35 and errors[8] < 0.05
 
@@ -191,9 +197,9 @@ def test_the_solver_works_on_turned_curvature(layer):
     rows, x = layer
     h = x.T @ x
     stats = Stats(hessian=h, guided_hessian=jnp.stack([h, 2 * h]), tokens=len(x))
-    base = jl.Gptq(bits=3, group=32, guided=True, groups=2)
+    base = jl.Gptq(bits=3, group_size=32, guided=True, output_groups=2)
     method = Rotate(base=base, activation_bits=16)
-    assert method.required_stats == base.required_stats and method.groups == base.groups
+    assert method.required_stats == base.required_stats and method.output_groups == base.output_groups
     w, plain = solve(method, rows, stats), solve(Rotate(base=jl.Rtn(bits=3), activation_bits=16), rows)
     loss = lambda w: float(jnp.sum(((w.dequantize_rows() - rows) @ x.T) ** 2))  # noqa: E731
     assert loss(w) < 0.6 * loss(plain)
@@ -204,7 +210,9 @@ def test_linears_that_read_the_same_turn_it_once(usual_compiler):
 
     def products(seeds):
         weights = [
-            Rotate(base=jl.Rtn(bits=4, group=32), seed=seed).solve(w, Stats(), name="q", dtype=jnp.float32)
+            Rotate(base=jl.Rtn(bits=4, group_size=32), seed=seed).quantize(
+                w, Stats(), name="q", dtype=jnp.float32
+            )
             for w, seed in zip(rows, seeds, strict=True)
         ]
         both = jax.jit(lambda x, a, b: (matmul(x, a), matmul(x, b)))
@@ -250,7 +258,7 @@ def test_a_model_in_four_bits_throughout_predicts_nearly_as_well():
     config = dataclasses.replace(TINY, layers=1, width=64, head_dim=32, heads=2, kv_heads=1, ffn=96)
     model = Decoder(config, rngs=nnx.Rngs(0))
     text = np.asarray(jax.random.randint(jax.random.key(0), (6, 32), 0, 128))
-    small = jl.quantize(model, Rotate(base=jl.Gptq(bits=4, group=32, guided=True)), text, progress=False)
+    small = jl.quantize(model, Rotate(base=jl.Gptq(bits=4, group_size=32, guided=True)), text, progress=False)
     assert isinstance(small.layers[0].mlp.down.w.get_value(), Rotated)
     measure = lambda model, **more: jl.perplexity(model, text.ravel(), context=32, **more).nll_per_token  # noqa: E731
     want, got = measure(model), measure(small, cache=jl.CacheOptions(bits=4))

@@ -25,19 +25,21 @@ def error(rows, stored, weight):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_without_clipping_it_is_the_grid_from_least_to_greatest(rows, symmetric):
-    got = Rtn(bits=3, group=GROUP, symmetric=symmetric).solve(rows, Stats(), name="w", dtype=jnp.float32)
-    want = affine.quantize(rows.T, bits=3, group=GROUP, symmetric=symmetric)
+    got = Rtn(bits=3, group_size=GROUP, symmetric=symmetric).quantize(
+        rows, Stats(), name="w", dtype=jnp.float32
+    )
+    want = affine.quantize(rows.T, bits=3, group_size=GROUP, symmetric=symmetric)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert Rtn().required_stats == frozenset() and Rtn(clip=True).required_stats == {"hessian_diag"}
 
 
-@pytest.mark.parametrize("zero_code", [True, False])
+@pytest.mark.parametrize("integer_zero_point", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_clipping_never_raises_a_groups_error_and_lowers_most(rows, zero_code, weighted):
+def test_clipping_never_raises_a_groups_error_and_lowers_most(rows, integer_zero_point, weighted):
     weight = jnp.exp(jnp.linspace(-2, 2, K)) if weighted else jnp.ones(K)
     stats = Stats(hessian_diag=weight) if weighted else Stats()
     plain, clipped = (
-        Rtn(bits=2, group=GROUP, clip=clip, zero_code=zero_code).solve(
+        Rtn(bits=2, group_size=GROUP, clip=clip, integer_zero_point=integer_zero_point).quantize(
             rows, stats, name="w", dtype=jnp.float32
         )
         for clip in (False, True)
@@ -49,15 +51,17 @@ def test_clipping_never_raises_a_groups_error_and_lowers_most(rows, zero_code, w
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_search_finds_the_best_of_all_it_tries(rows, symmetric):
-    method = Rtn(bits=2, group=GROUP, clip=True, symmetric=symmetric)
+    method = Rtn(bits=2, group_size=GROUP, clip=True, symmetric=symmetric)
     weight = jnp.exp(jnp.linspace(-2, 2, K))
-    stored = method.solve(rows, Stats(hessian_diag=weight), name="w", dtype=jnp.float32)
-    kept = {"bits": 2, "group": GROUP}
+    stored = method.quantize(rows, Stats(hessian_diag=weight), name="w", dtype=jnp.float32)
+    kept = {"bits": 2, "group_size": GROUP}
 
     def tried(stretch, move):
-        scale, zero = affine.min_max(rows, **kept, symmetric=symmetric, shrink=stretch)
-        zero = None if symmetric else jnp.clip(zero + move, 0, 3)
-        return error(rows, affine.encode(rows, scale, zero, **kept, zero_code=not symmetric), weight)
+        scale, zero_point = affine.min_max(rows, **kept, symmetric=symmetric, clip_ratio=stretch)
+        zero_point = None if symmetric else jnp.clip(zero_point + move, 0, 3)
+        return error(
+            rows, affine.encode(rows, scale, zero_point, **kept, integer_zero_point=not symmetric), weight
+        )
 
     first = [1.0, *COARSE]
     coarse = np.stack([tried(stretch, 0) for stretch in first])
@@ -69,22 +73,22 @@ def test_the_search_finds_the_best_of_all_it_tries(rows, symmetric):
 
 
 def test_the_error_searched_is_that_of_what_is_stored(rows):
-    method = Rtn(bits=3, group=GROUP, clip=True)
-    stored = method.solve(rows, Stats(), name="w", dtype=jnp.float32)
-    scale, zero = method.grid(rows)
-    got = clip_error(rows, scale, zero, jnp.ones(K), bits=3, group=GROUP)
+    method = Rtn(bits=3, group_size=GROUP, clip=True)
+    stored = method.quantize(rows, Stats(), name="w", dtype=jnp.float32)
+    scale, zero_point = method.grid(rows)
+    got = clip_error(rows, scale, zero_point, jnp.ones(K), bits=3, group_size=GROUP)
     np.testing.assert_allclose(got, error(rows, stored, np.ones(K)), rtol=1e-4)
 
 
 def test_the_scale_of_the_statistics_does_not_matter_and_dead_inputs_work(rows):
-    method = Rtn(bits=2, group=GROUP, clip=True)
-    energy = jnp.exp(jnp.linspace(-2, 2, K)).at[:64].set(0.0)
+    method = Rtn(bits=2, group_size=GROUP, clip=True)
+    hessian_diag = jnp.exp(jnp.linspace(-2, 2, K)).at[:64].set(0.0)
     one, two, none = (
-        method.solve(rows, Stats(hessian_diag=d), name="w", dtype=jnp.float32)
-        for d in (energy, energy * 2.0**-70, energy * 0)
+        method.quantize(rows, Stats(hessian_diag=d), name="w", dtype=jnp.float32)
+        for d in (hessian_diag, hessian_diag * 2.0**-70, hessian_diag * 0)
     )
     jax.tree.map(np.testing.assert_array_equal, two, one)
-    same = method.solve(rows, Stats(), name="w", dtype=jnp.float32)
+    same = method.quantize(rows, Stats(), name="w", dtype=jnp.float32)
     np.testing.assert_array_equal(
         one.dequantize_rows()[:, :64], same.dequantize_rows()[:, :64]
     )  # two groups of dead inputs only
@@ -94,7 +98,7 @@ def test_the_scale_of_the_statistics_does_not_matter_and_dead_inputs_work(rows):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5)])
 def test_any_shape_and_groups_wider_than_it_work(shape):
     rows = jax.random.normal(jax.random.key(1), shape)
-    stored = Rtn(bits=8, group=32, clip=True).solve(rows, Stats(), name="w", dtype=jnp.bfloat16)
+    stored = Rtn(bits=8, group_size=32, clip=True).quantize(rows, Stats(), name="w", dtype=jnp.bfloat16)
     assert stored.shape == shape[::-1] and stored.dtype == jnp.bfloat16
     np.testing.assert_allclose(stored.dequantize_rows(), rows, atol=0.02)
 
@@ -102,9 +106,9 @@ def test_any_shape_and_groups_wider_than_it_work(shape):
 def test_what_makes_no_sense_is_refused(rows):
     with pytest.raises(ValueError, match="rtn: bits must be 1 to 8, got bits=0"):
         Rtn(bits=0)
-    with pytest.raises(ValueError, match="rtn: group must be at least 1, got group=0"):
-        Rtn(group=0)
+    with pytest.raises(ValueError, match="rtn: group_size must be at least 1, got group_size=0"):
+        Rtn(group_size=0)
     with pytest.raises(ValueError, match="weights must be finite, got NaN"):
-        Rtn().solve(rows.at[0, 0].set(jnp.nan), Stats(), name="w", dtype=jnp.float32)
+        Rtn().quantize(rows.at[0, 0].set(jnp.nan), Stats(), name="w", dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"rtn: statistics must be of K inputs, got K=150, .*\(5,\)"):
-        Rtn(clip=True).solve(rows, Stats(hessian_diag=jnp.ones(5)), name="w", dtype=jnp.float32)
+        Rtn(clip=True).quantize(rows, Stats(hessian_diag=jnp.ones(5)), name="w", dtype=jnp.float32)

@@ -147,7 +147,7 @@ def edge_rows():
 def test_edge_rows_are_finite_and_no_worse_than_rounding_to_their_range(exact):
     names, pairs = zip(*edge_rows().items(), strict=True)
     rows, fisher = (jnp.asarray(np.stack(a), jnp.float32) for a in zip(*pairs, strict=True))
-    stored = SqueezeLlm(bits=3, exact=exact).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
+    stored = SqueezeLlm(bits=3, exact=exact).quantize(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
     error = np.abs(np.asarray(stored.dequantize_rows() - rows))
     assert np.isfinite(error).all()
     worst = dict(zip(names, error.max(1), strict=True))
@@ -162,7 +162,7 @@ def test_edge_rows_are_finite_and_no_worse_than_rounding_to_their_range(exact):
 def test_fisher_counts_only_up_to_a_factor():
     rows, fisher = example()
     a, b = (
-        SqueezeLlm(bits=3).solve(rows, Stats(fisher=f), name="up", dtype=jnp.float32)
+        SqueezeLlm(bits=3).quantize(rows, Stats(fisher=f), name="up", dtype=jnp.float32)
         for f in (fisher, fisher * 2.0**20)
     )
     assert (a.codes.words == b.codes.words).all() and (a.table == b.table).all()
@@ -177,7 +177,7 @@ def test_pruned_weights_do_not_count():
 @pytest.mark.parametrize("k", [1, 5])
 def test_rows_shorter_than_their_table_are_stored_to_half_precision(k):
     rows, fisher = example(3, k)
-    stored = SqueezeLlm(bits=3).solve(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
+    stored = SqueezeLlm(bits=3).quantize(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)
     np.testing.assert_allclose(stored.dequantize_rows(), rows, rtol=1e-3, atol=1e-7)
 
 
@@ -188,8 +188,8 @@ def test_wrong_options_and_statistics_are_refused():
     with pytest.raises(ValueError, match="restarts=0"):
         SqueezeLlm(restarts=0)
     with pytest.raises(ValueError, match="SqueezeLlm: calibration must give fisher"):
-        SqueezeLlm().solve(rows, Stats(), name="", dtype=jnp.float32)
-    solve = SqueezeLlm().solve
+        SqueezeLlm().quantize(rows, Stats(), name="", dtype=jnp.float32)
+    solve = SqueezeLlm().quantize
     with pytest.raises(ValueError, match=r"as the weight, got fisher\.shape=\(2, 3\)"):
         solve(rows, Stats(fisher=fisher[:, :3]), name="", dtype=jnp.float32)
     with pytest.raises(ValueError, match="not negative"):

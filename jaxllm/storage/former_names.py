@@ -1,0 +1,33 @@
+"""What files of earlier versions call things, and what these are called now. Read, never written.
+
+former_names.FIELDS["Affine"]["zero"]                       # "zero_point": of a class in a manifest
+former_names.OPTIONS["group"]                               # "group_size": of a method or a calibration
+"""
+
+import re
+
+# By class: a field's name in 0.1.0, and now.
+FIELDS = {
+    "Affine": {"zero": "zero_point", "group": "group_size"},
+    "MixedColumns": {"zero": "zero_point", "four_zero": "four_zero_point"},
+    "QuantizedRows": {"group": "group_size"},
+}
+
+# Options of methods and of calibrations: in recipes, calibration.json and run.json.
+OPTIONS = {"group": "group_size", "groups": "output_groups", "zero_code": "integer_zero_point"}
+
+
+def option(name: str) -> str:
+    """An option's name now."""
+    return OPTIONS.get(name, name)
+
+
+def options_of_repr(text: str) -> str:
+    """A method as `repr` writes it now."""
+    return re.sub(r"\w+(?==)", lambda match: option(match[0]), text)
+
+
+def path_in_0_1_0(path: str) -> str:
+    """The path of a weight's array as version 0.1.0 had it."""
+    former = {new: old for fields in FIELDS.values() for old, new in fields.items()}
+    return re.sub(r"\w+", lambda match: former.get(match[0], match[0]), path)

@@ -18,7 +18,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import common
@@ -280,7 +279,7 @@ def _perplexity(got: Found) -> str:
 MARKS, COLORS = "osv^Dx+*<>Ph", [*(f"C{i}" for i in range(10)), "black", "gold"]
 
 
-def draw(run: Run, shown: Sequence[tuple[str, int]], path: Path) -> None:
+def draw(run: Run, shown: Sequence[tuple[str, int]]) -> Any:
     """Every part and size against what stays, a line a method."""
     from matplotlib.figure import Figure
 
@@ -289,10 +288,12 @@ def draw(run: Run, shown: Sequence[tuple[str, int]], path: Path) -> None:
     cells = figure.subplots(-(-len(shown) // across), across, squeeze=False).ravel()
     for axes in cells[len(shown) :]:
         axes.axis("off")
+    names = list(dict.fromkeys(r["method"] for what, _ in shown for r in run[what]))
+    names = [name for name in names if name != "everything"]
     for axes, (what, size) in zip(cells, shown, strict=False):
         results = [r for r in run[what] if r["size"] == size and r["method"] != "everything"]
-        for i, name in enumerate(dict.fromkeys(r["method"] for r in results)):
-            own = [r for r in results if r["method"] == name]
+        for name in dict.fromkeys(r["method"] for r in results):
+            i, own = names.index(name), [r for r in results if r["method"] == name]
             ratios = sorted({r["ratio"] for r in own})
             at = [[r["value"] for r in own if r["ratio"] == ratio] for ratio in ratios]
             means = [(1 if what in ("text", "budget") else 100) * np.mean(values) for values in at]
@@ -301,7 +302,7 @@ def draw(run: Run, shown: Sequence[tuple[str, int]], path: Path) -> None:
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:

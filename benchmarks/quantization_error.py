@@ -13,7 +13,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import common
@@ -148,7 +147,7 @@ def page(run: Run) -> Page:
     )
 
 
-def draw(run: dict[str, Any], path: Path) -> None:
+def draw(run: dict[str, Any]) -> Any:
     """The errors against code bits and against total bits."""
     from matplotlib.figure import Figure
 
@@ -166,7 +165,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
         axes.set(xlabel=what, ylabel="error of outputs times gradients, % of no weights", yscale="log")
         axes.grid(alpha=0.3)
     sides[1].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def measure(args: argparse.Namespace) -> Run:

@@ -4,7 +4,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from common import Page, Run, Table
@@ -251,7 +250,7 @@ def _best(rows: list[Row]) -> Table:
 # -- figures
 
 
-def figures(run: Run) -> dict[str, Callable[[Path], None]]:
+def figures(run: Run) -> dict[str, Callable[[], Any]]:
     """A figure a part, for the parts that have results."""
     rows = merged(run["results"])
     parts = {"methods": _draw_methods, "curve": _draw_curve, "nested": _draw_nested}
@@ -263,14 +262,14 @@ def figures(run: Run) -> dict[str, Callable[[Path], None]]:
     }
 
 
-def _figure(path: Path, fill, rows: list[Row], run: Run) -> None:
+def _figure(fill, rows: list[Row], run: Run) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12 if fill is _draw_methods else 8, 5), layout="constrained")
     fill(figure, rows, run)
     settings = run["settings"]
     figure.suptitle(f"{settings['model']}, {settings['predictions']:,} predictions", fontsize=9)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _lines(axes, rows: list[Row], x: Callable[[Row], float], named=label, log=True) -> None:

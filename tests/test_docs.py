@@ -135,6 +135,12 @@ def test_numbers_of_the_readme_stand_on_the_pages_they_name():
     assert count <= 8
 
 
+def test_no_picture_or_notebook_is_above_100_kilobytes():
+    files = [path for folder in ("docs", "notebooks") for path in (ROOT / folder).rglob("*.*")]
+    pictures = [path for path in files if path.suffix in (".png", ".svg", ".ipynb")]
+    assert pictures and [path for path in pictures if path.stat().st_size > 100_000] == []
+
+
 def test_commands_of_contributing_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     lines = [line.partition("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S)

@@ -25,7 +25,7 @@ class BlockCheckpoint:
     def __init__(self, path: str | Path, model, method: str, source: list[Any]):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        file, run = self.path / META, {"method": method, "source": source}
+        file, run = self.path / META, {"method": former_names.method(method), "source": source}
         if not file.is_file():
             if any(self.path.iterdir()):
                 raise ValueError(f"quantize: checkpoint must be new or empty, got {str(path)!r}")
@@ -65,4 +65,4 @@ def _names_of_today(run: Any) -> Any:
         run = {"format": FORMAT, "version": 1, "method": method, "model": model, "source": source}
     if not isinstance(run, dict) or not isinstance(run.get("method"), str):
         return run
-    return run | {"method": former_names.options_of_repr(run["method"])}
+    return run | {"method": former_names.method(run["method"])}

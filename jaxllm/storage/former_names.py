@@ -16,15 +16,19 @@ FIELDS = {
 # Options of methods and of calibrations: in recipes, calibration.json and run.json.
 OPTIONS = {"group": "group_size", "groups": "output_groups", "zero_code": "integer_zero_point"}
 
+# Options that came later, at the value that means what was done before.
+LATER = ("narrow_steps=False",)
+
 
 def option(name: str) -> str:
     """An option's name now."""
     return OPTIONS.get(name, name)
 
 
-def options_of_repr(text: str) -> str:
-    """A method as `repr` writes it now."""
-    return re.sub(r"\w+(?==)", lambda match: option(match[0]), text)
+def method(text: str) -> str:
+    """A method's `repr`, then or now, in the names of now and without later options that change nothing."""
+    text = re.sub(r"\w+(?==)", lambda match: option(match[0]), text)
+    return re.sub(rf", ({'|'.join(LATER)})\b", "", text)
 
 
 def path_in_0_1_0(path: str) -> str:

@@ -47,7 +47,7 @@ def cases(args, what: str, sizes: Sequence[int]) -> Iterator[tuple[int, int, int
 
 
 def part_recall(model, tokenizer, some: Methods, args) -> Found:
-    words, found = Words.of(tokenizer), []
+    words, found = Words.from_tokenizer(tokenizer), []
     for size, seed, case in cases(args, "recall", args.sizes):
         row, lines = listed(np.random.default_rng([seed, case, size]), words, size // LINE)
         prompts, answers = ([line[i] for line in lines] for i in (slice(0, 2), slice(2, None)))
@@ -65,7 +65,7 @@ def part_recall(model, tokenizer, some: Methods, args) -> Found:
 
 
 def part_repeat(model, tokenizer, some: Methods, args) -> Found:
-    words, found = Words.of(tokenizer), []
+    words, found = Words.from_tokenizer(tokenizer), []
     for size, seed, case in cases(args, "repeat", args.sizes):
         row, prompts, answers = _repetition(words, np.random.default_rng([seed, case, size, 1]), size)
         cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=size + 1)
@@ -134,7 +134,7 @@ def part_text(model, tokenizer, some: Methods, args) -> Found:
 @jax.jit
 def _piece(model, gates, context, tail, tokens):
     """Log-probabilities of a piece of text, the tail with it, and its scores."""
-    tap, inputs = gates.watch(model)
+    tap, inputs = gates.capture_inputs(model)
     logits, cache = model(tokens, kv.join(context, tail), tap=tap)
     return jax.nn.log_softmax(logits[0]), kv.split(cache)[1], gates.scores(inputs)
 

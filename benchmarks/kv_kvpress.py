@@ -65,7 +65,7 @@ def ours(
     arrays["expected scores"] = np.exp(arrays["expected scores"])  # kvpress's are no logarithms
     full = after(kv.grow(cache, context + later))
     for name, s in scores.items():
-        budget = "pair" if name.startswith("kvzip") else "uniform"  # as kvpress's
+        budget = "global" if name.startswith("kvzip") else "per_head"  # as kvpress's
         if name.startswith("kvzip"):
             s = s.at[..., :SINKS].set(s.max() + 1)
         for c in EVICTED:
@@ -73,8 +73,8 @@ def ours(
             kl = jnp.sum(jnp.exp(full) * (full - after(small)), axis=-1).mean(-1)
             arrays[f"{name} kl {c}"] = np.asarray(kl)
             arrays[f"{name} kept {c}"] = kept_mask(small, context)
-            strict = eviction.evict(cache, scores[name], ratio=1 - c, official=True)
-            arrays[f"{name} official {c}"] = kept_mask(strict, context)
+            strict = eviction.evict(cache, scores[name], ratio=1 - c, strict_threshold=True)
+            arrays[f"{name} strict {c}"] = kept_mask(strict, context)
         held = kv.num_bytes(small) - kv.num_bytes(kv.split(small)[1])
         arrays[f"{name} held"] = np.asarray(held) / len(rows)
     return arrays, _seconds(model, rows, options, later)
@@ -111,7 +111,7 @@ def kept_mask(cache, context: int) -> np.ndarray:
     return out
 
 
-def official(scores: np.ndarray, ratio: float) -> np.ndarray:
+def strict_threshold(scores: np.ndarray, ratio: float) -> np.ndarray:
     """KVzip's threshold on scores [B, L, K, T]."""
     flat = -np.sort(-scores.reshape(len(scores), -1), axis=1)
     limit = flat[:, max(int(flat.shape[1] * ratio + 1e-9) - 1, 0)]
@@ -153,7 +153,7 @@ def agreement(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dic
                 same = (mine[f"{name} kept {c}"] == theirs[f"{name} kept {c}"]).all((1, 2, 3))
                 scores = theirs[f"{name} scores"].copy()
                 scores[..., :SINKS] = mine[f"{name} scores"][..., :SINKS]  # theirs are replaced
-                rule = (mine[f"{name} official {c}"] == official(scores, 1 - c)).all((1, 2, 3))
+                rule = (mine[f"{name} strict {c}"] == strict_threshold(scores, 1 - c)).all((1, 2, 3))
                 out[name][f"contexts with the same set, {c:.0%} evicted"] = [int(same.sum()), len(same)]
                 out[name][f"the same by the published threshold, {c:.0%}"] = [int(rule.sum()), len(rule)]
     return out

@@ -32,19 +32,19 @@ def methods(model, tokenizer, gates: Mapping[str, eviction.Gate], only: Sequence
 
 def _kvzip(model, tokenizer) -> Methods:
     # heads are learnt from one context that no part measures: a list behind random tokens
-    words, rng = Words.of(tokenizer), np.random.default_rng([0, 99])
+    words, rng = Words.from_tokenizer(tokenizer), np.random.default_rng([0, 99])
     sample = [words.bos, *rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
     options = {"prefix": 1, "tokenizer": tokenizer, "chunk": CHUNK}
     cache = filled(model, jnp.asarray([sample]), rows=len(sample))
     heads = eviction.head_scores(eviction.METHODS["kvzip"].score(model, cache, [sample], **options))
 
     def by_heads(cache, row, asked, seed):
-        return eviction.spread(heads, cache, prefix=1)
+        return eviction.broadcast_head_scores(heads, cache, prefix=1)
 
     return {
         "kvzip": _by_name("kvzip", model, tokenizer, tokenizer=tokenizer, chunk=CHUNK),
         "kvzip+": _by_name("kvzip+", model, tokenizer, tokenizer=tokenizer, chunk=CHUNK),
-        "kvzip, heads": (by_heads, {"budget": "head"}),
+        "kvzip, heads": (by_heads, {"budget": "whole_heads"}),
     }
 
 

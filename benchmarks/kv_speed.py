@@ -139,7 +139,7 @@ def _operations(model, n: int, asked: int = 0, chunk: int = 0, prefix: int = 0) 
 def part_cost(args) -> list[dict[str, Any]]:
     """Operations of scoring, and seconds of each step of preparing a context and of asking it."""
     pico, tokenizer = load(args)
-    replay = eviction.RepeatPrompt.of(tokenizer)
+    replay = eviction.RepeatPrompt.from_tokenizer(tokenizer)
     asked = len(replay.before(np.zeros(replay.seed, np.int32)))
     model, found = llama(args), []
     for name, one, n, chunk in (

@@ -297,7 +297,7 @@ def measure(args: argparse.Namespace) -> Run:
     loaded = {name: load(args, name) for name in args.members}
     models = {name: model for name, (model, _) in loaded.items()}
     tokenizer = loaded["target"][1].backend_tokenizer
-    words = Words.of(tokenizer)
+    words = Words.from_tokenizer(tokenizer)
     plain = {}
     for t in some:
         ids = corpus.encode(tokenizer, t.held_out)

@@ -141,7 +141,7 @@ class Statistics:
         )
         self.done: dict[Any, Any] = {}
 
-    def of(self, seed: int, sequences: int | None):
+    def of_seed(self, seed: int, sequences: int | None):
         if (seed, sequences) not in self.done:
             whole = sequences is None
             pieces, count = (self.pieces, self.sequences) if whole else (self.short, sequences)
@@ -167,7 +167,7 @@ class Statistics:
 
 def result(job: Job, model, statistics: Statistics, judge: Judge, parents: dict) -> dict[str, Any]:
     """Runs one job."""
-    given = statistics.of(job.seed, job.sequences) if job.method.required_stats else None
+    given = statistics.of_seed(job.seed, job.sequences) if job.method.required_stats else None
     key = (job.method, job.seed)
     if job.read is None or key not in parents:
         small, seconds, memory = measured(

@@ -178,7 +178,7 @@ def kept_by_head() -> np.ndarray:
     from jaxllm.training.pico.exercises import Words, list_end, lookup
 
     model, tokenizer = jl.load()
-    words = Words.of(tokenizer)
+    words = Words.from_tokenizer(tokenizer)
     tokens = lookup(np.random.default_rng(3), words, 48, value_tokens=1).tokens
     ids = tokens[: list_end(tokens, words)].tolist()
     cache = jl.prefill(model, [ids])

@@ -61,7 +61,7 @@ def test_all_members_share_one_tokenizer_that_keeps_any_text(shipped):
 def test_the_target_repeats_and_looks_up_what_it_was_never_trained_on(shipped):
     """A small share of `benchmarks/pico.py`, as a guard: 40 tokens, 16 pairs."""
     model, tokenizer = shipped["target"]
-    words = exercises.Words.of(tokenizer)
+    words = exercises.Words.from_tokenizer(tokenizer)
     rng = np.random.default_rng([2026, 11, 21])
     tasks = [exercises.repeat(rng, words, 40, prompt=exercises.REPEAT_ALL[0]) for _ in range(8)]
     tasks += [exercises.lookup(rng, words, 16, questions=1) for _ in range(8)]

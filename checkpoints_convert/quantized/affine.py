@@ -263,7 +263,7 @@ class ByTarget:
     main: ClassVar[str] = CompressedTensors.main
     transposes: ClassVar[bool] = False
 
-    def of(self, linear: str) -> CompressedTensors:
+    def scheme_of(self, linear: str) -> CompressedTensors:
         """How one linear is stored."""
         by_target = {target: way for targets, way in self.ways for target in targets}
         patterns = sorted(target for target in by_target if target.startswith("re:"))

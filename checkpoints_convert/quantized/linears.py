@@ -13,7 +13,7 @@ from checkpoints_convert.quantized.words import Tensors
 
 def way_of(scheme: Scheme, tensor: Tensor) -> OneWay:
     """How one linear is stored."""
-    return scheme.of(str(stem(tensor))) if isinstance(scheme, ByTarget) else scheme
+    return scheme.scheme_of(str(stem(tensor))) if isinstance(scheme, ByTarget) else scheme
 
 
 def last_names(scheme: Scheme) -> set[str]:

@@ -62,7 +62,7 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class DemoContext:
     """What every section is given."""
 
     model: Any
@@ -70,17 +70,17 @@ class Shown:
     out: Path  # figures go here
 
 
-def generation(shown: Shown) -> Section:
+def generation(context: DemoContext) -> Section:
     """What the model says to three prompts."""
-    outs = jl.generate(shown.model, shown.tokenizer, list(PROMPTS), max_new_tokens=48)
+    outs = jl.generate(context.model, context.tokenizer, list(PROMPTS), max_new_tokens=48)
     rows = (Row(prompt, out.text) for prompt, out in zip(PROMPTS, outs, strict=True))
     return Section("generation", "Text", "Greedy, 48 tokens at most.", tuple(rows))
 
 
-def perplexity(shown: Shown) -> Section:
+def perplexity(context: DemoContext) -> Section:
     """How well the model predicts a text it has not seen."""
-    ids = shown.tokenizer.encode(PASSAGE)
-    found = jl.perplexity(shown.model, ids, num_bytes=len(PASSAGE.encode()))
+    ids = context.tokenizer.encode(PASSAGE)
+    found = jl.perplexity(context.model, ids, num_bytes=len(PASSAGE.encode()))
     assert found.bits_per_byte is not None  # num_bytes was given
     rows = (
         Row("perplexity", round(found.perplexity, 3)),
@@ -90,9 +90,9 @@ def perplexity(shown: Shown) -> Section:
     return Section("perplexity", "Perplexity", "Of a passage that was written for this.", rows)
 
 
-def size(shown: Shown) -> Section:
+def size(context: DemoContext) -> Section:
     """Bytes of the weights."""
-    held = jl.report_bytes(shown.model)
+    held = jl.report_bytes(context.model)
     rows = (
         Row("weights", held.weights),
         Row("their bytes", held.weight_bytes, "bytes"),
@@ -101,7 +101,7 @@ def size(shown: Shown) -> Section:
     return Section("size", "Size", "Counted from the arrays that are held.", rows)
 
 
-def speed(shown: Shown) -> Section:
+def speed(context: DemoContext) -> Section:
     """Tokens per second once compiled, alone and eight requests at a time."""
     rows = []
     for batch in (1, 8):
@@ -109,21 +109,21 @@ def speed(shown: Shown) -> Section:
         rates = []
         for _ in range(4):
             start = time.perf_counter()
-            outs = jl.generate(shown.model, shown.tokenizer, prompts, max_new_tokens=64, stop_tokens=())
+            outs = jl.generate(context.model, context.tokenizer, prompts, max_new_tokens=64, stop_tokens=())
             rates.append(sum(len(o.token_ids) for o in outs) / (time.perf_counter() - start))
         rows.append(Row(f"batch {batch}", round(float(np.median(rates[1:])), 1), "tokens/s"))
     text = f"Prefill included, compilation (the first run) not; median of 3 on {device()}."
     return Section("speed", "Speed", text, tuple(rows))
 
 
-def repetition(shown: Shown) -> Section:
+def repetition(context: DemoContext) -> Section:
     """A passage read twice: what the model has in its cache, it need not guess."""
-    passage = np.asarray(shown.tokenizer.encode(PASSAGE, add_special_tokens=False), np.int32)
-    words = exercises.Words.of(shown.tokenizer, bos=shown.tokenizer.bos_token, eos=shown.tokenizer.eos_token)
+    passage = np.asarray(context.tokenizer.encode(PASSAGE, add_special_tokens=False), np.int32)
+    words = words_of(context.tokenizer)
     one = exercises.repeat(
         np.random.default_rng(0), words, 0, passage=passage, prompt=exercises.REPEAT_ALL[0]
     )
-    scored = score(shown.model, [one.tokens])
+    scored = score(context.model, [one.tokens])
     reads = {}
     rows = [Row("tokens", len(passage))]
     for name, begin in (("first time", 1), ("again", one.prompt_length)):
@@ -133,7 +133,7 @@ def repetition(shown: Shown) -> Section:
         rows.append(Row(f"{name}: bits per token", round(float(reads[name].mean()), 3), "bits"))
         rows.append(Row(f"{name}: likeliest token right", round(right, 1), "%"))
     figure = "repetition.png"
-    draw_reads(shown.out / figure, reads)
+    draw_reads(context.out / figure, reads)
     text = (
         "The same passage twice in one context, with KVzip's repeat prompt between. The second "
         "time the answer stands in the cache; a cache that loses something loses it here."
@@ -141,19 +141,24 @@ def repetition(shown: Shown) -> Section:
     return Section("repetition", "A passage read twice", text, tuple(rows), figure)
 
 
-def quantization(shown: Shown) -> Section:
+def words_of(tokenizer) -> exercises.Words:
+    """What exercises are made of, in the tokenizer's own ids."""
+    return exercises.Words.from_tokenizer(tokenizer, bos=tokenizer.bos_token, eos=tokenizer.eos_token)
+
+
+def quantization(context: DemoContext) -> Section:
     """The same model in fewer bits: bytes and perplexity."""
-    passage = shown.tokenizer.encode(PASSAGE)
-    given = jl.perplexity(shown.model, passage).perplexity
+    passage = context.tokenizer.encode(PASSAGE)
+    given = jl.perplexity(context.model, passage).perplexity
     sampler = jl.Sampler(temperature=1.0)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(24)]
-    outs = jl.generate(shown.model, shown.tokenizer, prompts, max_new_tokens=96, sampler=sampler, seed=1)
+    outs = jl.generate(context.model, context.tokenizer, prompts, max_new_tokens=96, sampler=sampler, seed=1)
     own_text = [[*o.prompt_ids, *o.token_ids] for o in outs]
-    stats = jl.calibrate(shown.model, own_text, want={"hessian", "hessian_diag"}, progress=False)
-    rows = [Row("as it is", round(given, 3), f"perplexity, {linear_bits(shown.model):.3f} bits a weight")]
+    stats = jl.calibrate(context.model, own_text, want={"hessian", "hessian_diag"}, progress=False)
+    rows = [Row("as it is", round(given, 3), f"perplexity, {linear_bits(context.model):.3f} bits a weight")]
     points: dict[str, list[tuple[float, float]]] = {}
-    for name, label, method in compared(shown.model):
-        small = jl.quantize(shown.model, method, stats, progress=False)
+    for name, label, method in compared(context.model):
+        small = jl.quantize(context.model, method, stats, progress=False)
         found = jl.perplexity(small, passage).perplexity
         bits, size = linear_bits(small), jl.report_bytes(small).weight_bytes
         points.setdefault(name, []).append((bits, found))
@@ -161,7 +166,7 @@ def quantization(shown: Shown) -> Section:
             Row(label, round(found, 3), f"perplexity, {bits:.3f} bits a weight, {size:,} bytes in all")
         )
     figure = "quantization.png"
-    draw_bits(shown.out / figure, points, given)
+    draw_bits(context.out / figure, points, given)
     text = (
         "Of the passage above. Methods that learn from text learnt from what the model wrote itself. Bits "
         "count everything that is stored for the linears of the blocks; bytes are of the whole model."
@@ -183,10 +188,10 @@ def compared(model) -> Iterator[tuple[str, str, Any]]:
     yield "NestedFP, fp8", "NestedFP, fp8 mode", jl.NestedFp(mode="fp8")
 
 
-def eviction(shown: Shown) -> Section:
+def eviction(context: DemoContext) -> Section:
     """A list of keys read once, most of it forgotten, every key asked."""
-    model, tokenizer = shown.model, shown.tokenizer
-    words = exercises.Words.of(tokenizer, bos=tokenizer.bos_token, eos=tokenizer.eos_token)
+    model, tokenizer = context.model, context.tokenizer
+    words = words_of(tokenizer)
     one = exercises.lookup(np.random.default_rng(1), words, 32, value_tokens=1).tokens
     gap = exercises.list_end(one, words)
     rows, lines = [one[:gap].tolist()], one[gap:-1].reshape(-1, 4)  # key = value newline
@@ -215,7 +220,7 @@ def eviction(shown: Shown) -> Section:
     return Section("eviction", "A cache that forgets", text, tuple(found))
 
 
-SECTIONS: tuple[Callable[[Shown], Section], ...] = (
+SECTIONS: tuple[Callable[[DemoContext], Section], ...] = (
     generation,
     perplexity,
     repetition,
@@ -247,7 +252,7 @@ def run(
         sections = []
         for number, section in enumerate(SECTIONS, 1):
             note(f"{number}/{len(SECTIONS)} {section.__name__}: {section.__doc__}")
-            sections.append(section(Shown(model, tokenizer, unfinished)))
+            sections.append(section(DemoContext(model, tokenizer, unfinished)))
         report = {
             "out": str(out),
             "jaxllm": jl.__version__,

@@ -18,7 +18,7 @@ from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.eviction.gates import Gate
 from jaxllm.eviction.running_budget import CacheBudget
-from jaxllm.models.inputs import STEP, padded
+from jaxllm.models.inputs import STEP, pad_batch
 
 
 def prefill(
@@ -79,7 +79,7 @@ def prefill_within_budget(
 
 
 def _filled_up(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    rows, lengths = padded(who, model, tokens)
+    rows, lengths = pad_batch(who, model, tokens)
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % STEP))), lengths
 
 
@@ -101,7 +101,7 @@ def _read(
 
 def forward(model, gates: Gate | None, memory, context: Context | None, tokens, tail: DenseCache, lengths):
     """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any."""
-    tap, inputs = (None, []) if gates is None else gates.watch(model)
+    tap, inputs = (None, []) if gates is None else gates.capture_inputs(model)
     more = {} if memory is None else {"memory": memory}
     logits, cache = model(tokens, kv.join(context, tail), lengths=lengths, logits="last", tap=tap, **more)
     return logits, kv.split(cache)[1], None if gates is None else gates.scores(inputs)

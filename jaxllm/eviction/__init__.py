@@ -25,7 +25,7 @@ from jaxllm.eviction.baselines import (
 )
 from jaxllm.eviction.budget import evict
 from jaxllm.eviction.gates import FastGate, Gate, ZapGate, load_gates, pico_gates, save_gates
-from jaxllm.eviction.heads import head_scores, load_heads, save_heads, spread
+from jaxllm.eviction.heads import broadcast_head_scores, head_scores, load_heads, save_heads
 from jaxllm.eviction.kvzip import RepeatPrompt, kvzip_scores
 from jaxllm.eviction.methods import METHODS, EvictionMethod
 from jaxllm.eviction.running_budget import CacheBudget, evict_to_budget
@@ -51,7 +51,7 @@ __all__ = [
     "save_gates",
     "save_heads",
     "snapkv_scores",
-    "spread",
+    "broadcast_head_scores",
     "streaming_scores",
     "tova_scores",
 ]

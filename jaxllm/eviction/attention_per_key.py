@@ -13,7 +13,7 @@ from jaxllm.ops.attention import FLOAT32, MASK_VALUE
 LEAST, BLOCKS = 64, 8  # queries at once at least, and how often at most: weights take J G S T / 8 numbers
 
 
-def received(
+def attention_per_key(
     q: Float[Array, "B T H D"],
     k: Float[Array, "J S D"],
     seen: Bool[Array, "B T S"],

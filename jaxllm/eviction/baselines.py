@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.cache.dense import global_layers
-from jaxllm.eviction.attention_per_key import received
-from jaxllm.models.inputs import padded, sees_all
+from jaxllm.eviction.attention_per_key import attention_per_key
+from jaxllm.models.inputs import pad_batch, require_global_layer
 from jaxllm.models.rope import rotate
 from jaxllm.models.taps import layer_tap
 from jaxllm.ops.attention import FLOAT32, MASK_VALUE, heads_first
@@ -103,8 +103,8 @@ def random_scores(model, tokens: Rows, *, prefix: int = 0, seed: int = 0) -> Flo
 
 
 def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
-    rows, lengths = padded(who, model, tokens)
-    sees_all(who, model)
+    rows, lengths = pad_batch(who, model, tokens)
+    require_global_layer(who, model)
     if not 0 <= prefix < lengths.min():
         raise ValueError(f"{who}: each row must have more than the {prefix=} tokens, got {lengths.tolist()}")
     return rows, lengths
@@ -129,7 +129,7 @@ def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max
     def of_layer(layer: int, q, k) -> None:
         attention = model.layers[layer].attention
         rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
-        found.append(received(q, heads_first(k), seen, reduce=reduce, **rule))
+        found.append(attention_per_key(q, heads_first(k), seen, reduce=reduce, **rule))
 
     tap = layer_tap(of_layer, ("attention.queries", "attention.keys"), global_layers(model.windows))
     model(tokens, lengths=lengths, logits="last", tap=tap)

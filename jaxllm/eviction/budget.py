@@ -7,12 +7,12 @@ key head: the least are evicted. A budget is a part of the context's L K T pairs
 tokens' worth of them, or a threshold, by which a context decides itself how much stays (KVzap,
 arXiv:2601.07891). How it is spent (KVzip, arXiv:2505.23416):
 
-    "pair"      the greatest of all layers and heads together: heads keep as much as they need
-    "uniform"   each head keeps as many
-    "head"      whole heads: those whose greatest score is greatest keep all, the others nothing
+    "global"        the greatest of all layers and heads together: heads keep as much as they need
+    "per_head"      each head keeps as many
+    "whole_heads"   those heads whose greatest score is greatest keep all, the others nothing
 
 The number kept is exact, and of equal scores those of earlier layers, heads and positions stay; so what a
-smaller ratio keeps a larger one keeps too. `official` is the published code's strict threshold instead, which
+smaller ratio keeps a larger one keeps too. `strict_threshold` is the published code's rule instead, which
 keeps one pair less and none that equals the threshold. `safeguard` gives every head that part of an even
 share first (AdaKV, arXiv:2407.11550). Rows before and after the context always stay. Lossy; at ratio 1
 lossless.
@@ -27,7 +27,8 @@ Letters: L layers without a window, B requests, K key heads, T tokens of the lon
 a head has.
 """
 
-from typing import Literal
+import dataclasses
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -37,7 +38,70 @@ from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import PagedCache
 from jaxllm.cache.repack import Held
 
-Budget = Literal["pair", "uniform", "head"]
+Rule = Literal["global", "per_head", "whole_heads"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextBudget:
+    """How much of a context stays, and by which rule: the keywords of `evict`, which tells them.
+
+    Raises ValueError where they exclude each other or lie outside.
+    """
+
+    ratio: float | None = None
+    tokens: int | None = None
+    threshold: float | None = None
+    rule: Rule = "global"
+    safeguard: float = 0.0
+    strict_threshold: bool = False
+
+    def __post_init__(self):
+        if sum(x is not None for x in (self.ratio, self.tokens, self.threshold)) != 1:
+            raise ValueError("evict: exactly one of ratio, tokens and threshold must be given")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"evict: tokens must be at least 1, got {self.tokens}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"evict: ratio must lie above 0 and be at most 1, got {self.ratio}")
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"evict: budget must be one of {', '.join(get_args(Rule))}, got {self.rule!r}")
+        if not 0 <= self.safeguard <= 1:
+            raise ValueError(f"evict: safeguard must be 0 to 1, got {self.safeguard}")
+        got = f"budget={self.rule!r}, safeguard={self.safeguard}, strict_threshold={self.strict_threshold}"
+        if self.safeguard and (self.rule != "global" or self.strict_threshold):
+            raise ValueError(f'evict: safeguard must go with the plain budget "global", got {got}')
+        if self.strict_threshold and self.rule == "per_head":
+            raise ValueError(
+                f'evict: strict_threshold must go with the budget "global" or "whole_heads", got {got}'
+            )
+        if self.threshold is not None and (self.rule != "global" or self.safeguard or self.strict_threshold):
+            raise ValueError(f"evict: a threshold must be all of a budget, got {got}")
+        if self.threshold is not None and not np.isfinite(self.threshold):
+            raise ValueError(f"evict: a threshold must be a finite number, got {self.threshold}")
+
+    def keep(
+        self, scores: Float[np.ndarray, "L B K M"], sizes: Int[np.ndarray, " B"]
+    ) -> Bool[np.ndarray, "L B K M"]:
+        """Which rows stay of contexts of `sizes[b]` tokens.
+
+        scores: -inf where a head has no row, inf where the row stays whatever the budget.
+        Raises ValueError where fewer rows are left than the budget wants.
+        """
+        if self.threshold is not None:
+            return scores >= self.threshold
+        if self.tokens is None:
+            ratios = np.full(len(sizes), self.ratio)
+        else:
+            ratios = np.minimum(float(self.tokens) / sizes, 1.0)
+        open_ = np.where(np.isfinite(scores), scores, -np.inf)  # of the rows that compete
+        if self.strict_threshold:
+            kept = keep_above(open_, sizes, ratios, whole_heads=self.rule == "whole_heads")
+        elif self.rule == "per_head":
+            kept = keep_per_head(open_, sizes, ratios)
+        elif self.rule == "whole_heads":
+            kept = keep_whole_heads(open_, sizes, ratios)
+        else:
+            kept = keep_global(open_, sizes, ratios, safeguard=self.safeguard)
+        return kept | (scores == np.inf)
 
 
 def evict(
@@ -47,10 +111,10 @@ def evict(
     ratio: float | None = None,
     tokens: int | None = None,
     threshold: float | None = None,
-    budget: Budget = "pair",
+    budget: Rule = "global",
     prefix: int = 0,
     safeguard: float = 0.0,
-    official: bool = False,
+    strict_threshold: bool = False,
     rows: int = 64,
     page: int | None = None,
 ) -> PagedCache:
@@ -68,21 +132,14 @@ def evict(
     Raises ValueError for a ratio outside, scores that are not of this cache or not numbers, or a budget of
     which too much is gone already.
     """
-    if sum(x is not None for x in (ratio, tokens, threshold)) != 1:
-        raise ValueError("evict: exactly one of ratio, tokens and threshold must be given")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"evict: tokens must be at least 1, got {tokens}")
-    if ratio is not None and not 0 < ratio <= 1:
-        raise ValueError(f"evict: ratio must lie above 0 and be at most 1, got {ratio}")
-    if not 0 <= safeguard <= 1:
-        raise ValueError(f"evict: safeguard must be 0 to 1, got {safeguard}")
-    if (safeguard and (budget != "pair" or official)) or (official and budget == "uniform"):
-        rule = 'safeguard is of the budget "pair", official of "pair" and "head", and they exclude each other'
-        raise ValueError(f"evict: {rule}, got {budget=}, {safeguard=}, {official=}")
-    if threshold is not None and (budget != "pair" or safeguard or official):
-        raise ValueError(f"evict: a threshold is all of a budget, got {budget=}, {safeguard=}, {official=}")
-    if threshold is not None and not np.isfinite(threshold):
-        raise ValueError(f"evict: a threshold must be a finite number, got {threshold}")
+    spent = ContextBudget(
+        ratio=ratio,
+        tokens=tokens,
+        threshold=threshold,
+        rule=budget,
+        safeguard=safeguard,
+        strict_threshold=strict_threshold,
+    )
     _check_room("evict", rows, 16 if page is None else page)
     if isinstance(cache, PagedCache):
         there = repack.held(cache, tail=False)
@@ -92,11 +149,7 @@ def evict(
         there = repack.held(cache, tail=True)
         s, sizes = _scores_of_all(cache, there, scores, prefix)
         tail = repack.new_tail(cache, rows)
-    if threshold is not None:
-        keep = s >= threshold
-    else:
-        part = np.full(len(sizes), ratio) if tokens is None else np.minimum(float(tokens) / sizes, 1.0)
-        keep = choose(s, sizes, part, budget=budget, safeguard=safeguard, official=official)
+    keep = spent.keep(s, sizes)
     if page is None:
         page = int(np.clip(2 ** np.floor(np.log2(max(keep.sum(-1).mean() / 16, 1))), 16, 64))
     return repack.pack(cache, there, s, keep, sizes=sizes, prefix=prefix, tail=tail, page=page)
@@ -160,53 +213,97 @@ def _numbers(scores: Array, inside: Bool[np.ndarray, "B 1 T"]) -> Float[np.ndarr
     return out
 
 
-def choose(
-    scores: Float[np.ndarray, "L B K M"],
+# -- one function a rule: of scores [L, B, K, M], -inf where no row competes, those that stay
+
+
+def keep_global(
+    s: Float[np.ndarray, "L B K M"],
     sizes: Int[np.ndarray, " B"],
     ratios: Float[np.ndarray, " B"],
     *,
-    budget: Budget = "pair",
     safeguard: float = 0.0,
-    official: bool = False,
 ) -> Bool[np.ndarray, "L B K M"]:
-    """Which rows stay of contexts of `sizes[b]` tokens; see the module.
-
-    scores: -inf where a head has no row, inf where the row stays whatever the budget.
-    Raises ValueError where fewer rows are left than the budget wants.
-    """
-    L, B, K, M = scores.shape
-    always, there = scores == np.inf, np.isfinite(scores)
-    s = np.where(there, scores, -np.inf)
-    count = lambda x: np.floor(x + 1e-9).astype(np.int64)  # noqa: E731 (0.3 * 10 is 3 here, and not 2.9...)
-    flat = lambda x: x.swapaxes(0, 1).reshape(B, -1)  # noqa: E731
-    back = lambda x: x.reshape(B, L, K, -1).swapaxes(0, 1)  # noqa: E731
-    pairs = np.maximum(count(ratios * (L * K) * sizes), 1)
-    if budget == "head":
-        best = s.max(-1, initial=-np.inf)  # [L, B, K]
-        s = np.where(there, best[..., None], -np.inf)
-        pairs = np.maximum(count(ratios * (L * K)), 1) * sizes
-    if official:
-        _check_left(there.sum((0, 2, 3)), pairs)
-        at = np.maximum(count(ratios * (L * K) * sizes) - 1, 0)
-        order = -np.sort(-flat(s), axis=1)
-        limit = np.take_along_axis(order, at[:, None], axis=1)
-        limit = np.where(ratios[:, None] >= 1, -np.inf, limit)
-        return back(flat(s) > limit) | always
-    if budget == "uniform":
-        each = np.maximum(count(ratios * sizes), 1)
-        kept = _greatest(s.reshape(-1, M), np.broadcast_to(each[None, :, None], (L, B, K)).ravel())
-        kept, pairs = kept.reshape(s.shape), each * L * K
-    elif budget == "head":
-        kept = back(_greatest(flat(best), pairs // sizes))[..., :1] & there
-    else:
-        least = np.broadcast_to(count(safeguard * ratios * sizes)[None, :, None], (L, B, K)).ravel()
-        safe = _greatest(s.reshape(-1, M), least).reshape(s.shape)
-        kept = back(_greatest(flat(np.where(safe, np.inf, s)), pairs))
-    _check_left(kept.sum((0, 2, 3)), pairs)
-    return kept | always
+    """The greatest of all heads together, once each has its safe part of an even share."""
+    pairs = _pairs(s, sizes, ratios)
+    safe = _greatest_of_heads(s, _floor(safeguard * ratios * sizes))
+    kept = _by_layer(_greatest(_by_request(np.where(safe, np.inf, s)), pairs), s.shape)
+    _check_left(kept, pairs)
+    return kept
 
 
-def _check_left(left: Int[np.ndarray, " B"], wanted: Int[np.ndarray, " B"]) -> None:
+def keep_per_head(
+    s: Float[np.ndarray, "L B K M"], sizes: Int[np.ndarray, " B"], ratios: Float[np.ndarray, " B"]
+) -> Bool[np.ndarray, "L B K M"]:
+    """As many of each head."""
+    each = np.maximum(_floor(ratios * sizes), 1)
+    kept = _greatest_of_heads(s, each)
+    _check_left(kept, each * s.shape[0] * s.shape[2])
+    return kept
+
+
+def keep_whole_heads(
+    s: Float[np.ndarray, "L B K M"], sizes: Int[np.ndarray, " B"], ratios: Float[np.ndarray, " B"]
+) -> Bool[np.ndarray, "L B K M"]:
+    """All of the heads whose greatest score is greatest."""
+    heads = _heads(s, ratios)
+    best = s.max(-1, keepdims=True, initial=-np.inf)
+    kept = _by_layer(_greatest(_by_request(best), heads), best.shape) & np.isfinite(s)
+    _check_left(kept, heads * sizes)
+    return kept
+
+
+def keep_above(
+    s: Float[np.ndarray, "L B K M"],
+    sizes: Int[np.ndarray, " B"],
+    ratios: Float[np.ndarray, " B"],
+    *,
+    whole_heads: bool,
+) -> Bool[np.ndarray, "L B K M"]:
+    """The published code's rule: what is strictly above the score of the last pair that the budget has."""
+    there, pairs = np.isfinite(s), _pairs(s, sizes, ratios)
+    _check_left(there, _heads(s, ratios) * sizes if whole_heads else pairs)
+    if whole_heads:  # each row counts what its head does
+        s = np.where(there, s.max(-1, keepdims=True, initial=-np.inf), -np.inf)
+    order = -np.sort(-_by_request(s), axis=1)
+    limit = np.take_along_axis(order, pairs[:, None] - 1, axis=1)
+    limit = np.where(ratios[:, None] >= 1, -np.inf, limit)
+    return _by_layer(_by_request(s) > limit, s.shape)
+
+
+def _floor(x: Float[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+    return np.floor(x + 1e-9).astype(np.int64)  # 0.3 * 10 is 3 here, and not 2.9...
+
+
+def _pairs(s: Float[np.ndarray, "L B K M"], sizes: Int[np.ndarray, " B"], ratios: Float[np.ndarray, " B"]):
+    """How many pairs of each request a ratio is."""
+    return np.maximum(_floor(ratios * (s.shape[0] * s.shape[2]) * sizes), 1)
+
+
+def _heads(s: Float[np.ndarray, "L B K M"], ratios: Float[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+    """How many heads of each request a ratio is."""
+    return np.maximum(_floor(ratios * (s.shape[0] * s.shape[2])), 1)
+
+
+def _by_request(x: Float[np.ndarray, "L B K n"]) -> Float[np.ndarray, "B _"]:
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+
+
+def _by_layer(x: Bool[np.ndarray, "B _"], shape: tuple[int, ...]) -> Bool[np.ndarray, "L B K n"]:
+    L, B, K, n = shape
+    return x.reshape(B, L, K, n).swapaxes(0, 1)
+
+
+def _greatest_of_heads(
+    s: Float[np.ndarray, "L B K M"], counts: Int[np.ndarray, " B"]
+) -> Bool[np.ndarray, "L B K M"]:
+    """Marks the `counts[b]` greatest of each head of request b."""
+    L, B, K, M = s.shape
+    each = np.broadcast_to(counts[None, :, None], (L, B, K))
+    return _greatest(s.reshape(-1, M), each.ravel()).reshape(s.shape)
+
+
+def _check_left(kept: Bool[np.ndarray, "L B K M"], wanted: Int[np.ndarray, " B"]) -> None:
+    left = kept.sum((0, 2, 3))
     if (left < wanted).any():
         b = int(np.argmax(left < wanted))
         raise ValueError(

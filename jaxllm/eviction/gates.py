@@ -54,7 +54,7 @@ class Gate:
         raise NotImplementedError
 
     def scores(self, inputs: Sequence[Float[Array, "B T D"]]) -> Float[Array, "L B K T"]:
-        """Scores of all layers' rows, from what `watch` has seen."""
+        """Scores of all layers' rows, from what `capture_inputs` notes."""
         return jnp.stack([self(layer, x) for layer, x in enumerate(inputs)])
 
     def loss(
@@ -73,7 +73,7 @@ class Gate:
             )
         return layers
 
-    def watch(self, model) -> tuple[Tap, list[jax.Array]]:
+    def capture_inputs(self, model) -> tuple[Tap, list[jax.Array]]:
         """A tap, and the list that it fills with what each layer with a gate reads [B, T, D]."""
         layers = self.layers(model)
         found: list[jax.Array] = []

@@ -2,7 +2,8 @@
 
     heads = head_scores(kvzip_scores(model, cache, sample))          # [L, K], once
     save_heads(heads, "heads/", model)
-    small = evict(cache, spread(load_heads("heads/", model=model), cache), ratio=0.6, budget="head")
+    scores = broadcast_head_scores(load_heads("heads/", model=model), cache)
+    small = evict(cache, scores, ratio=0.6, budget="whole_heads")
 
 The context-independent form of KVzip (arXiv:2505.23416), as DuoAttention divides heads (arXiv:2410.10819): a
 head that is dropped keeps the prefix and what comes after the context only. Of several samples, prose and
@@ -31,21 +32,24 @@ def head_scores(scores: Float[Array, "L B K T"]) -> Float[Array, "L K"]:
     return scores.max((1, 3))
 
 
-def spread(
+def broadcast_head_scores(
     heads: Float[Array, "L K"], cache: DenseCache | PagedCache, *, prefix: int = 0
 ) -> Float[Array, "L B K T"]:
     """Scores for `evict` of all that a cache holds behind `prefix`, or of the context that it held."""
     keys = (cache.tail if isinstance(cache, PagedCache) else cache).keys
     L, K = len(global_layers(cache.windows)), keys[0].shape[0] // len(cache.lengths)
     if heads.shape != (L, K):
-        raise ValueError(f"spread: heads must be [L, K] = {(L, K)} of this cache, got {heads.shape}")
+        raise ValueError(
+            f"broadcast_head_scores: heads must be [L, K] = {(L, K)} of this cache, got {heads.shape}"
+        )
     if isinstance(cache, PagedCache):
         T = int(cache.context.sizes[cache.context.slot].max())
     else:
         T = int(cache.lengths.max()) - prefix
     if not 0 <= prefix or T < 1:
         raise ValueError(
-            f"spread: the cache must hold more than the prefix, got {prefix=}, {T + prefix} tokens"
+            "broadcast_head_scores: the cache must hold more than the prefix, "
+            f"got {prefix=}, {T + prefix} tokens"
         )
     return jnp.broadcast_to(heads[:, None, :, None], (L, len(cache.lengths), K, T))
 

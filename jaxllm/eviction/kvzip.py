@@ -30,8 +30,8 @@ from jaxllm import cache as kv
 from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
 from jaxllm.cache.rows import dequantize, quantize, rotate_queries
-from jaxllm.eviction.attention_per_key import received
-from jaxllm.models.inputs import STEP, padded, sees_all
+from jaxllm.eviction.attention_per_key import attention_per_key
+from jaxllm.models.inputs import STEP, pad_batch, require_global_layer
 from jaxllm.models.taps import layer_tap
 from jaxllm.ops.attention import FLOAT32, heads_first
 
@@ -55,7 +55,7 @@ class RepeatPrompt:
     seed: int = 8
 
     @classmethod
-    def of(cls, tokenizer: Any, *, first: str = FIRST, later: str = LATER) -> "RepeatPrompt":
+    def from_tokenizer(cls, tokenizer: Any, *, first: str = FIRST, later: str = LATER) -> "RepeatPrompt":
         """The published prompts in a tokenizer's ids, with its chat template's end of turn or a line end."""
         encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
         bridge = "\n"
@@ -91,10 +91,10 @@ def kvzip_scores(
 
     Raises ValueError where the cache does not hold this context, or the repetition does not fit.
     """
-    tokens, sizes = padded("kvzip", model, context)
-    sees_all("kvzip", model)
+    tokens, sizes = pad_batch("kvzip", model, context)
+    require_global_layer("kvzip", model)
     _check(model, cache, tokens, sizes, prefix)
-    replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.of(tokenizer))
+    replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.from_tokenizer(tokenizer))
     B, T = tokens.shape
     asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
     held = prefix + T
@@ -158,7 +158,7 @@ def score_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: i
         if output_aware:
             share = 1 / jnp.maximum(jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 1e-12)
         rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
-        got = received(rotate_queries(q, held), k, seen, share=share, **rule)
+        got = attention_per_key(rotate_queries(q, held), k, seen, share=share, **rule)
         got = got[..., prefix : prefix + m]  # [B, K, G, m]
         if output_aware:
             values = jax.tree.map(at, cache.values[layer])

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.measure.perplexity import Scores, score
-from jaxllm.models.inputs import refuse_encoder
+from jaxllm.models.inputs import require_decoder_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ def score_choices(
     """
     if task not in TASKS:
         raise ValueError(f"choices: task must be one of {', '.join(TASKS)}, got {task=}")
-    refuse_encoder("choices", model)
+    require_decoder_only("choices", model)
     how = TASKS[task]
     examples = read_examples(how, path, limit)
     rows, firsts, truncated = [], [], 0

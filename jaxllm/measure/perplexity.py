@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float32, Integer
 from tqdm import tqdm
 
 from jaxllm.decoding.options import CacheOptions
-from jaxllm.models.inputs import as_tokens, refuse_encoder
+from jaxllm.models.inputs import check_token_ids, require_decoder_only
 
 # What one call may take: tokens (the host waits for it, the progress bar moves after it), and
 # numbers of logits.
@@ -103,9 +103,9 @@ def score(
     sequence has at least 2 and at most context + 1 tokens (the last one is only predicted).
     batch: sequences a call; None chooses by their length.
     """
-    refuse_encoder("score", model)
+    require_decoder_only("score", model)
     context = model.config.context
-    rows = [as_tokens("score", row, model.config.vocab) for row in sequences]
+    rows = [check_token_ids("score", row, model.config.vocab) for row in sequences]
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         if not 2 <= len(row) <= context + 1:
@@ -164,7 +164,7 @@ def perplexity(
     cache: its bits, 2, 4 or 8: keys and values are read as a cache in codes of so many gives them back.
     progress: draws a bar on stderr.
     """
-    refuse_encoder("perplexity", model)
+    require_decoder_only("perplexity", model)
     if cache is not None and (cache.start is not None or cache.budget is not None):
         raise ValueError("perplexity: cache may have bits only, got a start or a budget")
     bits = None if cache is None else cache.bits
@@ -172,9 +172,9 @@ def perplexity(
     if not 2 <= context <= model.config.context:
         raise ValueError(f"perplexity: context must lie in [2, {model.config.context}], got {context=}")
     front = np.zeros((0,), np.int32)
-    text = as_tokens("perplexity", tokens, model.config.vocab)
+    text = check_token_ids("perplexity", tokens, model.config.vocab)
     if bos is not None:
-        front = as_tokens("perplexity", [bos], model.config.vocab)
+        front = check_token_ids("perplexity", [bos], model.config.vocab)
         text = text[1:] if text.size and text[0] == bos else text
     room = context - len(front)
     stride = room if stride is None else stride

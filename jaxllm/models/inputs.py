@@ -9,14 +9,14 @@ from jaxtyping import Integer
 STEP = 64  # lengths are rounded up to multiples, so that texts of about one length share a compilation
 
 
-def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad_batch(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of token ids [B, T], filled up on the right, and their lengths [B].
 
     Raises ValueError for ids out of range, for rows that are empty or longer than the model's context, and
     for a model that reads a source.
     """
-    refuse_encoder(who, model)
-    rows = [as_tokens(who, row, model.config.vocab) for row in tokens]
+    require_decoder_only(who, model)
+    rows = [check_token_ids(who, row, model.config.vocab) for row in tokens]
     lengths = np.asarray([len(row) for row in rows], np.int32)
     if not rows or not 1 <= lengths.min() <= lengths.max() <= model.config.context:
         got = lengths.tolist()
@@ -27,7 +27,7 @@ def padded(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray
     return filled, lengths
 
 
-def sees_all(who: str, model) -> None:
+def require_global_layer(who: str, model) -> None:
     """Raises ValueError unless a layer sees all of the text: from the others nothing is evicted."""
     if None not in model.windows:
         raise ValueError(f"{who}: a layer must see all of the text, got a model of windows only")
@@ -43,14 +43,14 @@ def bucket(n: int) -> int:
     return power
 
 
-def refuse_encoder(who: str, model: Any) -> None:
+def require_decoder_only(who: str, model: Any) -> None:
     """Raises ValueError for a model that predicts nothing without a source."""
     if hasattr(model, "encode"):
         name = type(model).__name__
         raise ValueError(f"{who}: the model must be a decoder alone, got {name}, which reads a source")
 
 
-def as_tokens(who: str, tokens: Any, vocab: int) -> Integer[np.ndarray, " N"]:
+def check_token_ids(who: str, tokens: Any, vocab: int) -> Integer[np.ndarray, " N"]:
     """`tokens` on the host, once they are known to be a row of ids below `vocab`."""
     tokens = np.asarray(tokens)
     tokens = tokens if tokens.size else tokens.astype(np.int32)  # an empty list has no integers

@@ -100,7 +100,7 @@ def calibrate(
     want = frozenset(want)
     if not want or want - frozenset(STATISTICS):
         raise ValueError(f"calibrate: want must name some of {', '.join(STATISTICS)}, got {sorted(want)}")
-    text = Text.of(model, sequences, batch)
+    text = Text.from_sequences(model, sequences, batch)
     linears = linears_by_name(model)
     check(linears, want, output_groups, text)
     meta = {

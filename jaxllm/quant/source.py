@@ -70,7 +70,7 @@ class CalibrationStream:
         if self.given is not None:
             self._check(self.given)
             return
-        self.text = Text.of(model, sequences, batch)
+        self.text = Text.from_sequences(model, sequences, batch)
         asked_of = {name: linears[name] for name in calibrated}
         measure.check(asked_of, self.want, self.output_groups, self.text)
         self.folder = Path(tempfile.mkdtemp())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.models.inputs import as_tokens
+from jaxllm.models.inputs import check_token_ids
 from jaxllm.models.t5 import T5
 from jaxllm.quant.stages import Batch, Stage, State
 
@@ -24,7 +24,7 @@ class Text:
     batch: int
 
     @classmethod
-    def of(cls, model, sequences: Any, batch: int) -> "Text":
+    def from_sequences(cls, model, sequences: Any, batch: int) -> "Text":
         """Checked against the model's vocabulary and context.
 
         sequences: rows of tokens; for a model that reads a source, pairs of a source's and a target's, the
@@ -36,7 +36,10 @@ class Text:
             given = {"source": [source for source, _ in pairs], "target": [target for _, target in pairs]}
         else:
             given = {"target": list(sequences)}
-        rows = {side: [as_tokens("calibrate", row, config.vocab) for row in given[side]] for side in given}
+        rows = {
+            side: [check_token_ids("calibrate", row, config.vocab) for row in several]
+            for side, several in given.items()
+        }
         if "source" in rows:
             start = np.asarray([config.decoder_start])
             rows["target"] = [np.concatenate([start, row]) for row in rows["target"]]

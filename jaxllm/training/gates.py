@@ -22,7 +22,7 @@ from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip
 from jaxllm.eviction.gates import FastGate, Gate, ZapGate
 from jaxllm.eviction.kvzip import LEAST, RepeatPrompt
-from jaxllm.models.inputs import padded
+from jaxllm.models.inputs import pad_batch
 from jaxllm.training.trainer import Trained, train
 
 Form = Literal["fast", "zap", "zap-linear"]
@@ -84,13 +84,13 @@ def train_gates(
 
     Losses are means over tokens, summed over layers and heads.
     """
-    rows, lengths = padded("train_gates", model, texts)
+    rows, lengths = pad_batch("train_gates", model, texts)
     if not lengths.min() > prefix >= 0 or min(tokens, steps, batch) < 1:
         raise ValueError(
             "train_gates: texts must be longer than the prefix, tokens, steps and batch positive, got "
             f"{prefix=}, shortest={lengths.min()}, {tokens=}, {steps=}, {batch=}"
         )
-    replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.of(tokenizer))
+    replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.from_tokenizer(tokenizer))
     gates = new_gates(model, form, hidden=hidden, seed=seed)
     learnt = _drawn(rows.shape[1], lengths, prefix, tokens, seed)
     known = _examples(model, gates, texts, learnt, replay, prefix, form != "fast", progress)
@@ -163,6 +163,6 @@ def _examples(
 @jax.jit
 def _inputs(model, gates: Gate, tokens, lengths) -> Float[Array, "L B T D"]:
     """What the layers with gates read."""
-    tap, inputs = gates.watch(model)
+    tap, inputs = gates.capture_inputs(model)
     model(tokens, lengths=lengths, logits="last", tap=tap)
     return jnp.stack(inputs)

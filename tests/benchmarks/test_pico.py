@@ -52,7 +52,7 @@ def test_a_document_is_scored_as_the_model_scores_it(tiny):
 
 
 def test_a_model_that_copies_is_judged_perfect_and_one_that_errs_is_not(tiny, monkeypatch):
-    words = exercises.Words.of(tiny[1])
+    words = exercises.Words.from_tokenizer(tiny[1])
     known = {}
 
     def generate(model, tokenizer, prompts, *, max_new_tokens, stop_tokens):

@@ -14,7 +14,7 @@ from jaxllm.cache import repack
 from jaxllm.cache.rows import dequantize, rotate_queries
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip, running_budget
-from jaxllm.eviction.budget import choose, evict
+from jaxllm.eviction.budget import ContextBudget, evict
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.ops.attention import attention
 
@@ -53,7 +53,7 @@ def chosen(scores, ratio, **options):
     """What stays of contexts of LENGTHS tokens."""
     there = (np.arange(T) < np.asarray(LENGTHS)[:, None])[:, None]
     s = np.where(there, np.asarray(scores), -np.inf).astype(np.float32)
-    return choose(s, np.asarray(LENGTHS), np.full(3, ratio), **options)
+    return ContextBudget(ratio=ratio, **options).keep(s, np.asarray(LENGTHS))
 
 
 def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
@@ -151,7 +151,7 @@ def same(one, two):
         )
 
 
-@pytest.mark.parametrize("budget", ["pair", "uniform", "head"])
+@pytest.mark.parametrize("budget", ["global", "per_head", "whole_heads"])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_evicted_twice_is_evicted_once_by_the_smaller_ratio(filled, budget, bits):
     cache, options = filled(bits=bits), {"page": 4, "prefix": 2, "budget": budget}
@@ -166,9 +166,9 @@ def test_evicted_twice_is_evicted_once_by_the_smaller_ratio(filled, budget, bits
         ValueError, match="of the context behind prefix=2 that was evicted before, got .* prefix=1"
     ):
         evict(once, scores, ratio=0.1, prefix=1)
-    if budget != "uniform":
+    if budget != "per_head":
         with pytest.raises(ValueError, match="a second budget must not want what the first has evicted"):
-            evict(once, ratio=0.5, budget=budget, official=True)
+            evict(once, ratio=0.5, budget=budget, strict_threshold=True)
 
 
 def test_a_second_eviction_leaves_what_was_asked_since(model, filled):
@@ -364,9 +364,9 @@ def test_the_number_kept_is_exact_and_smaller_budgets_are_nested():
 
 def test_budgets_spread_as_they_say():
     scores, lengths = drawn(4), np.asarray(LENGTHS)
-    uniform = chosen(scores, 0.3, budget="uniform")
+    uniform = chosen(scores, 0.3, rule="per_head")
     assert (uniform.sum(-1) == [[[int(0.3 * n)] * 2 for n in LENGTHS]] * 2).all()
-    heads = chosen(scores, 0.5, budget="head")
+    heads = chosen(scores, 0.5, rule="whole_heads")
     greatest = np.where(np.arange(T) < lengths[:, None, None], scores, -1).max(-1)
     for b, n in enumerate(LENGTHS):
         assert sorted(heads[:, b].sum(-1).ravel()) == [0, 0, n, n]
@@ -379,16 +379,16 @@ def test_budgets_spread_as_they_say():
     assert [safe[:, b].sum() for b in range(3)] == [int(1.2 * n) for n in LENGTHS]
 
 
-def test_the_official_threshold_is_strict_and_keeps_one_less():
+def test_the_strict_threshold_keeps_one_less():
     scores = drawn(5)
-    ours, official = chosen(scores, 0.3), chosen(scores, 0.3, official=True)
+    ours, strict = chosen(scores, 0.3), chosen(scores, 0.3, strict_threshold=True)
     for b, n in enumerate(LENGTHS):
         flat = np.sort(np.asarray(scores)[:, b, :, :n].ravel())[::-1]
         threshold = flat[max(int(len(flat) * 0.3) - 1, 0)]
         want = np.asarray(scores)[:, b] > threshold
         want[..., n:] = False
-        np.testing.assert_array_equal(official[:, b], want)
-        assert official[:, b].sum() == ours[:, b].sum() - 1 and (ours[:, b] | ~official[:, b]).all()
+        np.testing.assert_array_equal(strict[:, b], want)
+        assert strict[:, b].sum() == ours[:, b].sum() - 1 and (ours[:, b] | ~strict[:, b]).all()
 
 
 def test_prefix_and_what_follows_the_context_always_stay(filled):
@@ -408,14 +408,15 @@ def test_prefix_and_what_follows_the_context_always_stay(filled):
         ({"ratio": 0.0}, "ratio must lie above 0 and be at most 1, got 0.0"),
         ({"ratio": 1.5}, "at most 1, got 1.5"),
         ({}, "exactly one of ratio, tokens and threshold"),
-        ({"threshold": 0.5, "budget": "head"}, "a threshold is all of a budget"),
+        ({"threshold": 0.5, "budget": "whole_heads"}, "a threshold must be all of a budget"),
+        ({"ratio": 0.5, "budget": "head"}, "must be one of global, per_head, whole_heads, got 'head'"),
         ({"threshold": float("-inf")}, "a threshold must be a finite number, got -inf"),
         ({"ratio": 0.5, "page": 0}, "rows and page must be at least 1, got rows=64, page=0"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"ratio": 0.5, "prefix": 30}, r"within the \[40, 29, 33\] tokens held, got prefix=30, T=40"),
         ({"ratio": 0.5, "safeguard": 2.0}, "safeguard must be 0 to 1"),
-        ({"ratio": 0.5, "safeguard": 0.5, "budget": "head"}, 'safeguard is of the budget "pair"'),
-        ({"ratio": 0.5, "official": True, "budget": "uniform"}, 'official of "pair" and "head"'),
+        ({"ratio": 0.5, "safeguard": 0.5, "budget": "whole_heads"}, "safeguard must go with the plain"),
+        ({"ratio": 0.5, "strict_threshold": True, "budget": "per_head"}, "strict_threshold must go with"),
     ],
 )
 def test_wrong_use_is_one_line(filled, change, message):

@@ -12,7 +12,7 @@ from jaxllm.cache import repack
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip
 from jaxllm.eviction.budget import evict
-from jaxllm.eviction.heads import head_scores, load_heads, save_heads, spread
+from jaxllm.eviction.heads import broadcast_head_scores, head_scores, load_heads, save_heads
 from jaxllm.models.decoder import TINY, Decoder
 
 CONFIG = dataclasses.replace(TINY, layers=3, windows=(None, 8, None), context=128)
@@ -35,14 +35,15 @@ def test_heads_learnt_from_one_text_keep_all_or_nothing_of_another(model, tmp_pa
     np.testing.assert_array_equal(both, np.maximum(heads, heads[::-1]))
 
     cache = prefill.prefill(model, [list(range(50, 90)), [8, 1] * 10])
-    small = evict(cache, spread(heads, cache, prefix=2), ratio=0.5, budget="head", prefix=2)
+    scores = broadcast_head_scores(heads, cache, prefix=2)
+    small = evict(cache, scores, ratio=0.5, budget="whole_heads", prefix=2)
     best = np.argsort(-np.asarray(heads).ravel())[:2]
     for i, layer in enumerate(repack.kept_positions(small)):
         for b, n in enumerate((40, 20)):
             for h in range(2):
                 whole = 2 * i + h in best
                 np.testing.assert_array_equal(layer[b][h], np.arange(n if whole else 2))
-    fewer = evict(small, spread(heads, small), ratio=0.25, budget="head", prefix=2)
+    fewer = evict(small, broadcast_head_scores(heads, small), ratio=0.25, budget="whole_heads", prefix=2)
     assert [len(h) for layer in repack.kept_positions(fewer) for h in layer[0]].count(40) == 1
 
 
@@ -61,6 +62,6 @@ def test_other_models_damage_and_wrong_shapes_are_one_line(model, tmp_path):
         load_heads(tmp_path / "a", model=model)
     cache = prefill.prefill(model, ROWS)
     with pytest.raises(ValueError, match=r"heads must be \[L, K\] = \(2, 2\) of this cache, got \(3, 2\)"):
-        spread(jnp.ones((3, 2)), cache)
+        broadcast_head_scores(jnp.ones((3, 2)), cache)
     with pytest.raises(ValueError, match="must hold more than the prefix, got prefix=40, 40 tokens"):
-        spread(jnp.ones((2, 2)), cache, prefix=40)
+        broadcast_head_scores(jnp.ones((2, 2)), cache, prefix=40)

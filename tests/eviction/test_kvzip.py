@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip
-from jaxllm.eviction.attention_per_key import received
+from jaxllm.eviction.attention_per_key import attention_per_key
 from jaxllm.eviction.budget import evict
 from jaxllm.eviction.kvzip import RepeatPrompt, kvzip_scores
 from jaxllm.models import gpt
@@ -159,12 +159,13 @@ def test_many_queries_at_once_give_what_all_of_them_give(monkeypatch):
     seen &= (jnp.arange(16)[None] <= 5 + jnp.arange(11)[:, None])[None]  # the last 11 are the queries' own
     share = jnp.asarray(rng.random((2, 11)), jnp.float32)
     for reduce in ("max", "sum"):
-        whole = received(q, k, seen, scale=0.3, share=share, reduce=reduce)
+        whole = attention_per_key(q, k, seen, scale=0.3, share=share, reduce=reduce)
         monkeypatch.setattr("jaxllm.eviction.attention_per_key.LEAST", 4)
-        some = received(q, k, seen, scale=0.3, share=share, reduce=reduce)
+        some = attention_per_key(q, k, seen, scale=0.3, share=share, reduce=reduce)
         monkeypatch.undo()
         np.testing.assert_allclose(some, whole, atol=1e-6)
-        turned = received(q[:, :, jnp.asarray([1, 0, 3, 2])], k, seen, scale=0.3, share=share, reduce=reduce)
+        other = q[:, :, jnp.asarray([1, 0, 3, 2])]
+        turned = attention_per_key(other, k, seen, scale=0.3, share=share, reduce=reduce)
         np.testing.assert_allclose(turned, whole[:, :, ::-1], atol=1e-6)  # the order of a group's queries
 
 
@@ -175,7 +176,7 @@ def test_prompts_are_the_published_ones():
         def encode(self, text, add_special_tokens):
             return [ord(c) for c in text]
 
-    replay = RepeatPrompt.of(Letters())
+    replay = RepeatPrompt.from_tokenizer(Letters())
     text = lambda ids: "".join(map(chr, ids))  # noqa: E731
     assert text(replay.before(None)) == "\n\nRepeat the previous context exactly.\n"
     last = np.asarray([ord(c) for c in "abcdefgh"])

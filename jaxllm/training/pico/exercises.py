@@ -15,7 +15,7 @@ Layout of one exercise (ids of one tokenizer; `ordinary` = all ids that are not 
 the first token of a repetition, `MARK` for what may end one), 0 where it was drawn at random, `FIXED` for
 fixed words. The same generator and seed give the same exercises on every machine:
 
-    words = Words.of(tokenizer)
+    words = Words.from_tokenizer(tokenizer)
     one = repeat(np.random.default_rng(7), words, 200)
     tokens[one.prompt_length :] of a greedy continuation should start with one.answer
 """
@@ -67,7 +67,7 @@ class Words:
     fixed: dict[str, np.ndarray]  # encoded prompts and pieces of sums
 
     @classmethod
-    def of(cls, tokenizer: Any, *, bos: str = "<|bos|>", eos: str = "<|eos|>") -> "Words":
+    def from_tokenizer(cls, tokenizer: Any, *, bos: str = "<|bos|>", eos: str = "<|eos|>") -> "Words":
         """Words of a `tokenizers.Tokenizer` or of a transformers tokenizer that wraps one."""
         inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
         special = {id for id, token in inner.get_added_tokens_decoder().items() if token.special}
@@ -79,12 +79,12 @@ class Words:
         def single(text: str) -> int:
             ids = encode(text)
             if len(ids) != 1:
-                raise ValueError(f"Words.of: {text!r} must be one token, got {ids.tolist()}")
+                raise ValueError(f"Words.from_tokenizer: {text!r} must be one token, got {ids.tolist()}")
             return int(ids[0])
 
         for token in (bos, eos):
             if inner.token_to_id(token) is None:
-                raise ValueError(f"Words.of: the tokenizer must have the token {token!r}")
+                raise ValueError(f"Words.from_tokenizer: the tokenizer must have the token {token!r}")
         texts = [*REPEAT_ALL, *REPEAT_PART, "+", *(str(n) for n in range(200))]
         return cls(
             ordinary=np.asarray(ordinary, np.int32),

@@ -21,7 +21,7 @@ def pico_texts(
     tokenizer, texts: Sequence[corpus.Text], count: int, *, longest: int, seed: int
 ) -> list[list[int]]:
     """Contexts behind a begin token: plain text (half), lists of keys and values, random passages."""
-    words, rows = Words.of(tokenizer), []
+    words, rows = Words.from_tokenizer(tokenizer), []
     inner = tokenizer.backend_tokenizer
     streams = [corpus.encode(inner, text.train) for text in texts]
     for i in range(count):

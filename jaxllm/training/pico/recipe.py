@@ -228,7 +228,7 @@ def train_member(s: Settings) -> Run:
     streams = {text.name: corpus.encode(tokenizer, text.train) for text in texts}
     plan = PLANS[s.plan](list(streams), s.length, s.batch)
     pad = tokenizer.token_to_id(corpus.PAD)
-    words = Words.of(tokenizer)
+    words = Words.from_tokenizer(tokenizer)
     batches = corpus.Batches(streams, words, plan, steps=s.steps, seed=s.seed, pad=pad)
     sizes = ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items())
     total = batches.tokens_before(s.steps)

@@ -18,7 +18,7 @@ def tokenizer():
 
 
 def make(tokenizer, *, steps=40, seed=7, lengths=(96, 200)):
-    words = Words.of(tokenizer)
+    words = Words.from_tokenizer(tokenizer)
     streams = {"a": corpus.encode(tokenizer, SAMPLE[:1]), "b": corpus.encode(tokenizer, SAMPLE[1:])}
     mixture = {"a": 1.0, "b": 0.5, "repeat": 1.0, "recite": 0.3, "lookup": 1.0, "sums": 0.3}
     phases = [Phase(0.5, lengths[0], 8, mixture), Phase(0.5, lengths[1], 4, mixture)]
@@ -50,7 +50,7 @@ def test_transformers_reads_the_saved_tokenizer(tokenizer, tmp_path):
     assert other(text).input_ids == tokenizer.encode(text).ids
     assert other.decode(other(text).input_ids, skip_special_tokens=True) == text
     assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == (0, 1, 2)
-    assert Words.of(other).ordinary.tolist() == Words.of(tokenizer).ordinary.tolist()
+    assert Words.from_tokenizer(other).ordinary.tolist() == Words.from_tokenizer(tokenizer).ordinary.tolist()
 
 
 def test_a_text_too_poor_for_the_vocabulary_is_refused():
@@ -93,7 +93,7 @@ def test_every_row_starts_with_bos_and_weights_average_one(tokenizer):
 
 
 def test_exercises_in_a_row_are_whole(tokenizer):
-    words = Words.of(tokenizer)
+    words = Words.from_tokenizer(tokenizer)
     phases = [Phase(1.0, 300, 4, {"lookup": 1.0, "repeat": 1.0})]
     batches = Batches({}, words, phases, steps=10, seed=0, pad=2)
     for step in range(10):

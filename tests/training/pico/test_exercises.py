@@ -14,7 +14,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def words(tokenizer):
-    return Words.of(tokenizer)
+    return Words.from_tokenizer(tokenizer)
 
 
 def test_the_official_prompts_are_among_the_phrasings():

@@ -3,10 +3,11 @@
 decoder         Llama, Mistral, Qwen, Gemma, Phi: one forward pass
 gpt             GPT-2, minGPT, OPT and the shapes of GPT-3
 t5              T5: an encoder, and a decoder that sees the source
-language_model  what all of them offer beside the forward pass: type, windows, cache
+language_model  what all of them offer beside the forward pass: type, windows, cache, stages
 attention       self-attention of a chunk with what a cache holds before it
 layers          linear, embedding, norms
 taps            what a method sees of a forward pass, and may change
+stages          the way of text through a model, stage by stage
 rope            rotary positions and their published extensions
 inputs          token ids checked, filled up and rounded up before a model reads them
 linears         a model's linears by name

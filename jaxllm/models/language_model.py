@@ -1,4 +1,4 @@
-"""What every language model offers beside its forward pass: its type, its windows, its cache."""
+"""What every language model offers beside its forward pass: its type, its windows, its cache, its stages."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxllm import cache as kv
 from jaxllm.cache import DenseCache
 from jaxllm.models.layers import Embedding
+from jaxllm.models.stages import Stage, State
 
 
 class LanguageModel(nnx.Module):
@@ -21,6 +22,8 @@ class LanguageModel(nnx.Module):
 
     config: Any
     embedding: Embedding
+    layers: Any
+    sides: tuple[str, ...] = ("target",)  # whose tokens it reads; "source" of what an encoder reads
 
     def __repr__(self) -> str:
         """Family, sizes, type, weights, bytes and bits; never the numbers in it."""
@@ -46,6 +49,13 @@ class LanguageModel(nnx.Module):
         """How far back each layer sees, in tokens; None: all of the text."""
         return (None,) * self.config.layers
 
+    def stages(self) -> list[Stage]:
+        """The way of text through the model, from an empty state to what `unembed` reads."""
+        blocks = [
+            Stage(f"layers.{i}", block, None, "target", decode_target) for i, block in enumerate(self.layers)
+        ]
+        return [Stage("", self, None, "target", embed_target), *blocks]
+
     def make_cache(
         self, batch: int, rows: int, *, slack: int = 0, dtype: Any = None, bits: int | None = None
     ) -> DenseCache:
@@ -65,3 +75,13 @@ class LanguageModel(nnx.Module):
             dtype=self.dtype if dtype is None else jnp.dtype(dtype),
             bits=bits,
         )
+
+
+def embed_target(model, shared, state: State, batch, tap) -> State:
+    """The stage before the layers of a decoder."""
+    return {"target": model.embed(batch.tokens["target"])}
+
+
+def decode_target(block, shared, state: State, batch, tap) -> State:
+    """The stage of a layer that sees the targets alone."""
+    return {"target": block(state["target"], lengths=batch.lengths["target"], tap=tap)[0]}

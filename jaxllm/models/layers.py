@@ -1,5 +1,8 @@
 """What every model is made of: linear, embedding, two norms."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,10 +12,10 @@ from jaxllm.models.taps import Tap, probe
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import gather_rows, matmul
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
 

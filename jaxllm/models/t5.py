@@ -22,7 +22,7 @@ V vocabulary.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jaxllm.cache import DenseCache
 from jaxllm.models.attention import cached_attention
 from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, chunk, last_token, split_heads
+from jaxllm.models.stages import Stage, State
 from jaxllm.models.taps import Tap, probe, scoped
 from jaxllm.ops.attention import DistanceBias, attention, heads_first
 from jaxllm.pytree import pytree
@@ -80,16 +81,10 @@ TINY = Config(encoder_layers=2, layers=2, width=32, heads=4, head_dim=8, ffn=64,
 
 def v1_0(layers: int, width: int, heads: int, ffn: int, head_dim: int = 64) -> Config:
     """One of the published sizes of T5 (arXiv:1910.10683, section 3.7)."""
+    sizes: dict[str, Any] = {"width": width, "heads": heads, "head_dim": head_dim, "ffn": ffn}
+    scale = width**-0.5
     return Config(
-        encoder_layers=layers,
-        layers=layers,
-        width=width,
-        heads=heads,
-        head_dim=head_dim,
-        ffn=ffn,
-        vocab=32_128,
-        head_scale=width**-0.5,
-        stop_tokens=(1,),
+        encoder_layers=layers, layers=layers, **sizes, vocab=32_128, head_scale=scale, stop_tokens=(1,)
     )
 
 
@@ -102,13 +97,8 @@ T5_11B = v1_0(24, 1024, 128, 65_536, head_dim=128)
 
 def v1_1(layers: int, width: int, heads: int, ffn: int) -> Config:
     """One of the sizes of T5 v1.1, which are those of Flan-T5 too."""
-    return dataclasses.replace(
-        v1_0(layers, width, heads, ffn),
-        tied=False,
-        head_scale=1.0,
-        gated=True,
-        activation="gelu_tanh",
-    )
+    config = v1_0(layers, width, heads, ffn)
+    return dataclasses.replace(config, tied=False, head_scale=1.0, gated=True, activation="gelu_tanh")
 
 
 T5_V1_1_SMALL = v1_1(8, 512, 6, 1024)
@@ -131,7 +121,7 @@ SHARDING = (
 
 
 @pytree
-class Memory:
+class CrossKV:
     """What the decoder sees of the sources: keys and values of each of its layers."""
 
     keys: tuple[jax.Array, ...]  # a layer: [B H, S, E]
@@ -226,7 +216,7 @@ class Mlp(nnx.Module):
         return self.down(h, scoped(tap, "down"), x.dtype)
 
 
-def add(x: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def residual_add(x: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The sum, in float16 cut to its range."""
     x = x + h
     if x.dtype == jnp.float16:
@@ -234,7 +224,7 @@ def add(x: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Array, "B T
     return x
 
 
-def both_ways(
+def encoder_mask_and_bias(
     relative: RelativeBias, S: int, lengths: Int[Array, " B"]
 ) -> tuple[Bool[Array, "B 1 S"], Float[Array, "1 H S S"]]:
     """Which of S source tokens are real, and what their distances add to the scores of the encoder."""
@@ -262,8 +252,8 @@ class EncoderBlock(nnx.Module):
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
         y = attention(q, heads_first(k), heads_first(v), mask, scale=1.0, bias=bias)
-        x = add(x, part.out(y, t))
-        x = add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
+        x = residual_add(x, part.out(y, t))
+        x = residual_add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
         return probe(tap, "out", x)
 
 
@@ -280,7 +270,7 @@ class Encoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], lengths: Int[Array, " B"], tap: Tap | None = None
     ) -> Float[Array, "B S D"]:
-        mask, bias = both_ways(self.relative, x.shape[1], lengths)
+        mask, bias = encoder_mask_and_bias(self.relative, x.shape[1], lengths)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, bias, scoped(tap, f"layers.{i}"))
         return probe(tap, "norm", self.norm(x))
@@ -306,7 +296,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         cache: DenseCache | None = None,
         *,
-        memory: Memory,
+        memory: CrossKV,
         bias: DistanceBias,
         index: int = 0,
         positions: Int[Array, "B T"] | None = None,
@@ -323,16 +313,16 @@ class Block(nnx.Module):
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
         y, cache = cached_attention(q, k, v, cache, index, positions, lengths, scale=1.0, bias=bias)
-        x = add(x, part.out(y, t))
+        x = residual_add(x, part.out(y, t))
 
         part, t = self.cross, scoped(tap, "cross")
         q = part.queries(self.cross_norm(x), t)
         keys, values = memory.keys[index], memory.values[index]
         mask = jnp.arange(keys.shape[1])[None, :] < memory.lengths[:, None]  # [B, S]
         y = attention(q, keys, values, mask[:, None], scale=1.0)
-        x = add(x, part.out(y, t))
+        x = residual_add(x, part.out(y, t))
 
-        x = add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
+        x = residual_add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
         return probe(tap, "out", x), cache
 
 
@@ -340,6 +330,7 @@ class T5(LanguageModel):
     """An encoder and a decoder, whose are `layers` and the cache: a pytree of weights."""
 
     SHARDING = SHARDING
+    sides = ("source", "target")
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
 
@@ -355,12 +346,8 @@ class T5(LanguageModel):
         self.head = None if config.tied else head()
 
     def encode(
-        self,
-        tokens: Int[Array, "B S"],
-        lengths: Int[Array, " B"] | None = None,
-        *,
-        tap: Tap | None = None,
-    ) -> Memory:
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None = None, *, tap: Tap | None = None
+    ) -> CrossKV:
         """What the decoder will see of the sources; `lengths` tokens of each are real."""
         _, lengths = chunk(tokens.shape, None, None, lengths)
         x = probe(tap, "encoder.embedding", self.embed(tokens))
@@ -370,7 +357,17 @@ class T5(LanguageModel):
             t = scoped(tap, f"layers.{i}.cross")
             keys.append(heads_first(layer.cross.keys(x, t)))
             values.append(heads_first(layer.cross.values(x, t)))
-        return Memory(tuple(keys), tuple(values), lengths)
+        return CrossKV(tuple(keys), tuple(values), lengths)
+
+    def stages(self) -> list[Stage]:
+        """Embed sources, the encoder's layers, its norm and embed targets, the decoder's layers."""
+        encoder = self.encoder
+        return [
+            Stage("", self, None, "source", embed_source),
+            *_blocks("encoder.layers", encoder.layers, encoder.relative, "source", encode_source),
+            Stage("", self, encoder.norm, "target", end_source),
+            *_blocks("layers", self.layers, self.relative, "target", decode_target),
+        ]
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads, of the encoder or of the decoder."""
@@ -390,7 +387,7 @@ class T5(LanguageModel):
         tokens: Int[Array, "B T"],
         cache: DenseCache | None = None,
         *,
-        memory: Memory,
+        memory: CrossKV,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         logits: Literal["all", "last"] = "all",
@@ -410,18 +407,43 @@ class T5(LanguageModel):
         positions, lengths = chunk(tokens.shape, cache, positions, lengths)
         x = probe(tap, "embedding", self.embed(tokens))
         for i, layer in enumerate(self.layers):
-            x, cache = layer(
-                x,
-                cache,
-                memory=memory,
-                bias=self.relative,
-                index=i,
-                positions=positions,
-                lengths=lengths,
-                tap=scoped(tap, f"layers.{i}"),
-            )
+            t, at = scoped(tap, f"layers.{i}"), {"positions": positions, "lengths": lengths}
+            x, cache = layer(x, cache, memory=memory, bias=self.relative, index=i, tap=t, **at)
         if cache is not None:
             cache = kv.advance(cache, lengths)
         if logits == "last":
             x = last_token(x, lengths)
         return self.unembed(x, tap), cache
+
+
+# -- stages (`models/stages.py`), and what runs one
+
+
+def _blocks(name: str, layers, relative: RelativeBias, side: str, run) -> list[Stage]:
+    return [Stage(f"{name}.{i}", block, relative, side, run) for i, block in enumerate(layers)]
+
+
+def embed_source(model: T5, shared, state: State, batch, tap) -> State:
+    """The stage before the encoder's layers."""
+    return {"source": model.embed(batch.tokens["source"])}
+
+
+def encode_source(block: EncoderBlock, relative: RelativeBias, state: State, batch, tap) -> State:
+    """The stage of a layer of the encoder."""
+    x = state["source"]
+    mask, bias = encoder_mask_and_bias(relative, x.shape[1], batch.lengths["source"])
+    return {"source": block(x, mask, bias, tap)}
+
+
+def end_source(model: T5, norm: RmsNorm, state: State, batch, tap) -> State:
+    """The stage between the two stacks."""
+    return {"source": norm(state["source"]), "target": model.embed(batch.tokens["target"])}
+
+
+def decode_target(block: Block, relative: RelativeBias, state: State, batch, tap) -> State:
+    """The stage of a layer of the decoder, which reads keys and values of the sources itself."""
+    seen, t = state["source"], scoped(tap, "cross")
+    keys, values = heads_first(block.cross.keys(seen, t)), heads_first(block.cross.values(seen, t))
+    memory = CrossKV((keys,), (values,), batch.lengths["source"])
+    lengths = batch.lengths["target"]
+    return {"target": block(state["target"], memory=memory, bias=relative, lengths=lengths, tap=tap)[0]}

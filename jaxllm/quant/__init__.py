@@ -10,7 +10,7 @@ calibrate      what linears see on sample text, kept on disk
 statistics     the statistics there are, and what a method is
 sums           statistics summed over a text, block by block
 gradients      what needs the loss: one pass backwards, block by block
-stages         how text goes through a model, stage by stage
+stages         the linears of a model, stage by stage
 text           calibration text in batches
 methods/       one file a method
 """

@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from jaxllm.quant.gradients import gradients, squared_gradients
 from jaxllm.quant.stages import LinearInfo, linears_by_name, linears_of
-from jaxllm.quant.stages import stages as stages_of
 from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
@@ -132,7 +131,7 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     if want & OF_OUTPUT:
         gradients(model, text, folder, output_groups=meta["output_groups"], want=want, bar=bar)
     states = text.initial_states()
-    for stage in bar(stages_of(model), desc="calibrate", unit="block"):
+    for stage in bar(model.stages(), desc="calibrate", unit="block"):
         prefix = stage.name
         if not prefix or (folder / f"{prefix}.done").is_file():
             states = text.run(stage, states)

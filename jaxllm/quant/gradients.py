@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.models.stages import State
 from jaxllm.models.taps import linear_io
-from jaxllm.quant.stages import State
-from jaxllm.quant.stages import stages as stages_of
 from jaxllm.quant.text import Text
 
 LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
@@ -28,7 +27,7 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
         return
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    chain = stages_of(model)
+    chain = model.stages()
     fisher: dict[str, np.ndarray] = {}
     for i, batch in enumerate(bar(list(text.batches()), desc="gradients", unit="batch")):
         states: list[State] = [{}]

@@ -22,7 +22,7 @@ from jaxllm.models.linears import block_of, replace_weights
 from jaxllm.quant import calibrate as measure
 from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
-from jaxllm.quant.stages import linears_by_name, stages
+from jaxllm.quant.stages import linears_by_name
 from jaxllm.quant.statistics import Method, Stats, output_groups_of
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
@@ -113,7 +113,7 @@ class CalibrationStream:
             for prefix in self.bar(prefixes):
                 yield prefix, {name: self._known(name) for name in self.names if block_of(name) == prefix}
             return
-        chain = stages(self.model)
+        chain = self.model.stages()
         for prefix in prefixes:  # embeddings and the head, which nothing is measured for
             if all(prefix != stage.name for stage in chain):
                 yield prefix, {}

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.models.stages import Batch, Stage, State
 from jaxllm.models.taps import linear_io
 from jaxllm.quant.gradients import output_saliency, squared_gradients
-from jaxllm.quant.stages import Batch, LinearInfo, Stage, State, linears_of, side_of
+from jaxllm.quant.stages import LinearInfo, linears_of, side_of
 from jaxllm.quant.statistics import Stats
 from jaxllm.quant.text import Text
 

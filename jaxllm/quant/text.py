@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.models.inputs import check_token_ids
-from jaxllm.models.t5 import T5
-from jaxllm.quant.stages import Batch, Stage, State
+from jaxllm.models.stages import Batch, Stage, State
 
 HELD_OUT_EVERY = 4
 
@@ -31,8 +30,8 @@ class Text:
           target without the token that every target begins with.
         """
         config = model.config
-        if isinstance(model, T5):
-            pairs = [_pair(one) for one in sequences]
+        if "source" in model.sides:
+            pairs = [_pair(model, one) for one in sequences]
             given = {"source": [source for source, _ in pairs], "target": [target for _, target in pairs]}
         else:
             given = {"target": list(sequences)}
@@ -91,9 +90,10 @@ class Text:
         return [{} for _ in range(0, len(self.real), self.batch)]
 
 
-def _pair(one: Any) -> tuple[Any, Any]:
+def _pair(model, one: Any) -> tuple[Any, Any]:
     if len(one) != 2:
-        raise ValueError(f"calibrate: a T5 needs pairs of source and target, got a row of {len(one)}")
+        name = type(model).__name__
+        raise ValueError(f"calibrate: a {name} needs pairs of source and target, got a row of {len(one)}")
     source, target = one
     return source, target
 
@@ -117,12 +117,13 @@ def text_sequences(
     """
     if tokenizer is None:
         raise ValueError("calibrate: text needs a tokenizer, this model has none: give token ids")
-    if isinstance(model, T5):
+    if "source" in model.sides:
         lines = [line.split("\t") for line in text.splitlines() if line.strip()][:limit]
         wrong = next((line for line in lines if len(line) != 2 or not all(map(str.strip, line))), None)
         if wrong is not None:
             line = "\t".join(wrong)[:40]
-            raise ValueError(f"calibrate: each line must be source, a tab, target for a T5, got {line!r}")
+            name = type(model).__name__
+            raise ValueError(f"calibrate: each line must be source, a tab, target for a {name}, got {line!r}")
         most = min(length, model.config.context - 1)
         return [(tokenizer.encode(s)[:length], tokenizer.encode(t)[:most]) for s, t in lines]
     ids = tokenizer.encode(text)

@@ -1,0 +1,58 @@
+"""The way of text through a model, stage by stage: what calibration walks, forwards and backwards.
+
+    state = {}
+    for stage in model.stages():                    # embed | layers.0 | layers.1 | ...
+        state = stage(state, batch)
+
+Between stages stand the hidden states of each side, {"source": [B, S, D], "target": [B, T, D]}; a model that
+is a decoder alone has targets only. What a linear reads belongs to its stage's side, or else to "source" as
+it is: keys and values of a layer that sees the sources.
+
+Letters: B sequences at once, S and T tokens of sources and targets, D width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.models.linears import in_memory
+
+State = dict[str, Any]  # hidden states by side
+
+
+class Batch(NamedTuple):
+    """Some sequences, each field by side."""
+
+    tokens: dict[str, Any]  # int32 [B, T]
+    lengths: dict[str, Any]  # int32 [B]
+    part: dict[str, Any]  # int32 [B, T]: 1 real, -1 held out, 0 none
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of the way: a block of linears, or what lies between blocks."""
+
+    name: str  # in front of its linears' names, as "layers.3"; "" if it has none
+    block: Any  # the module they are in
+    shared: Any  # what it reads beside; pytrees both
+    side: str  # that it changes
+    run: Callable[..., State]  # (block, shared, state, batch, tap): the hidden states that change
+
+    def loaded(self) -> "Stage":
+        """The same with its block in memory, where it lay in a mapped file."""
+        return dataclasses.replace(self, block=in_memory(self.block)) if self.name else self
+
+    def __call__(self, state: State, batch: Batch) -> State:
+        """The state after this stage, on the host."""
+        new = _forward(self.block, self.shared, state, batch, run=self.run)
+        return state | {side: np.asarray(x) for side, x in new.items()}
+
+
+# subtle: `run` is static, so a function of a module: stages that share one share its compilation
+@partial(jax.jit, static_argnames="run")
+def _forward(block, shared, state, batch, *, run):
+    return run(block, shared, state, batch, None)

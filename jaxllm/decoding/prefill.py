@@ -2,18 +2,20 @@
 
     cache = prefill(model, [ids])                                   # a DenseCache of the texts
 
-`read` is the model step that every run begins with.
+`read_in_pieces` is the loop that every run begins with, `read` its compiled step.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
+from jaxllm.cache import Cache
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.eviction.gates import Gate
@@ -31,7 +33,7 @@ def prefill(
     """
     rows, lengths = _filled_up("prefill", model, tokens)
     cache = model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits)
-    return _read(model, cache, rows, lengths, chunk)[0]
+    return read_in_pieces(model, rows, lengths, cache, chunk)[1]
 
 
 def prefill_with_scores(
@@ -51,31 +53,24 @@ def prefill_with_scores(
             f"prefill_with_scores: rows must have more than {prefix=} tokens, got {lengths.tolist()}"
         )
     cache = model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits)
-    cache, scores = _read(model, cache, rows, lengths, chunk, gates)
+    _, cache, pieces = read_in_pieces(model, rows, lengths, cache, chunk, gates=gates)
     real = np.arange(rows.shape[1]) < lengths[:, None]
-    scores = jnp.where(real[None, :, None], jnp.concatenate(scores, axis=-1), 0.0)
+    scores = jnp.where(real[None, :, None], jnp.concatenate(pieces, axis=-1), 0.0)
     return cache, scores[..., prefix : lengths.max()]
 
 
 def prefill_within_budget(
-    model, tokens: Sequence[Sequence[int]], hold: CacheBudget, *, bits: int | None = None
+    model, tokens: Sequence[Sequence[int]], budget: CacheBudget, *, bits: int | None = None
 ) -> PagedCache:
-    """The cache of some texts within a budget, `hold.buffer` tokens being read at a time.
+    """The cache of some texts within a budget, `budget.buffer` tokens being read at a time.
 
     What lies in memory does not grow with the texts; while the budget is restored it is two pools and a tail.
     """
     rows, lengths = _filled_up("prefill_within_budget", model, tokens)
-    hold.gates.layers(model)  # or it raises
-    cache = hold.enforce(model.make_cache(len(rows), 1, slack=hold.buffer, bits=bits), None)
-    at = 0
-    while at < lengths.max():
-        context, tail = kv.split(cache)
-        part = rows[:, at : at + min(hold.buffer, kv.room(tail))]
-        sizes = np.clip(lengths - at, 0, part.shape[1])
-        _, tail, scores = read(model, hold.gates, None, context, part, tail, sizes)
-        cache = hold.enforce(kv.join(context, tail), scores)
-        at += part.shape[1]
-    return cache
+    budget.gates.layers(model)  # or it raises
+    cache = budget.enforce(model.make_cache(len(rows), 1, slack=budget.buffer, bits=bits), None)
+    end = int(lengths.max())  # what only fills up is not worth a budget's while
+    return read_in_pieces(model, rows, lengths, cache, budget.buffer, end=end, budget=budget)[1]
 
 
 def _filled_up(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -83,20 +78,44 @@ def _filled_up(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.nda
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % STEP))), lengths
 
 
-def _read(
-    model, cache: DenseCache, rows: np.ndarray, lengths: np.ndarray, chunk: int, gates: Gate | None = None
-):
-    """The cache with the rows read, some tokens at a time, and the scores [L, B, K, _] of each time."""
+def read_in_pieces(
+    model,
+    tokens: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    cache: Cache,
+    chunk: int,
+    *,
+    end: int | None = None,
+    gates: Gate | None = None,
+    memory: Any = None,
+    budget: CacheBudget | None = None,
+) -> tuple[Float[Array, "B V"], Any, list[Float[Array, "L B K _"]]]:
+    """Each request's last logits, the cache with the tokens in it, and the gates' scores of each piece.
+
+    A piece is `chunk` tokens, or fewer where a window takes fewer. cache: given away. end: of the tokens that
+    are read; None is T. budget: kept after each piece, by its own gates.
+    """
     if chunk < 1:
         raise ValueError(f"prefill: chunk must be at least 1 token, got {chunk=}")
-    at, found = 0, []
-    while at < rows.shape[1]:
-        part = rows[:, at : at + min(chunk, kv.room(cache))]
-        sizes = np.clip(lengths - at, 0, part.shape[1])
-        _, cache, scores = read(model, gates, None, None, part, cache, sizes)
+    if budget is not None:
+        gates = budget.gates
+    last, found, at = None, [], 0
+    while at < (tokens.shape[1] if end is None else end):
+        # 1. The next piece goes through the model.
+        context, tail = kv.split(cache)
+        piece = tokens[:, at : at + min(chunk, kv.room(tail))]
+        real = np.clip(lengths - at, 0, piece.shape[1])
+        logits, tail, scores = read(model, gates, memory, context, piece, tail, real)
+        # 2. The logits of a request are those of the last piece that it has a token in.
+        last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
+        # 3. The cache gets smaller again where there is a budget.
+        cache = kv.join(context, tail)
+        if budget is not None:
+            cache = budget.enforce(cache, scores)
         found.append(scores)
-        at += part.shape[1]
-    return cache, found
+        at += piece.shape[1]
+    assert last is not None  # there is a token
+    return last, cache, found
 
 
 def forward(model, gates: Gate | None, memory, context: Context | None, tokens, tail: DenseCache, lengths):

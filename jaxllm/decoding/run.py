@@ -12,13 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache, DenseCache, repack
 from jaxllm.decoding.loop import Requests, active, decode_until, first_tokens
 from jaxllm.decoding.options import CacheOptions, GenerationOptions
-from jaxllm.decoding.prefill import read
+from jaxllm.decoding.prefill import read_in_pieces
 from jaxllm.decoding.sampling import request_keys
 from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import bucket
@@ -76,10 +76,15 @@ class GenerationRun:
             for i, (ids, most) in enumerate(zip(fed, wanted, strict=True))
         ]
         self.longest = max(limits)
-        # 4. A cache of its own with room for all of it, and what stays the same through the run.
+        # 4. The prompts are read into a cache of their own with room for all that comes.
         tokens, lengths = _pad(fed, B)
         cache = _own_cache(model, given, before, B, tokens.shape[1] + bucket(self.longest))
+        chunk = tokens.shape[1] if self.budget is None else self.budget.buffer
+        logits, cache, _ = read_in_pieces(
+            model, tokens, lengths, cache, chunk, memory=memory, budget=self.budget
+        )
         context, tail = kv.split(cache)
+        # 5. What stays the same through the run, and each request's first token, of its last logits.
         self.requests = Requests(
             limits=jnp.asarray(limits + [0] * (B - n), jnp.int32),
             keys=request_keys(options.seed, B),
@@ -89,8 +94,8 @@ class GenerationRun:
             context=context,
             gates=None if self.budget is None else self.budget.gates,
         )
-        # 5. The prompts are read, and of their last logits each request's first token is sampled.
-        logits, tail = self._prefill(tokens, lengths, tail)
+        buffer = None if self.budget is None else self.budget.buffer
+        self.until_enforced = buffer or 0  # tokens until the budget is kept again
         self.state = first_tokens(
             model,
             self.requests,
@@ -100,33 +105,13 @@ class GenerationRun:
             tail,
             N=bucket(self.longest),
             logprobs=options.logprobs,
-            buffer=None if self.budget is None else self.budget.buffer,
+            buffer=buffer,
         )
-
-    def _prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], tail: DenseCache
-    ) -> tuple[Float[Array, "B V"], DenseCache]:
-        """Each request's last logits, and the cache: in pieces that a window or a budget takes."""
-        last, begin = None, 0
-        while begin < tokens.shape[1]:
-            room = kv.room(tail) if self.budget is None else min(self.budget.buffer, kv.room(tail))
-            piece = tokens[:, begin : begin + room]
-            real = jnp.clip(lengths - begin, 0, piece.shape[1])
-            requests = self.requests
-            logits, tail, scores = read(
-                self.model, requests.gates, requests.memory, requests.context, piece, tail, real
-            )
-            last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
-            if self.budget is not None:
-                tail = self._enforce_budget(tail, scores)
-            begin += room
-        assert last is not None  # there is a prompt, and none is empty
-        return last, tail
 
     def _enforce_budget(self, tail: DenseCache, scores) -> DenseCache:
         """An empty tail behind a context that holds the budget."""
         assert self.budget is not None
-        self.room = self.budget.buffer
+        self.until_enforced = self.budget.buffer
         context, tail = kv.split(self.budget.enforce(kv.join(self.requests.context, tail), scores))
         self.requests = dataclasses.replace(self.requests, context=context)
         return tail
@@ -137,12 +122,12 @@ class GenerationRun:
             self.state = decode_until(self.model, self.requests, self.state, self.state.step + steps)
             return
         while steps > 0 and not self.ended():
-            if self.room == 0:
+            if self.until_enforced == 0:
                 tail = self._enforce_budget(self.state.cache, self.state.scores)
                 self.state = dataclasses.replace(self.state, cache=tail)
-            some = min(steps, self.room)
+            some = min(steps, self.until_enforced)
             self.state = decode_until(self.model, self.requests, self.state, self.state.step + some)
-            steps, self.room = steps - some, self.room - some
+            steps, self.until_enforced = steps - some, self.until_enforced - some
 
     def wait(self) -> float:
         """Waits for the tokens made so far; the time on `perf_counter` then."""
@@ -285,13 +270,13 @@ def _limit(model, length: int, most: int, index: int) -> int:
     return min(most, room)
 
 
-def _pad(prompts: list[list[int]], B: int) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+def _pad(prompts: list[list[int]], B: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Prompts padded on the right, and their lengths; rows past the last prompt hold one token."""
     T = max(8, bucket(max(map(len, prompts))))
     tokens, lengths = np.zeros((B, T), np.int32), np.ones((B,), np.int32)
     for i, ids in enumerate(prompts):
         tokens[i, : len(ids)], lengths[i] = ids, len(ids)
-    return jnp.asarray(tokens), jnp.asarray(lengths)
+    return tokens, lengths
 
 
 def _lengths_before(cache: Cache | None, n: int) -> list[int]:

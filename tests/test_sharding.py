@@ -66,6 +66,9 @@ def test_a_70b_layout_is_checked_without_memory():
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     assert sum(x.size for x in jax.tree.leaves(model)) == 70_553_706_496
     placed = shardings(model, make_mesh(model=8))
-    share = lambda x, s: np.prod(s.shard_shape(x.shape)) * 2  # noqa: E731
+
+    def share(x, s):
+        return np.prod(s.shard_shape(x.shape)) * 2
+
     each = sum(jax.tree.leaves(jax.tree.map(share, nnx.state(model), placed)))
     assert each == pytest.approx(141.1e9 / 8, rel=0.01)

@@ -20,7 +20,7 @@ from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.eviction.gates import Gate
 from jaxllm.eviction.running_budget import CacheBudget
-from jaxllm.models.inputs import STEP, pad_batch
+from jaxllm.models.inputs import pad_batch, round_up
 
 
 def prefill(
@@ -75,7 +75,7 @@ def prefill_within_budget(
 
 def _filled_up(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     rows, lengths = pad_batch(who, model, tokens)
-    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % STEP))), lengths
+    return np.pad(rows, ((0, 0), (0, round_up(rows.shape[1]) - rows.shape[1]))), lengths
 
 
 def read_in_pieces(
@@ -89,8 +89,9 @@ def read_in_pieces(
     gates: Gate | None = None,
     memory: Any = None,
     budget: CacheBudget | None = None,
-) -> tuple[Float[Array, "B V"], Any, list[Float[Array, "L B K _"]]]:
-    """Each request's last logits, the cache with the tokens in it, and the gates' scores of each piece.
+) -> tuple[Float[Array, "B V"], Any, list[Any]]:
+    """Each request's last logits, the cache with the tokens in it, and the gates' scores [L, B, K, _] of each
+    piece, None without gates.
 
     A piece is `chunk` tokens, or fewer where a window takes fewer. cache: given away. end: of the tokens that
     are read; None is T. budget: kept after each piece, by its own gates.

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.ops.attention import FLOAT32, MASK_VALUE
 
-LEAST, BLOCKS = 64, 8  # queries at once at least, and how often at most: weights take J G S T / 8 numbers
+# queries at once at least, and how often at most: weights take J G S T / 8 numbers
+MIN_QUERIES, MAX_PASSES = 64, 8
 
 
 def attention_per_key(
@@ -31,7 +32,7 @@ def attention_per_key(
     """
     (B, T, H, D), (J, S, _) = q.shape, k.shape
     K, G = J // B, H * B // J
-    size = max(LEAST, -(-T // BLOCKS))
+    size = max(MIN_QUERIES, -(-T // MAX_PASSES))
     share = seen.any(-1).astype(jnp.float32) * (1.0 if share is None else share)
     out = jnp.zeros((B, K, G, S), jnp.float32)
     for start in range(0, T, size):

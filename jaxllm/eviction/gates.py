@@ -39,7 +39,7 @@ from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
 META, ARRAYS, FORMAT = "gates.json", "gates.safetensors", "jaxllm gates"
 SHIPPED = Path(__file__).parents[1] / "pico" / "gates"
-LEAST = 1e-8  # the least score that a logarithm is taken of
+MIN_SCORE = 1e-8  # the least score that a logarithm is taken of
 
 
 class Gate:
@@ -116,8 +116,7 @@ class FastGate(Gate):
     def loss(self, layer: int, x, scores: Float[Array, "B K T"]) -> Float[Array, "B K T"]:
         """Binary cross entropy of the score."""
         margins = self.margins(layer, x)
-        log_mean = lambda m: jax.nn.logsumexp(jax.nn.log_sigmoid(m), axis=2) - np.log(m.shape[2])  # noqa: E731
-        return -(scores * log_mean(margins) + (1 - scores) * log_mean(-margins))
+        return -(scores * _log_mean(margins) + (1 - scores) * _log_mean(-margins))
 
 
 @pytree
@@ -144,7 +143,12 @@ class ZapGate(Gate):
 
     def loss(self, layer: int, x, scores: Float[Array, "B K T"]) -> Float[Array, "B K T"]:
         """Squared error of the logarithm."""
-        return jnp.square(self(layer, x) - jnp.log(jnp.maximum(scores, LEAST)))
+        return jnp.square(self(layer, x) - jnp.log(jnp.maximum(scores, MIN_SCORE)))
+
+
+def _log_mean(margins: Float[Array, "B K G T"]) -> Float[Array, "B K T"]:
+    """Logarithm of the mean over queries of what margins are the log-odds of."""
+    return jax.nn.logsumexp(jax.nn.log_sigmoid(margins), axis=2) - np.log(margins.shape[2])
 
 
 def _normed(x: Float[Array, "*B d"], scale: Float[Array, " d"]) -> Float[Array, "*B d"]:

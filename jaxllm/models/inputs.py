@@ -33,6 +33,11 @@ def require_global_layer(who: str, model) -> None:
         raise ValueError(f"{who}: a layer must see all of the text, got a model of windows only")
 
 
+def round_up(n: int) -> int:
+    """The least multiple of `STEP` that is not below n."""
+    return -(-n // STEP) * STEP
+
+
 def bucket(n: int) -> int:
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below n."""
     power = 1

@@ -80,7 +80,9 @@ def test_a_page_tells_command_machine_date_and_versions_and_whether_it_is_tiny(a
 
 
 def test_a_page_is_made_again_from_a_run(arguments, tmp_path):
-    page = lambda run: common.Page("Some", str(run["found"]), [])  # noqa: E731
+    def page(run):
+        return common.Page("Some", str(run["found"]), [])
+
     common.main(arguments(), lambda args: run_of(args, found=7), page)
     first = (tmp_path / "some.md").read_text()
     (tmp_path / "some.md").unlink()

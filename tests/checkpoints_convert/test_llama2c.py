@@ -61,9 +61,12 @@ def test_the_int8_file_agrees_with_249_of_251_golden_choices(stories, golden):
 @pytest.mark.parametrize(("leaf", "largest"), [("q", 0.0070), ("k", 0.0044), ("v", 0.0017), ("o", 0.0024)])
 def test_int8_weights_differ_from_float_ones_by_no_more_than_stated(stories, loaded, leaf, largest):
     eight, _ = llama2c.load(stories / "stories260K-q8.bin")
-    weights = lambda model: np.stack(  # noqa: E731
-        [np.asarray(getattr(layer.attention, leaf).w.get_value().rows) for layer in model.layers]
-    )
+
+    def weights(model):
+        return np.stack(
+            [np.asarray(getattr(layer.attention, leaf).w.get_value().rows) for layer in model.layers]
+        )
+
     assert round(float(np.abs(weights(eight) - weights(loaded[0])).max()), 4) == largest
 
 
@@ -161,7 +164,10 @@ def test_every_tensor_lands_where_it_belongs_and_q_k_rows_are_permuted(tmp_path)
     model, tokenizer = llama2c.load(tmp_path / "m.bin")
     assert tokenizer is None
     layer = model.layers[1]
-    row = lambda linear: np.asarray(linear.w.get_value().rows)  # noqa: E731
+
+    def row(linear):
+        return np.asarray(linear.w.get_value().rows)
+
     halves = [0, 2, 1, 3]  # of a head of size 4: neighbours (0, 1), (2, 3) become (0, 2), (1, 3)
     np.testing.assert_array_equal(row(layer.attention.k), tensors["wk"][1][halves])
     np.testing.assert_array_equal(row(layer.attention.q), tensors["wq"][1][halves + [4 + i for i in halves]])

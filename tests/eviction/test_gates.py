@@ -53,7 +53,10 @@ def by_hand(gates, layer, x):
                     y = np.asarray(jax.nn.gelu(jnp.asarray(z, jnp.float32), approximate=False))
                 out[h, t] = y @ g["down"][:, h] + g["down_bias"][h]
                 continue
-            norm = lambda v, scale: v / np.sqrt((v * v).mean() + 1e-6) * scale  # noqa: E731
+
+            def norm(v, scale):
+                return v / np.sqrt((v * v).mean() + 1e-6) * scale
+
             key = norm(row @ g["keys"][:, h], g["key_norm"])
             for query in range(2):
                 q = row @ g["queries"][:, h, query] + g["query_bias"][h, query]
@@ -111,8 +114,13 @@ def test_training_lowers_the_loss_and_learns_the_ranks(model, form, monkeypatch)
         prefix=1,
         output_aware=form != "fast",
     )
-    rank = lambda x: np.argsort(np.argsort(np.asarray(x), axis=-1), axis=-1).ravel()  # noqa: E731
-    guess = lambda gates: prefill.prefill_with_scores(model, texts, gates, prefix=1)[1]  # noqa: E731
+
+    def rank(x):
+        return np.argsort(np.argsort(np.asarray(x), axis=-1), axis=-1).ravel()
+
+    def guess(gates):
+        return prefill.prefill_with_scores(model, texts, gates, prefix=1)[1]
+
     before, after = (
         np.corrcoef(rank(guess(g)), rank(want))[0, 1] for g in (new_gates(model, form, hidden=12), gates)
     )

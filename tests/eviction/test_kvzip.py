@@ -177,7 +177,10 @@ def test_prompts_are_the_published_ones():
             return [ord(c) for c in text]
 
     replay = RepeatPrompt.from_tokenizer(Letters())
-    text = lambda ids: "".join(map(chr, ids))  # noqa: E731
+
+    def text(ids):
+        return "".join(map(chr, ids))
+
     assert text(replay.before(None)) == "\n\nRepeat the previous context exactly.\n"
     last = np.asarray([ord(c) for c in "abcdefgh"])
     assert text(replay.before(last)) == (
@@ -187,9 +190,10 @@ def test_prompts_are_the_published_ones():
 
 def test_wrong_contexts_and_repetitions_that_do_not_fit_are_one_line(model):
     cache = filled(model)
-    score = lambda rows, **options: kvzip_scores(  # noqa: E731
-        model, cache, rows, **({"replay": REPLAY, "prefix": 3, "chunk": 64} | options)
-    )
+
+    def score(rows, **options):
+        return kvzip_scores(model, cache, rows, **({"replay": REPLAY, "prefix": 3, "chunk": 64} | options))
+
     with pytest.raises(ValueError, match=r"must be what the cache holds behind prefix=3, got \[39, 32\]"):
         score([ROWS[0][:-1], ROWS[1]])
     other = [*ROWS[1][:20], 77, *ROWS[1][21:]]

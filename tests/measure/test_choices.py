@@ -127,7 +127,10 @@ def test_pairs_are_scored_from_the_begin_token_on(model, tmp_path):
     rng = np.random.default_rng(1)
     lines = [{"sentence_good": words(rng, 6), "sentence_bad": words(rng, 6)} for _ in range(20)]
     path = write(tmp_path / "pairs.jsonl", lines)
-    value = lambda text: logprob(model, Letters().encode(text), 1)[0]  # noqa: E731
+
+    def value(text):
+        return logprob(model, Letters().encode(text), 1)[0]
+
     right = sum(value(line["sentence_good"]) > value(line["sentence_bad"]) for line in lines)
     got = score_choices(model, Letters(), "blimp", path)
     assert 0 < right < 20 and got.accuracy == right / 20

@@ -137,7 +137,10 @@ def test_a_local_task_runs_through_the_harness(adapter, tmp_path, monkeypatch):
     from jaxllm.measure.choices import score_choices
 
     rng = np.random.default_rng(0)
-    word = lambda: "".join(rng.choice(list("abcdef"), 4))  # noqa: E731
+
+    def word():
+        return "".join(rng.choice(list("abcdef"), 4))
+
     lines = [{"query": word(), "choices": [word(), word()], "gold": int(rng.integers(2))} for _ in range(12)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))

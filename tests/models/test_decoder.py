@@ -103,7 +103,10 @@ def test_a_tap_sees_every_linear_and_can_change_it(case):
     for name in ("queries", "keys", "values"):
         assert seen[f"layers.0.attention.{name}"][:2] == (3, 24)
     assert seen["layers.1.out"] == (3, 24, 32)
-    change = lambda n, x: 0 * x if n == "layers.0.mlp.down.out" else x  # noqa: E731
+
+    def change(n, x):
+        return 0 * x if n == "layers.0.mlp.down.out" else x
+
     changed = jax.jit(lambda model: model(tokens, tap=change)[0])(model)
     assert np.abs(np.asarray(changed) - np.asarray(want)).max() > 1e-2
 
@@ -114,7 +117,9 @@ def test_a_tap_of_zeros_can_be_differentiated(case):
     @jax.jit
     @jax.grad
     def slope(zero, model):
-        tap = lambda n, x: x + zero if n == "layers.0.attention.q.out" else x  # noqa: E731
+        def tap(n, x):
+            return x + zero if n == "layers.0.attention.q.out" else x
+
         return model(tokens[:1, :6], tap=tap)[0].sum()
 
     gradient = slope(jnp.zeros((1, 6, 32)), model)

@@ -170,7 +170,10 @@ def test_gpt3_shapes_have_the_parameters_of_their_names(billions):
 def test_layers_of_the_175b_layout_shard_abstractly():
     model = abstract(dataclasses.replace(gpt.GPT_175B, layers=4))
     placed = shardings(model, make_mesh(model=8))
-    share = lambda x, s: int(np.prod(s.shard_shape(x.shape)))  # noqa: E731
+
+    def share(x, s):
+        return int(np.prod(s.shard_shape(x.shape)))
+
     each = sum(jax.tree.leaves(jax.tree.map(share, nnx.state(model), placed)))
     whole = sum(x.size for x in jax.tree.leaves(model))
     assert each == pytest.approx(whole / 8, rel=0.03)  # positions are on every device

@@ -111,7 +111,10 @@ def test_switching_a_feature_off_moves_the_logits(case, tokens):
 
     def logits(changes):
         config = dataclasses.replace(ours.config, **changes)
-        make = lambda: type(ours)(config, rngs=nnx.Rngs(0))  # noqa: E731
+
+        def make():
+            return type(ours)(config, rngs=nnx.Rngs(0))
+
         model = jax.tree.unflatten(jax.tree.structure(nnx.eval_shape(make)), leaves)
         return np.asarray(jax.jit(model)(jnp.asarray(tokens[:, :T], jnp.int32))[0])
 

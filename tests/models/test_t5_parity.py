@@ -133,7 +133,10 @@ def test_switching_a_feature_off_moves_the_logits(case, tokens):
 
     def logits(changes):
         config = dataclasses.replace(ours.config, **changes)
-        make = lambda: type(ours)(config, rngs=nnx.Rngs(0))  # noqa: E731
+
+        def make():
+            return type(ours)(config, rngs=nnx.Rngs(0))
+
         model = jax.tree.unflatten(jax.tree.structure(nnx.eval_shape(make)), leaves)
         forward = jax.jit(lambda s, t: model(t, memory=model.encode(s))[0])
         return np.asarray(forward(sources, targets))

@@ -39,7 +39,10 @@ def test_causal_attention_equals_brute_force(window, softcap):
     q, k, v = example(T, T)
     attend = functools.partial(causal_attention, scale=0.3, window=window, softcap=softcap)
     got = jax.jit(attend)(q, k, v)
-    see = lambda t, s: s <= t and (window is None or s > t - window)  # noqa: E731
+
+    def see(t, s):
+        return s <= t and (window is None or s > t - window)
+
     want = brute_force(*map(np.asarray, (q, k, v)), see, 0.3, softcap)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
@@ -70,5 +73,8 @@ def test_a_query_that_may_see_nothing_gives_finite_numbers():
 
 def test_gradients_flow_through_every_block():
     q, k, v = example(130, 130)
-    loss = lambda v: causal_attention(q, k, v, scale=0.3).sum()  # noqa: E731
+
+    def loss(v):
+        return causal_attention(q, k, v, scale=0.3).sum()
+
     assert np.abs(np.asarray(jax.jit(jax.grad(loss))(v))).min() > 0

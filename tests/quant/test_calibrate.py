@@ -86,7 +86,10 @@ def test_sums_over_inputs_equal_a_pass_through_the_whole_model(measured, seen, n
     got = measured[name]
     each = [np.asarray(s[name][0], np.float64) for s in seen]
     x = np.concatenate(each)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
     close(got.hessian_diag, (x**2).sum(0))
     close(got.mean, np.abs(x).mean(0))
     held = each[3]  # every fourth sequence

@@ -216,7 +216,10 @@ def test_memory_is_what_was_given_what_is_finished_and_one_block(quick_gc, consu
     # consumed, each old weight goes when its new one comes, so that the sum falls block by block (DESIGN)
     config = dataclasses.replace(TINY, layers=4)
     model = Decoder(config, rngs=nnx.Rngs(0))
-    size = lambda arrays: sum(x.nbytes for x in arrays)  # noqa: E731
+
+    def size(arrays):
+        return sum(x.nbytes for x in arrays)
+
     given = size(jax.tree.leaves(model))
     before = {id(x) for x in jax.live_arrays()} - {id(x) for x in jax.tree.leaves(model)}
     held = []
@@ -250,7 +253,10 @@ def test_a_checkpoint_is_quantized_without_ever_being_in_memory(tmp_path, quick_
     jl.save(whole, tmp_path / "given", to="huggingface")
     want = quantize(whole, Rtn(bits=4, group_size=16, clip=True), ROWS, batch=2, progress=False)
     before = {id(x) for x in jax.live_arrays()}
-    size = lambda arrays: sum(x.nbytes for x in arrays)  # noqa: E731
+
+    def size(arrays):
+        return sum(x.nbytes for x in arrays)
+
     held = []
 
     @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,10 @@ def seen(model):
     N = {name: w.shape[1] for name, w in linear_weights(model).items()}
     zeros = {f"{name}.out": np.zeros((1, most, N[name]), np.float32) for name in PLACES}
     gradient = jax.jit(jax.grad(loss, has_aux=True))
-    filled = lambda row: jnp.asarray([row + [0] * (most - len(row))])  # noqa: E731
+
+    def filled(row):
+        return jnp.asarray([row + [0] * (most - len(row))])
+
     sequences = []
     for source, target in PAIRS:
         target = [CONFIG.decoder_start, *target]
@@ -86,7 +89,10 @@ def test_statistics_equal_a_pass_through_the_whole_model(measured, seen, name):
     each = [np.asarray(s[name][0], np.float64) for s in seen]
     gradients = [np.asarray(s[name][1], np.float64) for s in seen]
     x = np.concatenate(each)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())  # noqa: E731
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())
+
     close(got.hessian_diag, (x**2).sum(0))
     close(got.mean, np.abs(x).mean(0))
     close(got.held_out, each[3].T @ each[3])

@@ -84,17 +84,20 @@ def test_a_loss_may_report_more_than_its_value():
 
 def test_stopping_and_going_on_equals_one_run(tmp_path):
     optimizer = optax.contrib.muon(0.05)
-    run = lambda steps, folder: train(  # noqa: E731
-        squares,
-        start(),
-        batches,
-        optimizer=optimizer,
-        steps=steps,
-        accumulate=2,
-        checkpoint=folder,
-        save_every=4,
-        progress=False,
-    )
+
+    def run(steps, folder):
+        return train(
+            squares,
+            start(),
+            batches,
+            optimizer=optimizer,
+            steps=steps,
+            accumulate=2,
+            checkpoint=folder,
+            save_every=4,
+            progress=False,
+        )
+
     whole = run(20, None)
     run(9, tmp_path / "run")
     resumed = run(20, tmp_path / "run")
@@ -175,7 +178,9 @@ def test_a_module_trains_and_its_paths_name_layers():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    loss = lambda params, batch: squares(params, batch) / 0.0  # noqa: E731
+    def loss(params, batch):
+        return squares(params, batch) / 0.0
+
     with pytest.raises(FloatingPointError, match="the loss must be finite"):
         train(loss, start(), batches, optimizer=optax.sgd(0.1), steps=2, progress=False)
 

@@ -126,9 +126,11 @@ def test_transformers_computes_the_same_logits(draft, torch):
 def test_every_member_has_the_size_its_card_claims():
     from jaxllm.models.decoder import Decoder
 
-    count = lambda config: sum(  # noqa: E731
-        x.size for x in jax.tree.leaves(jax.eval_shape(lambda: Decoder(config, rngs=pico.nnx.Rngs(0))))
-    )
+    def count(config):
+        return sum(
+            x.size for x in jax.tree.leaves(jax.eval_shape(lambda: Decoder(config, rngs=pico.nnx.Rngs(0))))
+        )
+
     sizes = {name: count(config) / 1e6 for name, config in pico.MEMBERS.items()}
     assert (
         3 <= sizes["target"] <= 5 and round(sizes["draft"], 1) == 0.3 and round(sizes["companion"], 1) == 0.5

@@ -21,7 +21,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.cache.dense import global_layers
 from jaxllm.eviction.attention_per_key import attention_per_key
@@ -40,9 +40,9 @@ def h2o_scores(
 
     recent: the last tokens that stay whatever their score (the paper spends half of the budget so).
     """
-    rows, lengths = _rows("h2o", model, tokens, prefix)
+    rows, lengths = _checked("h2o", model, tokens, prefix)
     got = _attention(model, rows, lengths, rows.shape[1], reduce=reduce).mean(3)
-    return _behind(_raised(got, lengths, recent), lengths, prefix)
+    return _behind_prefix(_keep_last(got, lengths, recent), lengths, prefix)
 
 
 def snapkv_scores(
@@ -51,20 +51,20 @@ def snapkv_scores(
     """Attention received from the last `window` queries, averaged over `kernel` neighbouring keys."""
     if window < 1 or kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"snapkv: window must be positive, kernel odd, got {window=}, {kernel=}")
-    rows, lengths = _rows("snapkv", model, tokens, prefix)
+    rows, lengths = _checked("snapkv", model, tokens, prefix)
     got = _attention(model, rows, lengths, window, reduce="sum").mean(3) / window
     sums = jax.lax.reduce_window(
         got, 0.0, jax.lax.add, (1, 1, 1, kernel), (1, 1, 1, 1), [(0, 0)] * 3 + [(kernel // 2, kernel // 2)]
     )
-    return _behind(_raised(sums / kernel, lengths, window), lengths, prefix)
+    return _behind_prefix(_keep_last(sums / kernel, lengths, window), lengths, prefix)
 
 
 def tova_scores(model, tokens: Rows, *, prefix: int = 0) -> Float[Array, "L B K T"]:
     """Attention received from the last query, averaged over all heads of a layer; it stays itself."""
-    rows, lengths = _rows("tova", model, tokens, prefix)
+    rows, lengths = _checked("tova", model, tokens, prefix)
     got = _attention(model, rows, lengths, 1, reduce="sum")
     got = jnp.broadcast_to(got.mean((2, 3))[:, :, None], (*got.shape[:3], got.shape[-1]))
-    return _behind(_raised(got, lengths, 1), lengths, prefix)
+    return _behind_prefix(_keep_last(got, lengths, 1), lengths, prefix)
 
 
 def expected_scores(
@@ -77,32 +77,32 @@ def expected_scores(
     normalized over keys, s^2 the head size. epsilon: added before |v| is multiplied. The sinks stay.
     (Without the logarithm a fifth of them were 0 in float32, and which of those stay was left to chance.)
     """
-    rows, lengths = _rows("expected", model, tokens, prefix)
+    rows, lengths = _checked("expected", model, tokens, prefix)
     if future < 1 or not 0 <= sinks < lengths.min():
         got = f"{future=}, {sinks=}, {lengths.tolist()}"
         raise ValueError(f"expected: future must be positive and sinks fewer than a row's tokens, got {got}")
     got = _expected(model, rows, lengths, future=future, sinks=sinks, epsilon=epsilon)
     first = np.arange(rows.shape[1]) < sinks
-    return _behind(jnp.where(first[None, None, None], got.max() + 1.0, got), lengths, prefix)
+    return _behind_prefix(jnp.where(first[None, None, None], got.max() + 1.0, got), lengths, prefix)
 
 
 def streaming_scores(model, tokens: Rows, *, prefix: int = 0, sinks: int = 4) -> Float[Array, "L B K T"]:
     """The first tokens, then the later the better."""
-    rows, lengths = _rows("streaming", model, tokens, prefix)
+    rows, lengths = _checked("streaming", model, tokens, prefix)
     T = rows.shape[1]
     at = np.arange(T, dtype=np.float32)
     score = np.where(at < sinks, 2 * T - at, at)
-    return _behind(_everywhere(model, score, len(lengths)), lengths, prefix)
+    return _behind_prefix(_broadcast(model, score, len(lengths)), lengths, prefix)
 
 
 def random_scores(model, tokens: Rows, *, prefix: int = 0, seed: int = 0) -> Float[Array, "L B K T"]:
     """Uniform numbers."""
-    rows, lengths = _rows("random", model, tokens, prefix)
-    shape = _everywhere(model, np.zeros(rows.shape[1], np.float32), len(lengths)).shape
-    return _behind(jax.random.uniform(jax.random.key(seed), shape), lengths, prefix)
+    rows, lengths = _checked("random", model, tokens, prefix)
+    shape = _broadcast(model, np.zeros(rows.shape[1], np.float32), len(lengths)).shape
+    return _behind_prefix(jax.random.uniform(jax.random.key(seed), shape), lengths, prefix)
 
 
-def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+def _checked(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.ndarray]:
     rows, lengths = pad_batch(who, model, tokens)
     require_global_layer(who, model)
     if not 0 <= prefix < lengths.min():
@@ -110,7 +110,7 @@ def _rows(who: str, model, tokens: Rows, prefix: int) -> tuple[np.ndarray, np.nd
     return rows, lengths
 
 
-def _everywhere(model, score: np.ndarray, B: int) -> jax.Array:
+def _broadcast(model, score: np.ndarray, B: int) -> jax.Array:
     """The same scores for each layer without a window, request and key head."""
     windows = model.windows
     shape = (len(global_layers(windows)), B, model.config.kv_heads, len(score))
@@ -118,8 +118,15 @@ def _everywhere(model, score: np.ndarray, B: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("last", "reduce"))
-def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max"]):
-    """What keys receive from the last queries of each request [L, B, K, G, T]."""
+def _attention(
+    model,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    last: int,
+    *,
+    reduce: Literal["sum", "max"],
+) -> Float[Array, "L B K G T"]:
+    """What keys receive from the last queries of each request."""
     B, T = tokens.shape
     step = jnp.arange(T)
     asks = (step[None] < lengths[:, None]) & (step[None] >= lengths[:, None] - last)
@@ -137,7 +144,15 @@ def _attention(model, tokens, lengths, last: int, *, reduce: Literal["sum", "max
 
 
 @partial(jax.jit, static_argnames=("future", "sinks", "epsilon"))
-def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float):
+def _expected(
+    model,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    future: int,
+    sinks: int,
+    epsilon: float,
+) -> Float[Array, "L B K T"]:
     B, T = tokens.shape
     step = jnp.arange(T)
     real = (step[None] < lengths[:, None]) & (step[None] >= sinks)  # [B, T]
@@ -145,22 +160,14 @@ def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float
     later = lengths[:, None] + jnp.arange(future)[None]
     found: list[jax.Array] = []
 
-    def of_layer(layer: int, q, k, v) -> None:
+    def of_layer(
+        layer: int, q: Float[Array, "B T N"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"]
+    ) -> None:
         attention = model.layers[layer].attention
-        (_, _, K, D), square = k.shape, attention.scale**2
-        q = q.reshape(B, T, -1, D)  # before rotation
-        q_norm, rope = getattr(attention, "q_norm", None), getattr(attention, "rope", None)
-        q = (q if q_norm is None else q_norm(q)).astype(jnp.float32)
-        share = (mine / mine.sum(1, keepdims=True))[:, :, None, None]
-        mean = (q * share).sum(1, keepdims=True)  # [B, 1, H, D]
-        cov = jnp.einsum("bthd,bthe->bhde", (q - mean) * share, q - mean, **FLOAT32)
-        if rope is not None:
-            cos, sin = (x.mean(1, keepdims=True) for x in rope.angles(D, later, lengths + 1))
-            turn = lambda x: rotate(x, cos, sin)  # noqa: E731 (linear, so of mean angles: the mean rotation)
-            both = lambda c: turn(c.reshape(B, 1, -1, D)).reshape(c.shape).swapaxes(-1, -2)  # noqa: E731
-            mean, cov = turn(mean), both(both(cov))
+        (_, _, K, E), square = k.shape, attention.scale**2
+        mean, cov = _later_queries(attention, q.reshape(B, T, -1, E), mine, later, lengths)
         k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-        mean, cov = mean.reshape(B, K, -1, D), cov.reshape(B, K, -1, D, D)
+        mean, cov = mean.reshape(B, K, -1, E), cov.reshape(B, K, -1, E, E)
         logits = jnp.einsum("bkgd,btkd->bkgt", mean, k, **FLOAT32) * attention.scale
         logits += jnp.einsum("btkd,bkgde,btke->bkgt", k, cov, k, **FLOAT32) * (square / 2)
         weights = jax.nn.log_softmax(jnp.where(real[:, None, None], logits, MASK_VALUE), axis=-1)
@@ -176,13 +183,45 @@ def _expected(model, tokens, lengths, *, future: int, sinks: int, epsilon: float
     return jnp.stack(found)
 
 
-def _raised(scores: Float[Array, "L B K T"], lengths: np.ndarray, last: int) -> Float[Array, "L B K T"]:
+def _later_queries(
+    attention,
+    q: Float[Array, "B T H E"],
+    mine: Float[Array, "B T"],
+    later: Int[Array, "B F"],
+    lengths: Int[Array, " B"],
+) -> tuple[Float[Array, "B 1 H E"], Float[Array, "B H E E"]]:
+    """Mean m and covariance C of queries at later positions: R m and R C R^T, R the mean rotation there.
+
+    q: before rotation. mine: 1 for the queries that count.
+    """
+    (B, _, _, E), q_norm = q.shape, getattr(attention, "q_norm", None)
+    q = (q if q_norm is None else q_norm(q)).astype(jnp.float32)
+    share = (mine / mine.sum(1, keepdims=True))[:, :, None, None]
+    mean = (q * share).sum(1, keepdims=True)
+    cov = jnp.einsum("bthd,bthe->bhde", (q - mean) * share, q - mean, **FLOAT32)
+    rope = getattr(attention, "rope", None)
+    if rope is None:
+        return mean, cov
+    # a rotation is linear in cos and sin, so that of mean angles' is the mean rotation
+    cos, sin = (x.mean(1, keepdims=True) for x in rope.angles(E, later, lengths + 1))
+
+    def transposed_product(c: Float[Array, "B H E E"]) -> Float[Array, "B H E E"]:
+        """(C R^T)^T, of rows that are rotated."""
+        return rotate(c.reshape(B, 1, -1, E), cos, sin).reshape(c.shape).swapaxes(-1, -2)
+
+    return rotate(mean, cos, sin), transposed_product(transposed_product(cov))
+
+
+def _keep_last(scores: Float[Array, "L B K T"], lengths: np.ndarray, last: int) -> Float[Array, "L B K T"]:
     """Scores with the last tokens of each request above all others."""
     at = np.arange(scores.shape[-1])[None]
     stays = (at >= lengths[:, None] - last) & (at < lengths[:, None])
     return jnp.where(stays[None, :, None], scores.max() + 1.0, scores)
 
 
-def _behind(scores: Float[Array, "L B K T"], lengths: np.ndarray, prefix: int) -> Float[Array, "L B K _"]:
+def _behind_prefix(
+    scores: Float[Array, "L B K T"], lengths: np.ndarray, prefix: int
+) -> Float[Array, "L B K _"]:
+    """Scores behind the prefix, 0 behind the end of a request."""
     real = np.arange(scores.shape[-1])[None] < lengths[:, None]
     return jnp.where(real[None, :, None], scores, 0.0)[..., prefix:]

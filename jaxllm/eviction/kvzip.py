@@ -24,21 +24,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
 from jaxllm.cache.rows import dequantize, quantize, rotate_queries
 from jaxllm.eviction.attention_per_key import attention_per_key
-from jaxllm.models.inputs import STEP, pad_batch, require_global_layer
+from jaxllm.models.inputs import STEP, pad_batch, require_global_layer, round_up
 from jaxllm.models.taps import layer_tap
 from jaxllm.ops.attention import FLOAT32, heads_first
 
-CHUNK, LEAST = 2000, 16
+CHUNK, MIN_CHUNK = 2000, 16  # tokens that are repeated at a time
+# between keys of the same token, in codes of 2 bits even, and those of another
+MAX_KEY_DISTANCE = 0.7
 # of the published code; pico was trained on them
-FIRST = "\n\nRepeat the previous context exactly."
-LATER = "\n\nRepeat the part of the previous context exactly, starting with "
+FIRST_PROMPT = "\n\nRepeat the previous context exactly."
+LATER_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +57,14 @@ class RepeatPrompt:
     seed: int = 8
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, *, first: str = FIRST, later: str = LATER) -> "RepeatPrompt":
+    def from_tokenizer(
+        cls, tokenizer: Any, *, first: str = FIRST_PROMPT, later: str = LATER_PROMPT
+    ) -> "RepeatPrompt":
         """The published prompts in a tokenizer's ids, with its chat template's end of turn or a line end."""
-        encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text, add_special_tokens=False))
+
         bridge = "\n"
         if getattr(tokenizer, "chat_template", None):
             asked = [{"role": "user", "content": "@@@"}]
@@ -97,30 +104,10 @@ def kvzip_scores(
     replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.from_tokenizer(tokenizer))
     B, T = tokens.shape
     asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
-    held = prefix + T
-    if chunk is None:
-        free = model.config.context - held - asked
-        several = free // STEP * STEP or free
-        chunk = max(LEAST, min(CHUNK, free if T <= free else several))
-    if chunk < LEAST:
-        raise ValueError(f"kvzip: chunk must be at least {LEAST} tokens, got {chunk=}")
-    needed = asked + min(chunk, T)
-    if held + needed > model.config.context:
-        raise ValueError(
-            f"kvzip: cache and repetition must fit the model's context of {model.config.context}, got "
-            f"{held} + {needed} tokens"
-        )
-    fit = lambda n: -(-n // STEP) * STEP  # noqa: E731 (texts of about one length share a compilation)
-    room = asked + min(chunk, fit(T))
-    wide = kv.grow(cache, fit(held) + room)
-    room = min(room, kv.room(wide))
-    if room < needed:
-        raise ValueError(
-            f"kvzip: layers with a window must have slack for a repetition of {needed}, got {room}"
-        )
+    chunk, room, wide = _fit(model, cache, asked, T, prefix, chunk)
     found = []
     for at in range(0, T, chunk):
-        m = min(chunk, fit(T - at))
+        m = min(chunk, round_up(T - at))
         size = np.clip(sizes - at, 0, m)
         fed = np.zeros((B, min(room, asked + m)), np.int32)
         lengths = np.zeros(B, np.int32)
@@ -137,9 +124,54 @@ def kvzip_scores(
     return jnp.concatenate(found, axis=-1)[..., :T]
 
 
+def _fit(
+    model, cache: DenseCache | PagedCache, asked: int, T: int, prefix: int, chunk: int | None
+) -> tuple[int, int, Any]:
+    """Tokens of a chunk, the most that are fed at once, and the cache with room for them.
+
+    asked: tokens of the longest prompt. chunk: None is as many as fit, up to CHUNK.
+    """
+    context, held = model.config.context, prefix + T
+    if chunk is None:
+        free = context - held - asked
+        # where there are several chunks, all but the last share a compilation with those of other texts
+        several = free // STEP * STEP or free
+        chunk = max(MIN_CHUNK, min(CHUNK, free if T <= free else several))
+    if chunk < MIN_CHUNK:
+        raise ValueError(f"kvzip: chunk must be at least {MIN_CHUNK} tokens, got {chunk=}")
+    needed = asked + min(chunk, T)
+    if held + needed > context:
+        raise ValueError(
+            f"kvzip: cache and repetition must fit the model's context of {context}, got "
+            f"{held} + {needed} tokens"
+        )
+    room = asked + min(chunk, round_up(T))
+    wide = kv.grow(cache, round_up(held) + room)
+    room = min(room, kv.room(wide))
+    if room < needed:
+        raise ValueError(
+            f"kvzip: layers with a window must have slack for a repetition of {needed}, got {room}"
+        )
+    return chunk, room, wide
+
+
 @partial(jax.jit, static_argnames=("prefix", "m", "output_aware"))
-def score_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: int, output_aware: bool):
-    """Scores [L, B, K, m] of the keys at `where`, while `tokens` are read behind the cache."""
+def score_chunk(
+    model,
+    cache,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    size: Int[Array, " B"],
+    where: Int[Array, ""],
+    *,
+    prefix: int,
+    m: int,
+    output_aware: bool,
+) -> Float[Array, "L B K m"]:
+    """Scores of the m keys at `where`, while `tokens` are read behind the cache.
+
+    lengths: of what is fed. size: how many of the m keys each request has.
+    """
     B, T = tokens.shape
     step = jnp.arange(T)
     fed = step[None] < lengths[:, None]  # [B, T]
@@ -148,12 +180,19 @@ def score_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: i
     seen = jnp.concatenate([jnp.ones((B, T, prefix), bool), chunk, own], axis=-1) & fed[:, :, None]
     scores: list[jax.Array] = []
 
-    def of_layer(layer: int, x, q, keys) -> None:
+    def of_keys(y):
+        return jax.lax.dynamic_slice_in_dim(y, where, m, axis=1)
+
+    def of_prefix_and_keys(y):
+        return jnp.concatenate([y[:, :prefix], of_keys(y)], axis=1)
+
+    def of_layer(
+        layer: int, x: Float[Array, "B T D"], q: Float[Array, "B T H E"], keys: Float[Array, "B T K E"]
+    ) -> None:
         held, attention = cache.keys[layer], model.layers[layer].attention
-        at = lambda y: jax.lax.dynamic_slice_in_dim(y, where, m, axis=1)  # noqa: E731
-        cut = lambda x: jnp.concatenate([x[:, :prefix], at(x)], axis=1)  # noqa: E731
         new = quantize(heads_first(keys), held)  # as they will be read back
-        k = jnp.concatenate([dequantize(jax.tree.map(cut, held)), dequantize(new)], axis=1)
+        before = jax.tree.map(of_prefix_and_keys, held)
+        k = jnp.concatenate([dequantize(before), dequantize(new)], axis=1)
         share = None
         if output_aware:
             share = 1 / jnp.maximum(jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 1e-12)
@@ -161,7 +200,7 @@ def score_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: i
         got = attention_per_key(rotate_queries(q, held), k, seen, share=share, **rule)
         got = got[..., prefix : prefix + m]  # [B, K, G, m]
         if output_aware:
-            values = jax.tree.map(at, cache.values[layer])
+            values = jax.tree.map(of_keys, cache.values[layer])
             got = got * _output_norms(attention.o.w.get_value(), dequantize(values), got.shape)
         scores.append(jnp.where(jnp.arange(m)[None, None] < size[:, None, None], got.max(2), 0.0))
 
@@ -171,7 +210,7 @@ def score_chunk(model, cache, tokens, lengths, size, where, *, prefix: int, m: i
     return jnp.stack(scores)
 
 
-def _output_norms(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K G m"]:
+def _output_norms(w, values: Float[Array, "J m E"], shape) -> Float[Array, "B K G m"]:
     """|W_O v| of each query head's part of the output weight and each value."""
     B, K, G, m = shape
     rows = w.T if isinstance(w, jax.Array) else w.dequantize_rows(jnp.float32)  # [N, H D]
@@ -184,7 +223,10 @@ def _output_norms(w, values: Float[Array, "J m D"], shape) -> Float[Array, "B K 
 
 
 def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> None:
-    """Raises ValueError unless the cache holds these contexts: the first layer's keys tell tokens apart."""
+    """Raises ValueError unless the cache holds these contexts: the first layer's keys tell tokens apart.
+
+    Costs the first layer's keys of the context once more; nothing behind them is computed.
+    """
     if not isinstance(cache, DenseCache) or cache.base is not None:
         raise ValueError(f"kvzip: the cache must hold every token, got a {type(cache).__name__} of some")
     held = np.asarray(cache.lengths).tolist()
@@ -197,15 +239,16 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
     tokens = np.pad(tokens, ((0, 0), (0, -T % STEP)))
     far = np.asarray(_key_distance(model, cache.keys[0], tokens, np.int32(prefix)))[:, :T]  # [B, T]
     at = prefix + np.arange(T)[None]
-    there = (at < np.asarray(held)[:, None]) & (at >= np.asarray(held)[:, None] - R)
-    if (far > 0.7)[there].any():
-        b, t = np.argwhere((far > 0.7) & there)[0]
+    in_cache = (at < np.asarray(held)[:, None]) & (at >= np.asarray(held)[:, None] - R)
+    other = (far > MAX_KEY_DISTANCE) & in_cache
+    if other.any():
+        b, t = np.argwhere(other)[0]
         raise ValueError(f"kvzip: context must be what the cache holds, got another token {t} of request {b}")
 
 
 @jax.jit
-def _key_distance(model, held, tokens, prefix):
-    """How far the first layer's keys of these tokens are from those held, relative to their size [B, T]."""
+def _key_distance(model, held, tokens: Int[Array, "B T"], prefix: Int[Array, ""]) -> Float[Array, "B T"]:
+    """How far the first layer's keys of these tokens are from those held, relative to their size."""
     B, T = tokens.shape
     keys: list[jax.Array] = []
 
@@ -218,5 +261,8 @@ def _key_distance(model, held, tokens, prefix):
     new, old = heads_first(keys[0]).astype(jnp.float32), dequantize(held).astype(jnp.float32)
     new = rotate_queries(new, held)  # keys turn as queries do
     old = old[:, (prefix + jnp.arange(T)) % old.shape[1]]
-    square = lambda x: jnp.square(x).reshape(B, -1, T, x.shape[-1]).sum((1, 3))  # noqa: E731
+
+    def square(x: Float[Array, "J T E"]) -> Float[Array, "B T"]:
+        return jnp.square(x).reshape(B, -1, T, x.shape[-1]).sum((1, 3))
+
     return jnp.sqrt(square(new - old) / jnp.maximum(square(new), 1e-30))

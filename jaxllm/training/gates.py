@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip
 from jaxllm.eviction.gates import FastGate, Gate, ZapGate
-from jaxllm.eviction.kvzip import LEAST, RepeatPrompt
+from jaxllm.eviction.kvzip import MIN_CHUNK, RepeatPrompt
 from jaxllm.models.inputs import pad_batch
 from jaxllm.training.trainer import Trained, train
 
@@ -151,7 +151,7 @@ def _examples(
             [text[prefix:] for text in texts[some]],
             replay=replay,
             prefix=prefix,
-            chunk=max(LEAST, T),  # one, of a size that texts of about one length share
+            chunk=max(MIN_CHUNK, T),  # one, of a size that texts of about one length share
             output_aware=output_aware,
         )
         row, t = np.nonzero(learnt[some])

@@ -160,7 +160,7 @@ def test_many_queries_at_once_give_what_all_of_them_give(monkeypatch):
     share = jnp.asarray(rng.random((2, 11)), jnp.float32)
     for reduce in ("max", "sum"):
         whole = attention_per_key(q, k, seen, scale=0.3, share=share, reduce=reduce)
-        monkeypatch.setattr("jaxllm.eviction.attention_per_key.LEAST", 4)
+        monkeypatch.setattr("jaxllm.eviction.attention_per_key.MIN_QUERIES", 4)
         some = attention_per_key(q, k, seen, scale=0.3, share=share, reduce=reduce)
         monkeypatch.undo()
         np.testing.assert_allclose(some, whole, atol=1e-6)

@@ -37,7 +37,7 @@ from jaxllm.pytree import pytree
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
-META, ARRAYS, FORMAT = "gates.json", "gates.safetensors", "jaxllm gates"
+GATES_JSON, GATES_ARRAYS, FORMAT = "gates.json", "gates.safetensors", "jaxllm gates"
 SHIPPED = Path(__file__).parents[1] / "pico" / "gates"
 MIN_SCORE = 1e-8  # the least score that a logarithm is taken of
 
@@ -171,8 +171,8 @@ def save_gates(gates: Gate, path: str | Path, **notes: Any) -> None:
     arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
     size = sum(x.nbytes for x in arrays.values())
     with new_directory(path, who="save_gates", num_bytes=size) as out:
-        write_meta(out / META, FORMAT, 1, {"form": form, "notes": notes})
-        save_file(arrays, out / ARRAYS)
+        write_meta(out / GATES_JSON, FORMAT, 1, {"form": form, "notes": notes})
+        save_file(arrays, out / GATES_ARRAYS)
 
 
 def load_gates(path: str | Path) -> Gate:
@@ -184,9 +184,9 @@ def load_gates(path: str | Path) -> Gate:
     from safetensors.numpy import load_file
 
     path = Path(path)
-    meta = read_meta("load_gates", path / META, FORMAT, 1)
+    meta = read_meta("load_gates", path / GATES_JSON, FORMAT, 1)
     try:
-        form, arrays = FORMS[meta["form"]], load_file(path / ARRAYS)
+        form, arrays = FORMS[meta["form"]], load_file(path / GATES_ARRAYS)
         names = [f.name for f in dataclasses.fields(form)]
         needed = {name for name in names if name not in ("up", "up_bias")}
         if not needed <= set(arrays) <= set(names) or ("up" in arrays) != ("up_bias" in arrays):

@@ -24,7 +24,7 @@ from jaxllm.cache.paged import PagedCache
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
-META, FORMAT = "heads.json", "jaxllm head scores"
+HEADS_JSON, FORMAT = "heads.json", "jaxllm head scores"
 
 
 def head_scores(scores: Float[Array, "L B K T"]) -> Float[Array, "L K"]:
@@ -58,7 +58,7 @@ def save_heads(heads: Float[Array, "L K"], path: str | Path, model) -> None:
     """Writes a new directory, whole or not at all. Raises FileExistsError where `path` exists."""
     with new_directory(path, who="save_heads") as out:
         meta = {"of": _sizes(model), "scores": np.asarray(heads, np.float64).tolist()}
-        write_meta(out / META, FORMAT, 1, meta)
+        write_meta(out / HEADS_JSON, FORMAT, 1, meta)
 
 
 def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
@@ -71,7 +71,7 @@ def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
         raise ValueError("load_heads: at least one directory must be given, got none")
     found = []
     for path in map(Path, paths):
-        meta = read_meta("load_heads", path / META, FORMAT, 1)
+        meta = read_meta("load_heads", path / HEADS_JSON, FORMAT, 1)
         try:
             if meta["of"] != _sizes(model):
                 raise ValueError(f"it is of a model of {meta['of']}, this one has {_sizes(model)}")

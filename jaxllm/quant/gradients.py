@@ -6,14 +6,17 @@ Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecu
 """
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from jaxllm.models.stages import State
+from jaxllm.models.stages import Batch, State
 from jaxllm.models.taps import linear_io
 from jaxllm.quant.text import Text
 
@@ -21,7 +24,7 @@ LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least n
 
 
 def gradients(model, text: Text, folder: Path, *, output_groups: int, want: frozenset[str], bar) -> None:
-    """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients."""
+    """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients [N, K]."""
     place = folder / "gradients"
     if (place / "done").is_file():
         return
@@ -62,11 +65,13 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
 
 
 def squared_gradients(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """A linear's squared gradients as a backward pass left them in a folder, {} where there are none."""
     file = folder / "gradients" / f"{name}.fisher.npy"
     return {"fisher": np.load(file)} if file.is_file() else {}
 
 
 def output_saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarray]:
+    """The saliency of a block's linears in one batch, {} where there is none."""
     file = folder / "gradients" / f"{prefix}.{batch}.npz"
     if not file.is_file():
         return {}
@@ -75,7 +80,7 @@ def output_saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarr
 
 
 @jax.jit
-def loss_gradient(model, state, batch):
+def loss_gradient(model, state: State, batch: Batch) -> State:
     """The gradient of the loss, a sequence's mean negative log-likelihood, at what the last block left."""
 
     def loss(state):
@@ -89,8 +94,18 @@ def loss_gradient(model, state, batch):
 
 
 @partial(jax.jit, static_argnames=("run", "output_groups", "fisher"))
-def backward_block(block, shared, state, batch, g, *, run, output_groups: int, fisher: bool):
-    """The gradient before a stage, each linear's saliency [B, T, g], and its squared weight gradients.
+def backward_block(
+    block: Any,
+    shared: Any,
+    state: State,
+    batch: Batch,
+    g: State,
+    *,
+    run: Callable[..., State],
+    output_groups: int,
+    fisher: bool,
+) -> tuple[State, dict[str, Float[Array, "B _ g"]], dict[str, Float[Array, "_ _"]]]:
+    """The gradient before a stage by side; of each linear its saliency, and its squared weight gradients.
 
     A zero is added to each linear's output, and the loss differentiated by it. Square first, sum later: the
     saliency squares a token's gradient, the Fisher a sequence's (arXiv:2505.07004 against arXiv:2306.07629).
@@ -126,7 +141,7 @@ def backward_block(block, shared, state, batch, g, *, run, output_groups: int, f
     return before, saliency, squares
 
 
-def _sum_of_squares(gz, x):
+def _sum_of_squares(gz: Float[Array, "B T N"], x: Float[Array, "B T K"]) -> Float[Array, "N K"]:
     """sum_b (sum_t gz[b, t, n] x[b, t, k])^2, a sequence at a time."""
 
     def one(total, pair):

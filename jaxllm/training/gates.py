@@ -140,7 +140,7 @@ def _examples(
     progress: bool,
 ) -> dict[str, np.ndarray]:
     """What the layers read of the tokens that are learnt from [n, L, D], and their scores [n, L, K]."""
-    rows, lengths = padded("train_gates", model, texts)
+    rows, lengths = pad_batch("train_gates", model, texts)
     T = rows.shape[1]
     inputs, scores = [], []
     for start in tqdm(range(0, len(rows), AT_ONCE), "scores", file=sys.stderr, disable=not progress):

@@ -108,7 +108,7 @@ def card(
         f"{INTENDED_USE[member]} How well it does, `benchmarks/pico.py` measures.",
         LIMITS,
         "## How it was made",
-        *_told(runs),
+        *_paragraphs_of(runs),
         "![loss](loss.png)",
         "The phases of the " + ("last run:" if runs[1:] else "run:"),
         _table_of_phases(phases),
@@ -121,7 +121,7 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _told(runs: Sequence[Run]) -> Iterator[str]:
+def _paragraphs_of(runs: Sequence[Run]) -> Iterator[str]:
     """The paragraphs that tell the runs."""
     for run in runs:
         planned = "" if run.steps == run.planned else f" of {run.planned:,} planned"

@@ -5,19 +5,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.models.decoder import Decoder
 
 
-def log_likelihood(model: Decoder, tokens: Array) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
-    """Log-probabilities of every token, and of those that came."""
+def log_likelihood(
+    model: Decoder, tokens: Int[Array, "B S"]
+) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
+    """Log-probabilities of every token behind the first, and of those that came; T = S - 1."""
     logits, _ = model(tokens[:, :-1])
     logp = jax.nn.log_softmax(logits)
     return logp, jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
 
 
-def _answered(logp, batch) -> dict[str, Array]:
+def _answered(logp: Float[Array, "B T V"], batch: Mapping[str, Array]) -> dict[str, Array]:
     """Share of the exercises' answer tokens that greedy decoding would get right."""
     right = (jnp.argmax(logp, -1) == batch["tokens"][:, 1:]) & batch["answers"]
     share = right.sum().astype(jnp.float32) / jnp.maximum(batch["answers"].sum().astype(jnp.float32), 1.0)

@@ -1,12 +1,13 @@
 """Other people's files to our models and back: tables of names, and one loop.
 
-huggingface    Hugging Face directories to models and back
-build_model    a family's table, a config, tensors: one loop to a model
-materialize    a model filled leaf by leaf, straight to its sharding
-tensor_files   safetensors as views of the mapped file
-llama2c        llama2.c files and their tokenizer
-mingpt         minGPT's json
-qwix           affine weights to qwix arrays and back
-families/      one table a family
-quantized/     GPTQ, AWQ, compressed-tensors and Any-Precision checkpoints
+huggingface        Hugging Face directories to models and back
+build_model        a family's table, a config, tensors: one loop to a model
+materialize        a model filled leaf by leaf, straight to its sharding
+tensor_files       safetensors as views of the mapped file
+llama2c            llama2.c's files of weights
+llama2c_tokenizer  llama2.c's tokenizer
+mingpt             minGPT's json
+qwix               affine weights to qwix arrays and back
+families/          one table a family
+quantized/         GPTQ, AWQ, compressed-tensors and Any-Precision checkpoints
 """

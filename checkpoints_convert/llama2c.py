@@ -1,4 +1,4 @@
-"""llama2.c's files to a `Decoder` and a tokenizer: float, int8 (version 2) and tokenizer `.bin`.
+"""llama2.c's files of weights to a `Decoder`: float and int8 (version 2) `.bin`.
 
 Everything is little-endian; matrices are rows of outputs, as ours. Short names: V tokens, d width,
 L layers, h feed-forward width, H query heads, K key heads, e = d / H head size, S longest context.
@@ -10,8 +10,6 @@ L layers, h feed-forward width, H query heads, K key heads, e = d / H head size,
             (int32); then float32 norms (attention, ffn, final), then embedding, wq, wk, wv, wo, w1,
             w2, w3, head; each layer's matrix is its int8 values, then one float32 scale for each
             `group_size` consecutive values
-    tokens  int32 length of the longest entry, then for each id a float32 score, an int32 byte
-            count, the bytes
 
 llama2.c turns neighbouring elements of a head, our `rope.py` the pair (i, i + e/2): rows of wq and
 wk are put in that order here. Converting is lossless for float files; int8 files become float32.
@@ -24,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from checkpoints_convert.llama2c_tokenizer import load_tokenizer
 from checkpoints_convert.materialize import materialize
 from jaxllm.models.decoder import Config, Decoder
 from jaxllm.models.rope import Rope
@@ -202,76 +201,3 @@ def _int8(who: str, data: np.ndarray):
     if not tied:
         reader.take("head.w", "head", group_size)
     return config, reader.finish()
-
-
-def read_entries(path, vocab: int) -> list[tuple[float, bytes]]:
-    """Score and bytes of each of the `vocab` entries of a tokenizer file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"llama2c.load_tokenizer: no such file, got path={str(path)!r}")
-    data, at = path.read_bytes(), 4
-    entries: list[tuple[float, bytes]] = []
-    while len(entries) < vocab and at + 8 <= len(data):
-        score, size = struct.unpack_from("<fi", data, at)
-        if size < 0 or at + 8 + size > len(data):
-            break
-        entries.append((score, data[at + 8 : at + 8 + size]))
-        at += 8 + size
-    if len(entries) != vocab or at != len(data):
-        raise ValueError(
-            f"llama2c.load_tokenizer: {path.name} must hold {vocab} entries and no more, "
-            f"got {len(entries)} in {at} of {len(data)} bytes"
-        )
-    return entries
-
-
-def load_tokenizer(path, vocab: int):
-    """The tokenizer of a llama2.c file as one of `transformers`; `encode` begins with token 1.
-
-    llama2.c joins the pair whose entry scores highest; here each way to make an entry is a merge,
-    ranked by score. Exact but for one thing: where two ways to make the *same* entry overlap,
-    llama2.c takes the leftmost. Only runs of one repeated string can do that, and no text we tried
-    does. As in llama2.c, text is never read as a special token ("<s>" is three characters), and the
-    first token's leading space is not printed; unlike in llama2.c that holds wherever decoding
-    starts, as with every Llama tokenizer of Hugging Face.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    entries = read_entries(path, vocab)
-    words = [text.decode("utf-8", errors="surrogateescape") for _, text in entries]
-    special = ["<unk>", "<s>", "</s>"]
-    words[:3] = special
-    ids = {word: i for i, word in reversed(list(enumerate(words)))}  # the first of equals
-    if len(ids) != vocab or any(f"<0x{i:02X}>" not in ids for i in range(256)):
-        raise ValueError(f"llama2c.load_tokenizer: entries must differ and name all bytes, got {path=}")
-    merges = [
-        (-entries[i][0], i, len(word) - cut, word[:cut], word[cut:])
-        for word, i in ids.items()
-        for cut in range(1, len(word))
-        if i > 2 and word[:cut] in ids and word[cut:] in ids
-    ]
-    bpe = models.BPE(
-        vocab=ids,
-        merges=[(left, right) for *_, left, right in sorted(merges)],
-        unk_token="<unk>",
-        fuse_unk=False,
-        byte_fallback=True,
-    )
-    inner = Tokenizer(bpe)
-    inner.normalizer = normalizers.Prepend(" ")
-    inner.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
-    )
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    inner.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-    )

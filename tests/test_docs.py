@@ -36,6 +36,7 @@ for page in map(Path, sys.argv[1:]):
 ENTRIES = (
     "checkpoints_convert.huggingface",
     "checkpoints_convert.llama2c",
+    "checkpoints_convert.llama2c_tokenizer",
     "checkpoints_convert.mingpt",
     "checkpoints_convert.quantized.two_bit_words",
     "checkpoints_convert.qwix",

@@ -156,7 +156,7 @@ def phi3(raw: dict[str, Any]) -> Config:
 
 
 def to_hf_config(c: Config) -> dict[str, Any]:
-    """Our config in the keys that families share; one without such a key does not read it."""
+    """Our config in all keys that a family of this line has; each writes its own of them."""
     names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
     scalar = c.head_dim if c.attention_scale is None else round(c.attention_scale**-2, 9)
     raw: dict[str, Any] = {
@@ -188,22 +188,43 @@ def _types(c: Config) -> list[str]:
     return ["full_attention" if c.window(i) is None else "sliding_attention" for i in range(c.layers)]
 
 
-def _plain(*keys: str):
-    """Writes the shared keys but `keys`, which the family does not have."""
-    return lambda c: {key: value for key, value in to_hf_config(c).items() if key not in keys}
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "original_max_position_embeddings",  # of ropes that know it
+)
 
 
-_GEMMA_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+def written(c: Config, *keys: str) -> dict[str, Any]:
+    """The keys that all families have, and those of the others that are named, in one order."""
+    return {key: value for key, value in to_hf_config(c).items() if key in SHARED or key in keys}
+
+
+def llama_to(c: Config) -> dict[str, Any]:
+    return written(c, "head_dim", "hidden_act", "attention_bias", "mlp_bias")
+
+
+def mistral_to(c: Config) -> dict[str, Any]:
+    return written(c, "head_dim", "hidden_act", "sliding_window")
 
 
 def qwen_to(c: Config) -> dict[str, Any]:
-    raw = _plain(*_GEMMA_ONLY, "mlp_bias")(c)
+    raw = written(c, "head_dim", "hidden_act", "sliding_window", "attention_bias")
     raw |= {"use_sliding_window": bool(c.windows), "layer_types": _types(c)}
     return raw
 
 
 def gemma_to(c: Config) -> dict[str, Any]:
-    raw = _plain("mlp_bias", "hidden_act")(c)
+    own = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+    raw = written(c, "head_dim", "sliding_window", "attention_bias", *own)
     raw |= {"hidden_activation": to_hf_config(c)["hidden_act"], "layer_types": _types(c)}
     return raw
 
@@ -215,7 +236,7 @@ def gemma3_to(c: Config) -> dict[str, Any]:
 
 
 def phi3_to(c: Config) -> dict[str, Any]:
-    raw = _plain(*_GEMMA_ONLY, "mlp_bias", "attention_bias", "head_dim")(c)
+    raw = written(c, "hidden_act", "sliding_window")
     raw["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     return raw
 
@@ -289,7 +310,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     model=Decoder,
     config=llama,
-    to_hf_config=_plain(*_GEMMA_ONLY, "sliding_window"),
+    to_hf_config=llama_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
     defaults=COMMON | {"max_position_embeddings": 2048, "eos_token_id": 2},
 )
@@ -298,7 +319,7 @@ MISTRAL = Family(
     architecture="MistralForCausalLM",
     model=Decoder,
     config=mistral,
-    to_hf_config=_plain(*_GEMMA_ONLY, "attention_bias", "mlp_bias"),
+    to_hf_config=mistral_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
     defaults=COMMON
     | {

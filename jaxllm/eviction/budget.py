@@ -140,7 +140,7 @@ def evict(
         safeguard=safeguard,
         strict_threshold=strict_threshold,
     )
-    _check_room("evict", rows, 16 if page is None else page)
+    check_room("evict", rows, 16 if page is None else page)
     if isinstance(cache, PagedCache):
         there = repack.held(cache, tail=False)
         s, sizes = _scores_again(cache, there, scores, prefix)
@@ -155,7 +155,7 @@ def evict(
     return repack.pack(cache, there, s, keep, sizes=sizes, prefix=prefix, tail=tail, page=page)
 
 
-def _check_room(who: str, rows: int, page: int) -> None:
+def check_room(who: str, rows: int, page: int) -> None:
     if min(rows, page) < 1:
         raise ValueError(f"{who}: rows and page must be at least 1, got {rows=}, {page=}")
 
@@ -226,7 +226,7 @@ def keep_global(
     """The greatest of all heads together, once each has its safe part of an even share."""
     pairs = _pairs(s, sizes, ratios)
     safe = _greatest_of_heads(s, _floor(safeguard * ratios * sizes))
-    kept = _by_layer(_greatest(_by_request(np.where(safe, np.inf, s)), pairs), s.shape)
+    kept = _by_layer(mark_greatest(_by_request(np.where(safe, np.inf, s)), pairs), s.shape)
     _check_left(kept, pairs)
     return kept
 
@@ -247,7 +247,7 @@ def keep_whole_heads(
     """All of the heads whose greatest score is greatest."""
     heads = _heads(s, ratios)
     best = s.max(-1, keepdims=True, initial=-np.inf)
-    kept = _by_layer(_greatest(_by_request(best), heads), best.shape) & np.isfinite(s)
+    kept = _by_layer(mark_greatest(_by_request(best), heads), best.shape) & np.isfinite(s)
     _check_left(kept, heads * sizes)
     return kept
 
@@ -299,7 +299,7 @@ def _greatest_of_heads(
     """Marks the `counts[b]` greatest of each head of request b."""
     L, B, K, M = s.shape
     each = np.broadcast_to(counts[None, :, None], (L, B, K))
-    return _greatest(s.reshape(-1, M), each.ravel()).reshape(s.shape)
+    return mark_greatest(s.reshape(-1, M), each.ravel()).reshape(s.shape)
 
 
 def _check_left(kept: Bool[np.ndarray, "L B K M"], wanted: Int[np.ndarray, " B"]) -> None:
@@ -312,7 +312,7 @@ def _check_left(kept: Bool[np.ndarray, "L B K M"], wanted: Int[np.ndarray, " B"]
         )
 
 
-def _greatest(x: Float[np.ndarray, "N n"], counts: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N n"]:
+def mark_greatest(x: Float[np.ndarray, "N n"], counts: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N n"]:
     """Marks the `counts[i]` greatest of each row, the earlier of equal ones; never one of -inf."""
     out = np.zeros(x.shape, bool)
     for row, kept, count in zip(x, out, counts, strict=True):

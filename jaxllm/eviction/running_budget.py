@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxllm.cache import repack
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import PagedCache
-from jaxllm.eviction.budget import _check_room, _greatest
+from jaxllm.eviction.budget import check_room, mark_greatest
 from jaxllm.eviction.gates import Gate
 
 
@@ -41,7 +41,7 @@ def evict_to_budget(
     if sinks < 0 or recent < 0 or tokens <= sinks + recent:
         got = f"{tokens=}, {sinks=}, {recent=}"
         raise ValueError(f"evict_to_budget: tokens must be more than sinks and recent together, got {got}")
-    _check_room("evict_to_budget", rows, page)
+    check_room("evict_to_budget", rows, page)
     there = repack.held(cache, tail=True)
     L, B, K, M = there.positions.shape
     if not L:
@@ -66,7 +66,7 @@ def evict_to_budget(
         raise ValueError(
             f"evict_to_budget: tokens must be at least the {most} a head that always stay, got {tokens=}"
         )
-    keep = stays | _greatest(open_, count).reshape(B, L, K, M).swapaxes(0, 1)
+    keep = stays | mark_greatest(open_, count).reshape(B, L, K, M).swapaxes(0, 1)
     tail = repack.new_tail(cache, rows)
     most = tokens * L * K * B
     sizes = np.maximum(lengths - sinks, 0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import llama2c
+from checkpoints_convert.llama2c_tokenizer import load_tokenizer, read_entries
 from jaxllm.decoding.generate import generate
 
 
@@ -115,7 +116,7 @@ def hard_texts() -> list[str]:
 )
 def test_tokenizer_encodes_by_the_book_and_decodes_back(shared_data, file, vocab):
     path = shared_data / "models" / file
-    tokenizer, entries = llama2c.load_tokenizer(path, vocab), llama2c.read_entries(path, vocab)
+    tokenizer, entries = load_tokenizer(path, vocab), read_entries(path, vocab)
     assert len(tokenizer) == tokenizer.vocab_size == vocab
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     for text in hard_texts():
@@ -127,7 +128,7 @@ def test_tokenizer_encodes_by_the_book_and_decodes_back(shared_data, file, vocab
 def test_tokenizer_is_the_same_after_saving_it_as_a_hugging_face_one(stories, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = llama2c.load_tokenizer(stories / "tok512.bin", 512)
+    tokenizer = load_tokenizer(stories / "tok512.bin", 512)
     tokenizer.save_pretrained(str(tmp_path))
     again = AutoTokenizer.from_pretrained(str(tmp_path))
     for text in hard_texts():
@@ -231,4 +232,4 @@ def test_a_missing_file_is_said_so(tmp_path):
 
 def test_a_tokenizer_of_another_size_than_the_model_is_refused(stories):
     with pytest.raises(ValueError, match="must hold 500 entries and no more"):
-        llama2c.load_tokenizer(stories / "tok512.bin", 500)
+        load_tokenizer(stories / "tok512.bin", 500)

@@ -26,8 +26,8 @@ from jaxllm.models.inputs import pad_batch
 from jaxllm.training.trainer import Trained, train
 
 Form = Literal["fast", "zap", "zap-linear"]
-SIZE, SINKS = 16, 16  # of Fast KVzip's keys; how many it compares with
-AT_ONCE = 8  # texts that are scored together
+KEY_SIZE, NUM_SINKS = 16, 16  # of Fast KVzip's keys; how many it compares with
+TEXTS_AT_ONCE = 8  # texts that are scored together
 
 
 def new_gates(model, form: Form, *, hidden: int = 512, seed: int = 0) -> Gate:
@@ -42,12 +42,12 @@ def new_gates(model, form: Form, *, hidden: int = 512, seed: int = 0) -> Gate:
 
     if form == "fast":
         return FastGate(
-            queries=draw(L, D, K, G, SIZE),
-            query_bias=jnp.zeros((L, K, G, SIZE)),
-            query_norm=jnp.ones((L, SIZE)),
-            keys=draw(L, D, K, SIZE),
-            key_norm=jnp.ones((L, SIZE)),
-            sinks=draw(L, K, SINKS, SIZE, fan=SIZE),
+            queries=draw(L, D, K, G, KEY_SIZE),
+            query_bias=jnp.zeros((L, K, G, KEY_SIZE)),
+            query_norm=jnp.ones((L, KEY_SIZE)),
+            keys=draw(L, D, K, KEY_SIZE),
+            key_norm=jnp.ones((L, KEY_SIZE)),
+            sinks=draw(L, K, NUM_SINKS, KEY_SIZE, fan=KEY_SIZE),
             bias=jnp.zeros((L, K, G)),
         )
     if form == "zap":
@@ -143,8 +143,8 @@ def _examples(
     rows, lengths = pad_batch("train_gates", model, texts)
     T = rows.shape[1]
     inputs, scores = [], []
-    for start in tqdm(range(0, len(rows), AT_ONCE), "scores", file=sys.stderr, disable=not progress):
-        some = slice(start, start + AT_ONCE)
+    for start in tqdm(range(0, len(rows), TEXTS_AT_ONCE), "scores", file=sys.stderr, disable=not progress):
+        some = slice(start, start + TEXTS_AT_ONCE)
         got = kvzip.kvzip_scores(
             model,
             prefill.prefill(model, texts[some], slack=prefix + T + 64),

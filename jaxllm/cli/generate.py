@@ -85,15 +85,15 @@ def generate(
         "cache": jl.CacheOptions(bits=kv_bits),
     }
     asked: list[Any] = list(prompts)
-    gates = hold = None
+    gates = budget = None
     if kv_hold is not None or kv_method in GATES:
         shipped = METHODS[kv_method if kv_method in GATES else "fast-kvzip"].scorer
         gates = shipped() if kv_gates is None else jl.eviction.load_gates(kv_gates)
-        hold = None if kv_hold is None else jl.eviction.CacheBudget(gates=gates, tokens=kv_hold)
-        options["cache"] = jl.CacheOptions(bits=kv_bits, budget=hold)
+        budget = None if kv_hold is None else jl.eviction.CacheBudget(gates=gates, tokens=kv_hold)
+        options["cache"] = jl.CacheOptions(bits=kv_bits, budget=budget)
     if text is not None:
-        given = context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits, gates, hold)
-        options["cache"] = jl.CacheOptions(start=given, budget=hold)
+        given = context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits, gates, budget)
+        options["cache"] = jl.CacheOptions(start=given, budget=budget)
         asked = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     if stream:
         for token in jl.stream(model, tokenizer, asked[0], **options):
@@ -129,7 +129,7 @@ def context_cache(
     method: str,
     bits: int | None,
     gates: jl.eviction.Gate | None,
-    hold: jl.eviction.CacheBudget | None,
+    budget: jl.eviction.CacheBudget | None,
 ):
     """A text read into a cache, of which a part is kept."""
     if tokenizer is None:
@@ -138,8 +138,8 @@ def context_cache(
     prefix = int(ids[:1] == [tokenizer.bos_token_id])
     slack = min(2000, len(ids)) + 128  # for prompts; KVzip's repeats the text
     if ratio is None:
-        if hold is not None:
-            return jl.prefill_within_budget(model, [ids], hold, bits=bits)
+        if budget is not None:
+            return jl.prefill_within_budget(model, [ids], budget, bits=bits)
         return jl.prefill(model, [ids], slack=slack, bits=bits)
     if gates is not None and method in GATES:
         cache, scores = jl.prefill_with_scores(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)

@@ -19,6 +19,11 @@ from jaxllm.ops.attention import DistanceBias, causal_attention
 C = TypeVar("C", bound=Cache)
 
 
+def split_heads(x: Float[Array, "B T N"], head_dim: int) -> Float[Array, "B T H E"]:
+    """A linear's outputs cut into heads."""
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+
 def cached_attention(
     q: Float[Array, "B T H E"],
     k: Float[Array, "B T K E"],

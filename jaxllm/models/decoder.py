@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache
-from jaxllm.models.attention import cached_attention
+from jaxllm.models.attention import cached_attention, split_heads
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, chunk, last_token, split_heads
+from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, default_positions, last_token
 from jaxllm.models.rope import Rope, rotate
 from jaxllm.models.taps import Tap, probe, scoped
 
@@ -194,7 +194,7 @@ class Block(nnx.Module):
 
         index: which layer of the cache is this block's. positions, lengths: as in `Decoder.__call__`.
         """
-        positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
+        positions, lengths = default_positions(x.shape[:2], cache, positions, lengths)
         h = self.attention_norm(x)
         h, cache = self.attention(h, cache, index, positions, lengths, scoped(tap, "attention"))
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
@@ -237,7 +237,7 @@ class Decoder(LanguageModel):
         """Float32 logits of any layer's output: final norm, head, soft cap."""
         x = probe(tap, "norm", self.norm(x))
         if self.head is None:
-            logits = self.embedding.attend(x)
+            logits = self.embedding.logits(x)
         else:
             logits = self.head(x, scoped(tap, "head"), jnp.float32)
         if self.config.logit_softcap is not None:
@@ -263,7 +263,7 @@ class Decoder(LanguageModel):
         logits: "last" gives one row a request, that of its last real token, and saves the other products.
         tap: see `taps.py`.
         """
-        positions, lengths = chunk(tokens.shape, cache, positions, lengths)
+        positions, lengths = default_positions(tokens.shape, cache, positions, lengths)
         x = probe(tap, "embedding", self.embed(tokens))
         for i, layer in enumerate(self.layers):
             x, cache = layer(

@@ -31,9 +31,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache
-from jaxllm.models.attention import cached_attention
+from jaxllm.models.attention import cached_attention, split_heads
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, chunk, last_token, split_heads
+from jaxllm.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, default_positions, last_token
 from jaxllm.models.taps import Tap, probe, scoped
 
 
@@ -212,7 +212,7 @@ class Block(nnx.Module):
 
         index: which layer of the cache is this block's. positions, lengths: as in `Gpt.__call__`.
         """
-        positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
+        positions, lengths = default_positions(x.shape[:2], cache, positions, lengths)
         h = self.attention_norm(x) if self.norm_first else x
         h, cache = self.attention(h, cache, index, positions, lengths, scoped(tap, "attention"))
         x = x + h if self.norm_first else self.attention_norm(x + h)
@@ -271,7 +271,7 @@ class Gpt(LanguageModel):
         if self.project_out is not None:
             x = self.project_out(x, scoped(tap, "project_out"))
         if self.head is None:
-            return self.embedding.attend(x)
+            return self.embedding.logits(x)
         return self.head(x, scoped(tap, "head"), jnp.float32)
 
     def __call__(
@@ -288,7 +288,7 @@ class Gpt(LanguageModel):
 
         The arguments mean what they mean in `decoder.Decoder`.
         """
-        positions, lengths = chunk(tokens.shape, cache, positions, lengths)
+        positions, lengths = default_positions(tokens.shape, cache, positions, lengths)
         x = probe(tap, "embedding", self.embed(tokens, positions, tap))
         for i, layer in enumerate(self.layers):
             x, cache = layer(

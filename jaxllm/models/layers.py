@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def chunk(shape, cache, positions, lengths):
+def default_positions(
+    shape: tuple[int, ...],
+    cache: Any,
+    positions: Int[Array, "B T"] | None,
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Where the tokens of a chunk stand and how many are real, with what was left out filled in."""
     B, T = shape
     if lengths is None:
@@ -34,11 +40,6 @@ def chunk(shape, cache, positions, lengths):
 def last_token(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
     """The row of each request's last real token."""
     return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-
-
-def split_heads(x: Float[Array, "B T N"], head_dim: int) -> Float[Array, "B T H E"]:
-    """A linear's outputs cut into heads."""
-    return x.reshape(*x.shape[:2], -1, head_dim)
 
 
 def broadcast_last(v: Float[Array, " N"], like: jax.Array) -> jax.Array:
@@ -80,7 +81,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         return gather_rows(self.table.get_value(), tokens)
 
-    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The tied head: float32 logits."""
         return matmul(x, self.table.get_value(), jnp.float32)
 

@@ -33,9 +33,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import DenseCache
-from jaxllm.models.attention import cached_attention
+from jaxllm.models.attention import cached_attention, split_heads
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, chunk, last_token, split_heads
+from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, default_positions, last_token
 from jaxllm.models.stages import Stage, State
 from jaxllm.models.taps import Tap, probe, scoped
 from jaxllm.ops.attention import DistanceBias, attention, heads_first
@@ -308,7 +308,7 @@ class Block(nnx.Module):
         memory: of the sources. bias: the model's, `model.relative`. index: which layer of the cache
           and of the memory is this block's. positions, lengths: as in `T5.__call__`.
         """
-        positions, lengths = chunk(x.shape[:2], cache, positions, lengths)
+        positions, lengths = default_positions(x.shape[:2], cache, positions, lengths)
         part, t = self.attention, scoped(tap, "attention")
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
@@ -349,7 +349,7 @@ class T5(LanguageModel):
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"] | None = None, *, tap: Tap | None = None
     ) -> CrossKV:
         """What the decoder will see of the sources; `lengths` tokens of each are real."""
-        _, lengths = chunk(tokens.shape, None, None, lengths)
+        _, lengths = default_positions(tokens.shape, None, None, lengths)
         x = probe(tap, "encoder.embedding", self.embed(tokens))
         x = self.encoder(x, lengths, scoped(tap, "encoder"))
         keys, values = [], []
@@ -377,7 +377,7 @@ class T5(LanguageModel):
         """Float32 logits of any decoder layer's output: final norm, scale, head."""
         x = probe(tap, "norm", self.norm(x))
         if self.head is None:
-            logits = self.embedding.attend(x)
+            logits = self.embedding.logits(x)
         else:
             logits = self.head(x, scoped(tap, "head"), jnp.float32)
         return logits * self.config.head_scale
@@ -404,7 +404,7 @@ class T5(LanguageModel):
                 "t5: memory must hold one source a request, "
                 f"got {memory.lengths.shape[0]} for {tokens.shape=}"
             )
-        positions, lengths = chunk(tokens.shape, cache, positions, lengths)
+        positions, lengths = default_positions(tokens.shape, cache, positions, lengths)
         x = probe(tap, "embedding", self.embed(tokens))
         for i, layer in enumerate(self.layers):
             t, at = scoped(tap, f"layers.{i}"), {"positions": positions, "lengths": lengths}

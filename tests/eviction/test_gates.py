@@ -92,7 +92,7 @@ def test_a_text_is_read_once_and_its_cache_is_that_of_prefill(model, gates):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_lowers_the_loss_and_learns_the_ranks(model, form, monkeypatch):
-    monkeypatch.setattr(training, "AT_ONCE", 3)  # the last ones are fewer
+    monkeypatch.setattr(training, "TEXTS_AT_ONCE", 3)  # the last ones are fewer
     texts = [np.random.default_rng(i).integers(3, 120, 24).tolist() for i in range(4)]
     gates, done = train_gates(
         model,

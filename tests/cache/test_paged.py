@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -391,6 +392,12 @@ def test_the_strict_threshold_keeps_one_less():
         assert strict[:, b].sum() == ours[:, b].sum() - 1 and (ours[:, b] | ~strict[:, b]).all()
 
 
+def test_a_rule_that_there_is_not_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside tests
+    with pytest.raises(ValueError, match="must be one of global, per_head, whole_heads, got 'head'"):
+        ContextBudget(ratio=0.5, rule="head")
+
+
 def test_prefix_and_what_follows_the_context_always_stay(filled):
     cache = filled()
     scores = drawn(6)[..., :20]
@@ -409,7 +416,6 @@ def test_prefix_and_what_follows_the_context_always_stay(filled):
         ({"ratio": 1.5}, "at most 1, got 1.5"),
         ({}, "exactly one of ratio, tokens and threshold"),
         ({"threshold": 0.5, "budget": "whole_heads"}, "a threshold must be all of a budget"),
-        ({"ratio": 0.5, "budget": "head"}, "must be one of global, per_head, whole_heads, got 'head'"),
         ({"threshold": float("-inf")}, "a threshold must be a finite number, got -inf"),
         ({"ratio": 0.5, "page": 0}, "rows and page must be at least 1, got rows=64, page=0"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),

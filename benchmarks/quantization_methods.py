@@ -111,11 +111,11 @@ def in_dec_dec(args) -> Iterator[Job]:
     grid = {"bits": 3, "group_size": args.group_size[0]}
     bases = {"RTN": jl.Rtn(**grid), "AWQ": jl.Awq(**grid)}
     for base_name, base in bases.items():
-        for select in ("bucket", "exact", "static", "random") if base_name == "RTN" else ("bucket",):
+        for selector in ("bucket", "exact", "static", "random") if base_name == "RTN" else ("bucket",):
             for k in (0, *args.k_chunk):
-                for seed in args.seeds if select == "random" else args.seeds[:1]:
-                    method = jl.DecDec(base=base, k_chunk=k, select=select, seed=seed)
-                    yield Job("dec_dec", f"{base_name}, {select}, {k}", 3, method, seed, args.group_size[0])
+                for seed in args.seeds if selector == "random" else args.seeds[:1]:
+                    method = jl.DecDec(base=base, k_chunk=k, selector=selector, seed=seed)
+                    yield Job("dec_dec", f"{base_name}, {selector}, {k}", 3, method, seed, args.group_size[0])
 
 
 def in_ablations(args) -> Iterator[Job]:

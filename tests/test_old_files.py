@@ -184,6 +184,13 @@ def test_files_of_other_names_of_options_are_what_they_were(gpt, tmp_path):
         np.testing.assert_array_equal(rows, known[name])
 
 
+def test_recipes_may_say_options_by_their_former_names(tmp_path):
+    rule = {"pattern": ".", "method": "dec-dec", "select": "exact", "base": {"method": "rtn", "group": 16}}
+    (tmp_path / "recipe.json").write_text(json.dumps([rule]))
+    want = jl.DecDec(base=jl.Rtn(group_size=16), selector="exact")
+    assert read_recipe(tmp_path / "recipe.json") == [(".", want)]
+
+
 def test_a_training_run_goes_on(known, tmp_path):
     folder = shutil.copytree(OLD / "training", tmp_path / "training")
 

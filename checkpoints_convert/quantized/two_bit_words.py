@@ -18,10 +18,10 @@ import numpy as np
 
 from jaxllm.ops.packing import from_words, to_words
 from jaxllm.weights.mixed_columns import (
-    COLUMNS,
-    FOUR,
+    FOUR_BIT_FIELDS,
+    INPUTS_PER_GROUP,
     OUTPUTS_PER_BLOCK,
-    TWO,
+    TWO_BIT_FIELDS,
     MixedColumns,
     block_rows,
     by_output,
@@ -133,7 +133,7 @@ def from_interleaved(layout: Interleaved) -> MixedColumns:
     order = np.argsort(wide, kind="stable")
     n4 = int(wide.sum())
     n2, B = C - n4, -(-N // OUTPUTS_PER_BLOCK)
-    fields: dict[str, Any] = dict.fromkeys((*TWO, *FOUR, "outlier", "place"))
+    fields: dict[str, Any] = dict.fromkeys((*TWO_BIT_FIELDS, *FOUR_BIT_FIELDS, "outlier", "place"))
 
     def by_block(v: np.ndarray) -> np.ndarray:  # [N, n] -> [B, n, 16]
         v = np.pad(v, ((0, B * OUTPUTS_PER_BLOCK - N), (0, 0)))
@@ -173,12 +173,12 @@ def _to_rows(w: MixedColumns, order: np.ndarray, N: int):
     """Outliers in compressed rows, and the places of a block."""
     if w.outlier is None:
         return np.zeros(0, np.float16), np.zeros(0, np.uint16), np.zeros(N + 1, np.int32), 0
-    W = order.size * COLUMNS
+    W = order.size * INPUTS_PER_GROUP
     value, place = np.asarray(w.outlier), np.asarray(w.place).astype(np.int64)
     block, slot = np.nonzero(value)
     at = place[block, slot]
     row, inside = block * block_rows(W) + at // W, at % W
-    column = order[inside // COLUMNS] * COLUMNS + inside % COLUMNS
+    column = order[inside // INPUTS_PER_GROUP] * INPUTS_PER_GROUP + inside % INPUTS_PER_GROUP
     by_row = np.lexsort((column, row))
     starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=N))]).astype(np.int32)
     return value[block, slot][by_row], column[by_row].astype(np.uint16), starts, value.shape[1]
@@ -186,11 +186,15 @@ def _to_rows(w: MixedColumns, order: np.ndarray, N: int):
 
 def _from_rows(layout: Interleaved, order: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
     """Residuals and their places by outlier block, from compressed rows."""
-    W = order.size * COLUMNS
+    W = order.size * INPUTS_PER_GROUP
     R = block_rows(W)
     row = np.repeat(np.arange(N), np.diff(layout.row_starts))
     column = layout.columns.astype(np.int64)
-    at = row % R * W + np.argsort(order)[column // COLUMNS] * COLUMNS + column % COLUMNS
+    at = (
+        row % R * W
+        + np.argsort(order)[column // INPUTS_PER_GROUP] * INPUTS_PER_GROUP
+        + column % INPUTS_PER_GROUP
+    )
     by_place = np.lexsort((at, row // R))
     block = (row // R)[by_place]
     slot = np.arange(block.size) - np.searchsorted(block, block)

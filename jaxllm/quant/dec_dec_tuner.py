@@ -1,4 +1,4 @@
-"""How many residual rows a GPU has time to fetch: DecDEC's tuner (arXiv:2412.20185, section 4.4).
+"""Selector many residual rows a GPU has time to fetch: DecDEC's tuner (arXiv:2412.20185, section 4.4).
 
     recipe = tune_dec_dec(model, DecDec(base=Rtn(bits=3)), gpu="RTX 4090", slowdown=0.05)
     small = quantize(model, recipe, tokens)
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from jaxllm.models.linears import block_of, linear_weights
 from jaxllm.quant.methods.dec_dec import DecDec
 from jaxllm.quant.statistics import Method
-from jaxllm.weights.host_residual import CHUNK, selected
+from jaxllm.weights.host_residual import INPUTS_PER_CHUNK, selected
 
 # GB/s of memory and of the link to the host (the paper's table of GPUs)
 GPUS = {
@@ -76,7 +76,7 @@ def modelled_times(
     times = {}
     for name, (K, N) in sizes.items():
         base = K * N * bits / 8 / memory / 1e3
-        fetched = (selected(K, k) * N * residual_bits / 8 / link / 1e3 for k in range(CHUNK + 1))
+        fetched = (selected(K, k) * N * residual_bits / 8 / link / 1e3 for k in range(INPUTS_PER_CHUNK + 1))
         times[name] = [*(max(base, time) for time in fetched), math.inf]
     return times
 
@@ -108,11 +108,12 @@ class Tuning:
     time: float  # of all modules together
 
 
+Times = Mapping[str, Mapping[int, Sequence[float]]]  # of a module, with so many thread blocks, by k_chunk
 ROUNDING = 1e-12  # sums of the same times in another order differ by less, and so meet the same limit
 
 
 def tune(
-    times: Mapping[str, Mapping[int, Sequence[float]]],
+    times: Times,
     base_times: Mapping[str, float],
     slowdown: float,
     *,
@@ -159,7 +160,9 @@ def tune(
     return Tuning(k_chunk, blocks, k, most, sum(spent.values()))
 
 
-def _uniform(times, base_times, limit, included) -> tuple[int, int, float] | None:
+def _uniform(
+    times: Times, base_times: Mapping[str, float], limit: float, included: Sequence[str]
+) -> tuple[int, int, float] | None:
     """The greatest k_chunk for all included modules, with its thread blocks and time; None if that is 0."""
     rest = sum(time for m, time in base_times.items() if m not in included)
     least = max(min(times[m]) for m in included)
@@ -183,4 +186,4 @@ def thread_blocks(d_in: int, d_out: int) -> list[int]:
     """Numbers of thread blocks worth measuring: one a chunk of inputs, or even shares of 256 outputs."""
     parts = -(-d_out // 256)
     even = {n for n in range(1, parts + 1) if -(-parts // -(-parts // n)) == n}
-    return sorted(even | set(range(1, d_in // CHUNK + 1)))
+    return sorted(even | set(range(1, d_in // INPUTS_PER_CHUNK + 1)))

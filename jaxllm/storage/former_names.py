@@ -11,10 +11,16 @@ FIELDS = {
     "Affine": {"zero": "zero_point", "group": "group_size"},
     "MixedColumns": {"zero": "zero_point", "four_zero": "four_zero_point"},
     "QuantizedRows": {"group": "group_size"},
+    "HostResidual": {"hint": "selector_state", "select": "selector"},
 }
 
 # Options of methods and of calibrations: in recipes, calibration.json and run.json.
-OPTIONS = {"group": "group_size", "groups": "output_groups", "zero_code": "integer_zero_point"}
+OPTIONS = {
+    "group": "group_size",
+    "groups": "output_groups",
+    "zero_code": "integer_zero_point",
+    "select": "selector",
+}
 
 # Options that came later, at the value that means what was done before.
 LATER = ("narrow_steps=False",)

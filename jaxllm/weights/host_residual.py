@@ -3,7 +3,7 @@
     y = x @ base + ((x * M) @ Q) * S        Q: whole codes of it, one row an *input*;  S: one scale an output
 
 M marks the k inputs of greatest |x|, as a calibrated table of thresholds tells them (arXiv:2412.20185,
-sections 4.2 and 4.3). How ours differs: `quant/methods/dec_dec.py`.
+sections 4.2 and 4.3). Selector ours differs: `quant/methods/dec_dec.py`.
 
 Layout: codes q + 2**(bits - 1) packed along N (4 bits: code j of a word at bit 4 j, as in the paper), so that
 what an input needs is one contiguous run; 16 bits are plain float16.
@@ -23,19 +23,12 @@ from jaxtyping import Array, Float, Int, Integer
 from jaxllm.ops.packing import Packed, pack, unpack
 from jaxllm.pytree import pytree, static
 
-CHUNK = 1024  # inputs among which one selection is made
+INPUTS_PER_CHUNK = 1024  # one selection is made among so many
+SCALES_TRIED = 32  # for each output
+TOKENS_PER_FETCH = 32  # whose rows are in memory at once
+RESIDUAL_BITS = (2, 4, 8, 16)
 
-
-STEPS = 32  # scales tried for each output
-
-
-TOKENS = 32  # tokens whose fetched rows are held at once
-
-
-BITS = (2, 4, 8, 16)
-
-
-How = Literal["bucket", "exact", "static", "random"]
+Selector = Literal["bucket", "exact", "static", "random"]
 
 
 @pytree
@@ -48,9 +41,9 @@ class HostResidual:
     base: Any  # any weight format
     codes: Packed | jax.Array  # Packed [K, N], or float16 [K, N] for 16 bits
     scale: jax.Array  # float32 [N]
-    hint: jax.Array | None  # what `select` takes: (b0, b15) [2], a score [K], or None
+    selector_state: jax.Array | None  # what `select` takes: (b0, b15) [2], a score [K], or None
     k_chunk: int = static()  # inputs fetched of each 1024
-    select: How = static()
+    selector: Selector = static()  # how these are selected
     shape: tuple[int, int] = static()  # (K, N)
     dtype: object = static()  # numpy dtype: what it was quantized from
 
@@ -66,8 +59,8 @@ class HostResidual:
         K, N = spec
         axis = K if N is None else N
         codes = [P(None, axis, *[None] * (leaf.ndim - 2)) for leaf in jax.tree.leaves(self.codes)]
-        hint = [] if self.hint is None else [P(None)]
-        leaves = [*jax.tree.leaves(self.base.partition_specs(spec)), *codes, P(axis), *hint]
+        state = [] if self.selector_state is None else [P(None)]
+        leaves = [*jax.tree.leaves(self.base.partition_specs(spec)), *codes, P(axis), *state]
         return jax.tree.unflatten(jax.tree.structure(self), leaves)
 
 
@@ -82,12 +75,12 @@ def residual_scale(rest: Float[Array, "N K"], *, bits: int) -> Float[Array, " N"
 
     def closer(i, best):
         error, scale = best
-        trial = top * ((i + 1).astype(jnp.float32) / STEPS)
+        trial = top * ((i + 1).astype(jnp.float32) / SCALES_TRIED)
         here = jnp.square(rest - residual_codes(rest, trial, bits=bits) * trial[:, None]).sum(axis=1)
         return jnp.minimum(error, here), jnp.where(here < error, trial, scale)
 
     start = jnp.full(top.shape, jnp.inf, jnp.float32), top
-    return jax.lax.fori_loop(0, STEPS, closer, start)[1]
+    return jax.lax.fori_loop(0, SCALES_TRIED, closer, start)[1]
 
 
 def residual_codes(rest: Float[Array, "N K"], scale: Float[Array, " N"], *, bits: int) -> Float[Array, "N K"]:
@@ -102,8 +95,8 @@ def encode(rest: Float[Array, "N K"], *, bits: int) -> tuple[Packed | jax.Array,
 
     bits: 2, 4, 8 or 16 (float16 values, no scale to speak of).
     """
-    if bits not in BITS:
-        raise ValueError(f"dec_dec.encode: bits must be 2, 4, 8 or 16, got {bits=}")
+    if bits not in RESIDUAL_BITS:
+        raise ValueError(f"host_residual.encode: bits must be 2, 4, 8 or 16, got {bits=}")
     scale = residual_scale(rest, bits=bits)
     if bits == 16:
         return rest.T.astype(jnp.float16), scale
@@ -120,12 +113,12 @@ def decode(codes: Packed | jax.Array) -> jax.Array:
 
 def spans(K: int, k_chunk: int) -> list[tuple[int, int, int]]:
     """(first input, inputs, inputs to select) of each chunk."""
-    cuts = [(at, min(CHUNK, K - at)) for at in range(0, K, CHUNK)]
-    return [(at, m, k_chunk * m // CHUNK) for at, m in cuts]
+    cuts = [(at, min(INPUTS_PER_CHUNK, K - at)) for at in range(0, K, INPUTS_PER_CHUNK)]
+    return [(at, m, k_chunk * m // INPUTS_PER_CHUNK) for at, m in cuts]
 
 
 def selected(K: int, k_chunk: int) -> int:
-    """How many inputs a token fetches: floor(k_chunk K / 1024)."""
+    """Selector many inputs a token fetches: floor(k_chunk K / 1024)."""
     return sum(k for _, _, k in spans(K, k_chunk))
 
 
@@ -136,25 +129,27 @@ def bucket_floors(edges: Float[Array, "2"]) -> Float[Array, "32"]:
     return jnp.concatenate([b0 + (b15 - b0) * (t / 15), b15 * ((15 - t) / 16)])
 
 
-def select(x: Float[Array, "*B K"], hint: Any, k_chunk: int, how: How = "bucket") -> Int[Array, "*B k"]:
+def select(
+    x: Float[Array, "*B K"], state: Any, k_chunk: int, selector: Selector = "bucket"
+) -> Int[Array, "*B k"]:
     """The inputs to fetch for each token, with no index twice.
 
-    how:
-      "bucket"  of each chunk those in the highest buckets, lowest index first within one; `hint` is (b0, b15)
-      "exact"   the greatest |x| of all, lowest index first; `hint` is not read
-      "static"  the greatest of a score [K], the same for every token; `hint` is that score
+    selector:
+      "bucket"  of each chunk those in the highest buckets, lowest index first within one; state: (b0, b15)
+      "exact"   the greatest |x| of all, lowest index first; state: not read
+      "static"  the greatest of a score [K], the same for every token; state: that score
       "random"  as "static" (the score is what `DecDec` drew)
     """
     K, k = x.shape[-1], selected(x.shape[-1], k_chunk)
     size = jnp.abs(x.astype(jnp.float32))
     size = jnp.where(jnp.isnan(size), 0.0, size)
-    match how:
+    match selector:
         case "exact":
             return jax.lax.top_k(size, k)[1]
         case "static" | "random":
-            return jnp.broadcast_to(jax.lax.top_k(hint, k)[1], (*x.shape[:-1], k))
+            return jnp.broadcast_to(jax.lax.top_k(state, k)[1], (*x.shape[:-1], k))
         case _:
-            floors = bucket_floors(hint.astype(jnp.float32))
+            floors = bucket_floors(state.astype(jnp.float32))
             bucket = sum((size < floor).astype(jnp.int32) for floor in floors)  # one pass over x
             return _fill(bucket, spans(K, k_chunk))
 
@@ -162,13 +157,13 @@ def select(x: Float[Array, "*B K"], hint: Any, k_chunk: int, how: How = "bucket"
 def _fill(bucket: Integer[Array, "*B K"], cuts: list[tuple[int, int, int]]) -> Integer[Array, "*B k"]:
     """Of each chunk, the inputs in the lowest buckets, and of equals the lowest index."""
     taken = []
-    full = [cut for cut in cuts if cut[1] == CHUNK]  # equal chunks in one go
+    full = [cut for cut in cuts if cut[1] == INPUTS_PER_CHUNK]  # equal chunks in one go
     for group in (full, cuts[len(full) :]):
         if group and group[0][2]:
             at, m, k = group[0]
             part = bucket[..., at : at + m * len(group)].reshape(*bucket.shape[:-1], len(group), m)
             index = jax.lax.broadcasted_iota(jnp.int32, part.shape, part.ndim - 1)
-            best = jax.lax.top_k(-(part * CHUNK + index), k)[1]
+            best = jax.lax.top_k(-(part * INPUTS_PER_CHUNK + index), k)[1]
             best += at + m * jax.lax.broadcasted_iota(jnp.int32, best.shape, best.ndim - 2)
             taken.append(best.reshape(*bucket.shape[:-1], -1))
     return jnp.concatenate(taken, axis=-1) if taken else jnp.zeros((*bucket.shape[:-1], 0), jnp.int32)
@@ -178,15 +173,15 @@ def compensation(x: Float[Array, "*B K"], w: HostResidual) -> Float[Array, "*B N
     """What the residual adds to the base's product: only selected rows leave the memory where it lies."""
     K, N = w.shape
     tokens = x.reshape(-1, K)
-    if tokens.shape[0] <= TOKENS:
+    if tokens.shape[0] <= TOKENS_PER_FETCH:
         y = _some(tokens, w)
     else:
-        y = jax.lax.map(lambda token: _some(token[None], w)[0], tokens, batch_size=TOKENS)
+        y = jax.lax.map(lambda token: _some(token[None], w)[0], tokens, batch_size=TOKENS_PER_FETCH)
     return y.reshape(*x.shape[:-1], N)
 
 
 def _some(x: Float[Array, "R K"], w: HostResidual) -> Float[Array, "R N"]:
-    chosen = select(x, w.hint, w.k_chunk, w.select)  # [R, k]
+    chosen = select(x, w.selector_state, w.k_chunk, w.selector)  # [R, k]
     rows = decode(jax.tree.map(lambda table: fetch(table, chosen), w.codes))  # [R, k, N]
     values = jnp.take_along_axis(x, chosen, axis=1).astype(jnp.float32)
     return jnp.einsum("rk,rkn->rn", values, rows, precision=jax.lax.Precision.HIGHEST) * w.scale[None]

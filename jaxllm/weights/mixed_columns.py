@@ -32,11 +32,11 @@ from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.packing import from_words
 from jaxllm.pytree import pytree, static
 
-COLUMNS = 16  # inputs of a column group
+INPUTS_PER_GROUP = 16  # of columns
 OUTPUTS_PER_BLOCK = 16  # outputs that share a step scale
 # The fields of the two parts.
-TWO = ("two", "step", "zero_point", "step_zero", "step_scale")
-FOUR = ("four", "four_scale", "four_zero_point")
+TWO_BIT_FIELDS = ("two", "step", "zero_point", "step_zero", "step_scale")
+FOUR_BIT_FIELDS = ("four", "four_scale", "four_zero_point")
 
 Outliers = Literal["exclusive", "anywhere", "none"]
 
@@ -45,7 +45,7 @@ Outliers = Literal["exclusive", "anywhere", "none"]
 class MixedColumns:
     """A [K, N] weight in columns of 2 and of 4 bits, and sparse residuals.
 
-    holds: n2 + n4 == C == order.size; the fields of TWO are None where n2 == 0, those of FOUR where n4 == 0;
+    holds: n2 + n4 == C == order.size; TWO_BIT_FIELDS are None where n2 == 0, FOUR_BIT_FIELDS where n4 == 0;
       outlier.shape == place.shape, both None where there is no room for outliers
     """
 
@@ -68,7 +68,7 @@ class MixedColumns:
     def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
         K, N = self.shape
-        groups = permuted_rows(self).reshape(N, -1, COLUMNS)
+        groups = permuted_rows(self).reshape(N, -1, INPUTS_PER_GROUP)
         return groups[:, jnp.argsort(self.order)].reshape(N, -1)[:, :K].astype(dtype)
 
     def partition_specs(self, spec: P) -> "MixedColumns":
@@ -152,8 +152,8 @@ def _add(flat: Float[Array, "O RW"], place: UInt16[Array, "O m"], values: Float[
 def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
     """The inputs in the order in which the weight stores them, zeros where a last column group is short."""
     C = w.order.shape[0]
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, C * COLUMNS - x.shape[-1])])
-    return x.reshape(*x.shape[:-1], C, COLUMNS)[..., w.order, :].reshape(*x.shape[:-1], -1)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, C * INPUTS_PER_GROUP - x.shape[-1])])
+    return x.reshape(*x.shape[:-1], C, INPUTS_PER_GROUP)[..., w.order, :].reshape(*x.shape[:-1], -1)
 
 
 def matmul(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B N"]:
@@ -172,21 +172,21 @@ def slots(K: int, N: int, four: int, *, outliers: float, where: Outliers) -> int
     """Places for outliers in each block: floor(outliers * R * K), no more than there are weights for them."""
     if not outliers or where == "none":
         return 0
-    C = -(-K // COLUMNS)
-    R = min(block_rows(C * COLUMNS), N)
+    C = -(-K // INPUTS_PER_GROUP)
+    R = min(block_rows(C * INPUTS_PER_GROUP), N)
     free = C - four if where == "exclusive" else C
-    return min(int(outliers * R * K + 1e-9), R * free * COLUMNS)
+    return min(int(outliers * R * K + 1e-9), R * free * INPUTS_PER_GROUP)
 
 
 def stored_bits(
     K: int, N: int, four: int, *, group4: int = 128, outliers: float = 0.0, where: Outliers = "exclusive"
 ) -> int:
     """Bits of a [K, N] weight with `four` column groups at 4 bits: all arrays, with what fills them up."""
-    C = -(-K // COLUMNS)
-    two, B, G = C - four, -(-N // OUTPUTS_PER_BLOCK), -(-four * COLUMNS // group4)
+    C = -(-K // INPUTS_PER_GROUP)
+    two, B, G = C - four, -(-N // OUTPUTS_PER_BLOCK), -(-four * INPUTS_PER_GROUP // group4)
     bits = (32 * two + 64 * four) * N  # codes
     bits += B * (two * (64 + 32 + 16) + 8 * -(-two // 2))  # step, zero_point, step_scale, step_zero
     bits += G * (16 * N + 64 * B)  # four_scale, four_zero_point
     bits += C * (16 if C < 2**15 else 32)  # order
     m = slots(K, N, four, outliers=outliers, where=where)
-    return bits + (m * 32 * -(-N // block_rows(C * COLUMNS)) if m else 0)
+    return bits + (m * 32 * -(-N // block_rows(C * INPUTS_PER_GROUP)) if m else 0)

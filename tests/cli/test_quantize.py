@@ -39,7 +39,7 @@ def test_quantize_spends_a_budget(jaxllm, tiny_checkpoint):
 def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint):
     rules = [
         {"pattern": r"mlp\.down", "method": None},
-        {"pattern": "layers", "method": "dec-dec", "k_chunk": 0, "select": "exact",
+        {"pattern": "layers", "method": "dec-dec", "k_chunk": 0, "selector": "exact",
          "base": {"method": "rtn", "bits": 8, "group_size": 8}},
     ]  # fmt: skip
     Path("recipe.json").write_text(json.dumps(rules), "utf-8")
@@ -52,8 +52,8 @@ def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint
 
 
 def test_quantize_tunes_what_is_fetched_for_a_gpu_and_says_so(jaxllm, tiny_checkpoint):
-    base = 'base={"method": "rtn", "bits": 3, "group": 32}'
-    options = ("--method", "dec-dec", "--option", base, "--option", "select=exact")
+    base = 'base={"method": "rtn", "bits": 3, "group_size": 32}'
+    options = ("--method", "dec-dec", "--option", base, "--option", "selector=exact")
     tune = ("--tune", "RTX 4050M", "--slowdown", 0.1)
     done = jaxllm("quantize", "--model", tiny_checkpoint, *options, *tune, "--out", "small", "--json")
     assert done.status == 0, done.err

@@ -111,7 +111,7 @@ KINDS = ["attention.k", "attention.o", "attention.q", "attention.v", "mlp.down",
 
 
 def test_a_recipe_has_what_each_kind_of_linear_can_afford(model):
-    method = jl.DecDec(base=jl.Rtn(bits=3), select="exact")
+    method = jl.DecDec(base=jl.Rtn(bits=3), selector="exact")
     recipe = jl.tune_dec_dec(model, method, gpu="RTX 4050M", slowdown=0.025)
     assert sorted(pattern for pattern, _ in recipe) == [rf"\.{re.escape(kind)}$" for kind in KINDS]
     for _, tuned in recipe:

@@ -33,34 +33,44 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.quant.statistics import Method, Stats, need, output_groups_of
-from jaxllm.weights.host_residual import BITS, CHUNK, HostResidual, How, edges, encode, to_host
+from jaxllm.weights.host_residual import (
+    INPUTS_PER_CHUNK,
+    RESIDUAL_BITS,
+    HostResidual,
+    Selector,
+    edges,
+    encode,
+    to_host,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecDec:
     """Another method's weight, and its residual by input in host memory.
 
-    k_chunk: inputs fetched of each 1024; fewer than 1024 / K of them is none. select: "bucket" is the
+    k_chunk: inputs fetched of each 1024; fewer than 1024 / K of them is none. selector: "bucket" is the
     paper's; "exact", "static" (by the diagonal) and "random" are what it is compared with.
     """
 
     base: Method
     residual_bits: int = 4
     k_chunk: int = 8
-    select: How = "bucket"
+    selector: Selector = "bucket"
     seed: int = 0
 
     def __post_init__(self):
-        if self.residual_bits not in BITS:
+        if self.residual_bits not in RESIDUAL_BITS:
             raise ValueError(f"DecDec: residual_bits must be 2, 4, 8 or 16, got {self.residual_bits=}")
-        if not 0 <= self.k_chunk <= CHUNK:
-            raise ValueError(f"DecDec: k_chunk must be 0 to {CHUNK}, got {self.k_chunk=}")
-        if self.select not in ("bucket", "exact", "static", "random"):
-            raise ValueError(f"DecDec: select must be bucket, exact, static or random, got {self.select=}")
+        if not 0 <= self.k_chunk <= INPUTS_PER_CHUNK:
+            raise ValueError(f"DecDec: k_chunk must be 0 to {INPUTS_PER_CHUNK}, got {self.k_chunk=}")
+        if self.selector not in ("bucket", "exact", "static", "random"):
+            raise ValueError(
+                f"DecDec: selector must be bucket, exact, static or random, got {self.selector=}"
+            )
 
     @property
     def required_stats(self) -> frozenset[str]:
-        own = {"bucket": {"thresholds"}, "static": {"hessian_diag"}}.get(self.select, set())
+        own = {"bucket": {"thresholds"}, "static": {"hessian_diag"}}.get(self.selector, set())
         return self.base.required_stats | own
 
     @property
@@ -75,12 +85,12 @@ class DecDec:
         codes, scale = jax.jit(encode, static_argnames="bits")(
             rows.astype(jnp.float32) - base.dequantize_rows(jnp.float32), bits=self.residual_bits
         )
-        hint = self._hint(stats, name, K)
-        made = HostResidual(base, codes, scale, hint, self.k_chunk, self.select, (K, N), jnp.dtype(dtype))
+        state = self._selector_state(stats, name, K)
+        made = HostResidual(base, codes, scale, state, self.k_chunk, self.selector, (K, N), jnp.dtype(dtype))
         return to_host(made)
 
-    def _hint(self, stats: Stats, name: str, K: int) -> jax.Array | None:
-        match self.select:
+    def _selector_state(self, stats: Stats, name: str, K: int) -> jax.Array | None:
+        match self.selector:
             case "bucket":
                 need(stats, "DecDec", "thresholds")
                 assert stats.thresholds is not None

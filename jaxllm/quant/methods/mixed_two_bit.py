@@ -50,10 +50,10 @@ from jaxllm.quant.methods.two_bit_fit import (
 from jaxllm.quant.statistics import Stats, need
 from jaxllm.weights.affine import check_rows
 from jaxllm.weights.mixed_columns import (
-    COLUMNS,
-    FOUR,
+    FOUR_BIT_FIELDS,
+    INPUTS_PER_GROUP,
     OUTPUTS_PER_BLOCK,
-    TWO,
+    TWO_BIT_FIELDS,
     MixedColumns,
     Outliers,
     block_rows,
@@ -85,7 +85,7 @@ def allocate(
     sizes: (K, N) by the same names.
     """
     size = functools.partial(stored_bits, group4=group4, outliers=outliers, where=where)
-    masks = {name: np.zeros(-(-K // COLUMNS), bool) for name, (K, _) in sizes.items()}
+    masks = {name: np.zeros(-(-K // INPUTS_PER_GROUP), bool) for name, (K, _) in sizes.items()}
     budget = int(target_bits * sum(K * N for K, N in sizes.values()))
     spent = sum(size(K, N, 0) for K, N in sizes.values())
     if spent > budget:
@@ -132,8 +132,10 @@ class MixedTwoBit:
     def __post_init__(self):
         if not 0 <= self.outliers <= 1:
             raise ValueError(f"MixedTwoBit: outliers must be 0 to 1, got {self.outliers=}")
-        if self.group4 < COLUMNS or self.group4 % COLUMNS:
-            raise ValueError(f"MixedTwoBit: group4 must be a multiple of {COLUMNS}, got {self.group4=}")
+        if self.group4 < INPUTS_PER_GROUP or self.group4 % INPUTS_PER_GROUP:
+            raise ValueError(
+                f"MixedTwoBit: group4 must be a multiple of {INPUTS_PER_GROUP}, got {self.group4=}"
+            )
         choices = {
             "where": ("exclusive", "anywhere", "none"),
             "fit": ("search", "paper"),
@@ -159,7 +161,7 @@ class MixedTwoBit:
         so that layers compare. At 4 bits groups are neighbours in the matrix, not yet in the permuted order.
         """
         N, K = rows.shape
-        C = -(-K // COLUMNS)
+        C = -(-K // INPUTS_PER_GROUP)
         g, h, live = self._check(rows, stats)
         cost = (stored_bits(K, N, C, **self._size) - stored_bits(K, N, 0, **self._size)) / C
         energy = jnp.sum(h[None] * jnp.square(g[:N]), axis=(0, 2))
@@ -189,16 +191,17 @@ class MixedTwoBit:
         Holds about eight arrays of [N, K].
         """
         N, K = rows.shape
+        C = -(-K // INPUTS_PER_GROUP)
         if mask is None:
             mask = self.allocate({name: self.gains(rows, stats, name=name)}, {name: (K, N)})[name]
         mask = np.asarray(mask, bool)
-        if mask.shape != (-(-K // COLUMNS),):
-            raise ValueError(f"MixedTwoBit: mask must be [{-(-K // COLUMNS)}] for {K=}, got {mask.shape=}")
+        if mask.shape != (C,):
+            raise ValueError(f"MixedTwoBit: mask must be [{C}] for {K=}, got {mask.shape=}")
         g, h, live = self._check(rows, stats)
         four = int(mask.sum())
         spare = slots(K, N, four, outliers=self.outliers, where=self.where)
         # the last block of outliers may be short of rows, and takes its share
-        short = int(self.outliers * (N % block_rows(mask.size * COLUMNS)) * K + 1e-9) if spare else 0
+        short = int(self.outliers * (N % block_rows(mask.size * INPUTS_PER_GROUP)) * K + 1e-9) if spare else 0
         top = jnp.asarray(step_limits(mask, narrow=self.narrow_steps), jnp.float32)
         columns = jnp.asarray(mask)
         fits = functools.partial(_fits, g, h, top=top, mask=columns, fit=self.fit, group4=self.group4)
@@ -287,8 +290,8 @@ def _store(
 ) -> MixedColumns:
     """The format of what was fitted: the one part that is compiled for each number of columns at 4 bits."""
     N, order = shape[1], jnp.argsort(mask, stable=True)
-    two = _two(g, steps, order[: mask.size - four], N) if four < mask.size else dict.fromkeys(TWO)
-    wider = _four(wide, four, group4, N) if four else dict.fromkeys(FOUR)
+    two = _two(g, steps, order[: mask.size - four], N) if four < mask.size else dict.fromkeys(TWO_BIT_FIELDS)
+    wider = _four(wide, four, group4, N) if four else dict.fromkeys(FOUR_BIT_FIELDS)
     outlier, place = None, None
     if out is not None:
         rest = jnp.where(out, g - _values(g, mask, steps, wide), 0.0)
@@ -310,7 +313,7 @@ def _measured(g: Groups, h: Columns, live: Live, steps: Steps) -> Steps:
 def _highest(score: Groups, spare: int, short: int | jax.Array) -> Live:
     """Where the `spare` highest scores above 0 of each outlier block are; of a short last block `short`."""
     N, C, _ = score.shape
-    whole = N // block_rows(C * COLUMNS)
+    whole = N // block_rows(C * INPUTS_PER_GROUP)
 
     def mark(flat):
         best, at = jax.lax.top_k(flat, spare)
@@ -344,7 +347,7 @@ def _two(g: Groups, steps: Steps, order: Int[Array, " n2"], N: int) -> dict[str,
 def _four(wide: Wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
     """The fields of the part at 4 bits."""
     scale, zero_point, codes, _ = wide
-    G = -(-four * COLUMNS // group4)
+    G = -(-four * INPUTS_PER_GROUP // group4)
     real = (jnp.arange(zero_point.shape[0]) < N)[:, None]
     zero_point = jnp.where(real, zero_point[:, :G], 0.0).astype(jnp.uint32).reshape(-1, OUTPUTS_PER_BLOCK, G)
     return {
@@ -357,7 +360,7 @@ def _four(wide: Wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
 def _sparse(rest: Groups, spare: int) -> tuple[jax.Array, jax.Array]:
     """Values and places of what is not 0, by place; zeros at place 0 fill up each block."""
     N, C, _ = rest.shape
-    W = C * COLUMNS
+    W = C * INPUTS_PER_GROUP
     flat = jnp.pad(rest.reshape(N, W).astype(jnp.float16), ((0, -N % block_rows(W)), (0, 0)))
     flat = flat.reshape(-1, block_rows(W) * W)
     used, at = jax.lax.top_k((flat != 0).astype(jnp.float32), spare)

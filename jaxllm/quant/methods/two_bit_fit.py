@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllm.pytree import pytree
-from jaxllm.weights.mixed_columns import COLUMNS, OUTPUTS_PER_BLOCK
+from jaxllm.weights.mixed_columns import INPUTS_PER_GROUP, OUTPUTS_PER_BLOCK
 
 MIN_STEP_SCALE = 2.0**-24  # float16's least number: a step scale is never 0
 SCALE_REFITS = 2  # times that the block's step scales are fitted again
@@ -222,11 +222,11 @@ def fit_four(
     "search": the best of 16 shares of the range. Holds about four arrays of [N, K].
     """
     N, C, _ = g.shape
-    G = -(-C * COLUMNS // group4)
+    G = -(-C * INPUTS_PER_GROUP // group4)
 
     def cut(v):  # [..., C, 16] -> [..., G, group4], zeros at the end
         v = v.reshape(*v.shape[:-2], -1)
-        return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, G * group4 - C * COLUMNS)]).reshape(
+        return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, G * group4 - C * INPUTS_PER_GROUP)]).reshape(
             *v.shape[:-1], G, group4
         )
 
@@ -249,7 +249,7 @@ def fit_four(
     values = (codes - zero_point[..., None]) * scale[..., None]
 
     def uncut(v):  # [N, G, group4] -> [N, C, 16]
-        return v.reshape(N, -1)[:, : C * COLUMNS].reshape(N, C, COLUMNS)
+        return v.reshape(N, -1)[:, : C * INPUTS_PER_GROUP].reshape(N, C, INPUTS_PER_GROUP)
 
     return scale, zero_point, uncut(codes), uncut(values)
 
@@ -260,12 +260,12 @@ def column_groups(
 ) -> tuple[Float[Array, "M C 16"], Float[Array, "C 16"], Bool[Array, "M C 16"]]:
     """g, h, live of rows [N, K]: outputs filled up by the last, inputs by weights that do not count."""
     N, K = rows.shape
-    C = -(-K // COLUMNS)
+    C = -(-K // INPUTS_PER_GROUP)
     wide = jnp.pad(rows.astype(jnp.float32), ((0, -N % OUTPUTS_PER_BLOCK), (0, 0)), mode="edge")
-    g = jnp.pad(wide, ((0, 0), (0, C * COLUMNS - K))).reshape(-1, C, COLUMNS)
-    live = jnp.broadcast_to((jnp.arange(C * COLUMNS) < K).reshape(1, C, COLUMNS), g.shape)
+    g = jnp.pad(wide, ((0, 0), (0, C * INPUTS_PER_GROUP - K))).reshape(-1, C, INPUTS_PER_GROUP)
+    live = jnp.broadcast_to((jnp.arange(C * INPUTS_PER_GROUP) < K).reshape(1, C, INPUTS_PER_GROUP), g.shape)
     # relative, with a little for inputs never seen, so that their weights are rounded to something near
     h = diagonal.astype(jnp.float32)
     mean = jnp.mean(h)
     h = jnp.where(mean > 0, h / jnp.where(mean > 0, mean, 1.0), 1.0) + 1e-4
-    return g, jnp.pad(h, (0, C * COLUMNS - K)).reshape(C, COLUMNS), live
+    return g, jnp.pad(h, (0, C * INPUTS_PER_GROUP - K)).reshape(C, INPUTS_PER_GROUP), live

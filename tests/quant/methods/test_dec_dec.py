@@ -23,7 +23,7 @@ from jaxllm.weights.matmul import matmul as multiply
 
 K, N = 1056, 24  # a whole chunk and a short one
 
-select = jax.jit(host_residual.select, static_argnames=("k_chunk", "how"))
+select = jax.jit(host_residual.select, static_argnames=("k_chunk", "selector"))
 matmul = jax.jit(lambda x, w: multiply(x, w, jnp.float32))
 
 
@@ -43,11 +43,11 @@ def inputs(tokens, width=K, seed=1):
     return jnp.asarray(np.random.default_rng(seed).standard_t(3, (tokens, width)).astype(np.float32))
 
 
-def weight(rows=None, *, k_chunk=32, bits=4, how="bucket", x=None) -> HostResidual:
+def weight(rows=None, *, k_chunk=32, bits=4, selector="bucket", x=None) -> HostResidual:
     rows = jax.random.normal(jax.random.key(0), (N, K)) if rows is None else rows
     x = inputs(64, rows.shape[1]) if x is None else x
     stats = Stats(hessian_diag=jnp.square(x).sum(0), thresholds=token_thresholds(x))
-    method = DecDec(base=Nearest(), residual_bits=bits, k_chunk=k_chunk, select=how)
+    method = DecDec(base=Nearest(), residual_bits=bits, k_chunk=k_chunk, selector=selector)
     return method.quantize(rows, stats, name="a.b", dtype=rows.dtype)
 
 
@@ -101,13 +101,14 @@ def test_with_all_inputs_fetched_the_product_is_that_of_the_base_and_the_whole_r
 
 
 @pytest.mark.parametrize(
-    "width, how", [(1000, "static"), (1536, "bucket"), (1536, "exact"), (17920, "bucket"), (1000, "random")]
+    "width, selector",
+    [(1000, "static"), (1536, "bucket"), (1536, "exact"), (17920, "bucket"), (1000, "random")],
 )
-def test_the_product_is_that_of_the_residual_masked_by_the_selection(width, how):
+def test_the_product_is_that_of_the_residual_masked_by_the_selection(width, selector):
     rows = jax.random.normal(jax.random.key(3), (8, width))
-    w = weight(rows, k_chunk=16, how=how, x=inputs(4, width))
+    w = weight(rows, k_chunk=16, selector=selector, x=inputs(4, width))
     x = inputs(2, width, seed=5)
-    chosen = select(x, w.hint, 16, how)
+    chosen = select(x, w.selector_state, 16, selector)
     rest = full_rows(w) - w.base.dequantize_rows()
     mask = np.zeros((2, width), bool)
     np.put_along_axis(mask, np.asarray(chosen), True, axis=1)
@@ -229,7 +230,7 @@ def test_the_error_left_falls_by_the_share_of_energy_taken_and_on_average_with_e
     x = jax.random.normal(jax.random.key(9), (400, K))
     lost = []
     for k_chunk in (0, 16, 64, 256):
-        w = weight(rows, k_chunk=k_chunk, bits=16, how="exact")
+        w = weight(rows, k_chunk=k_chunk, bits=16, selector="exact")
         got = (
             multiply(x, w.base, jnp.float32) + host_residual.compensation(x, w)
             if k_chunk
@@ -339,12 +340,12 @@ def test_a_weight_cut_over_devices_gives_the_same_product():
 def test_the_method_asks_for_what_its_selection_needs_and_refuses_nonsense(rows):
     base = Nearest()
     assert DecDec(base=base).required_stats == {"mean", "thresholds"}
-    assert DecDec(base=base, select="static").required_stats == {"mean", "hessian_diag"}
-    assert DecDec(base=base, select="exact").required_stats == {"mean"}
+    assert DecDec(base=base, selector="static").required_stats == {"mean", "hessian_diag"}
+    assert DecDec(base=base, selector="exact").required_stats == {"mean"}
     for option, message in (
         ({"residual_bits": 3}, "residual_bits must be 2, 4, 8 or 16"),
         ({"k_chunk": 1025}, "k_chunk must be 0 to 1024"),
-        ({"select": "best"}, "select must be bucket"),
+        ({"selector": "best"}, "selector must be bucket"),
     ):
         wrong = object.__new__(DecDec)  # beneath the tests' type check
         for field in dataclasses.fields(DecDec):
@@ -361,8 +362,8 @@ def test_the_method_asks_for_what_its_selection_needs_and_refuses_nonsense(rows)
 
 def test_random_channels_depend_on_the_name_and_the_seed_only(rows):
     def drawn(name, seed):
-        method = DecDec(base=Nearest(), select="random", seed=seed)
-        return method.quantize(rows, Stats(), name=name, dtype=rows.dtype).hint
+        method = DecDec(base=Nearest(), selector="random", seed=seed)
+        return method.quantize(rows, Stats(), name=name, dtype=rows.dtype).selector_state
 
     assert (drawn("a", 0) == drawn("a", 0)).all()
     assert (drawn("a", 0) != drawn("b", 0)).any() and (drawn("a", 0) != drawn("a", 1)).any()

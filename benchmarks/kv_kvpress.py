@@ -102,7 +102,7 @@ def _seconds(model, rows: list[list[int]], options: dict[str, Any], later: int) 
 
 def kept_mask(cache, context: int) -> np.ndarray:
     """What is kept [B, L, K, T]."""
-    kept = repack.kept_positions(cache)
+    kept = repack.positions_by_head(cache)
     out = np.zeros((len(kept[0]), len(kept), len(kept[0][0]), context), bool)
     for layer, requests in enumerate(kept):
         for b, heads in enumerate(requests):

@@ -152,7 +152,7 @@ def part_cost(args) -> list[dict[str, Any]]:
     times |= _written(pico, tokenizer, args)
     found += [{"what": name, "seconds": seconds} for name, seconds in times.items()]
     c = model.config
-    kept = [len(head) for layer in repack.kept_positions(small) for b in layer for head in b]
+    kept = [len(head) for layer in repack.positions_by_head(small) for b in layer for head in b]
     page_size = small.context.keys.shape[1]
     found.append(
         {

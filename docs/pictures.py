@@ -174,7 +174,7 @@ def quality_at_bits(mode: str) -> plt.Figure:
 def kept_by_head() -> np.ndarray:
     """The part of a list's pairs that each layer and head of pico keeps, of 30 % in all [L, K]."""
     import jaxllm as jl
-    from jaxllm.cache.repack import kept_positions
+    from jaxllm.cache.repack import positions_by_head
     from jaxllm.training.pico.exercises import Words, list_end, lookup
 
     model, tokenizer = jl.load()
@@ -184,7 +184,7 @@ def kept_by_head() -> np.ndarray:
     cache = jl.prefill(model, [ids])
     scores = jl.eviction.kvzip_scores(model, cache, [ids[1:]], tokenizer=tokenizer, prefix=1)
     small = jl.eviction.evict(cache, scores, ratio=0.3, prefix=1)
-    return np.array([[len(head) / len(ids) for head in layer[0]] for layer in kept_positions(small)])
+    return np.array([[len(head) / len(ids) for head in layer[0]] for layer in positions_by_head(small)])
 
 
 def kvzip_heads(mode: str) -> plt.Figure:

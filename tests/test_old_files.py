@@ -103,6 +103,19 @@ def test_a_cache_holds_its_rows_bit_for_bit_and_goes_on(name, decoder, known):
     close(forward(decoder, jnp.asarray([[7, 7], [9, 1]]), cache), known[f"caches/{name}/logits"])
 
 
+def test_a_cache_of_version_3_opens_by_the_names_of_now(decoder):
+    """It was made as the one of 0.1.0 was, of the same model and rows."""
+    folder = OLD.parent / "files_of_cache_version_3"
+    cache = kv.load(folder, decoder)
+    assert json.loads((folder / "cache.json").read_text())["version"] == 3
+    with np.load(folder / "arrays.npz") as raw:
+        arrays = sorted(raw[key].tobytes() for key in raw.files)
+    assert sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(cache)) == arrays
+    same = kv.load(OLD / "caches" / "paged_4_bits", decoder)
+    assert jax.tree.structure(cache) == jax.tree.structure(same)
+    jax.tree.map(np.testing.assert_array_equal, cache, same)
+
+
 def test_a_cache_still_knows_whose_keys_it_holds(gpt):
     with pytest.raises(ValueError, match="another model's keys"):
         kv.load(OLD / "caches" / "dense", gpt)

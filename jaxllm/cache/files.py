@@ -23,9 +23,22 @@ from jaxllm.storage.former_names import FIELDS
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
-META, ARRAYS, FORMAT, VERSION = "cache.json", "arrays.npz", "jaxllm cache", 3
-FINGERPRINTS = {2: fingerprint_of_first_numbers, VERSION: fingerprint}  # by the version of the file
+META, ARRAYS, FORMAT, VERSION = "cache.json", "arrays.npz", "jaxllm cache", 4
+FINGERPRINTS = {
+    2: fingerprint_of_first_numbers,
+    3: fingerprint,
+    VERSION: fingerprint,
+}  # by version
 CLASSES = (DenseCache, PagedCache, Context, QuantizedRows)  # what a file may name
+# What fields are called now, by their names in files of versions 2 and 3.
+RENAMED = {
+    "head": "page_head",
+    "filled": "page_lengths",
+    "first": "page_offsets",
+    "sizes": "context_lengths",
+    "slot": "context_of_request",
+    "readers": "max_readers",
+}
 
 
 def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
@@ -53,10 +66,29 @@ def load(path: str | Path, model) -> DenseCache | PagedCache:
         with np.load(path / ARRAYS) as stored:
             if meta["version"] == 2:
                 return _of_version_2(meta, stored)
+            if meta["version"] == 3:
+                return _of_version_3(meta, stored)
             return build(meta["cache"], "cache", unpack_arrays(stored), CLASSES)
     except (ValueError, KeyError, TypeError, OSError) as error:
         why = one_line(error)
         raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {why}") from error
+
+
+def _of_version_3(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> DenseCache | PagedCache:
+    """The cache of a file that calls fields by older names, in its description and in the names of arrays."""
+    make, before = unpack_arrays(stored), {new: old for old, new in RENAMED.items()}
+
+    def renamed(described: Any) -> Any:
+        if isinstance(described, list):
+            return [renamed(part) for part in described]
+        if not isinstance(described, dict):
+            return described
+        return {RENAMED.get(key, key): renamed(part) for key, part in described.items()}
+
+    def make_renamed(name: str, shape: tuple[int, ...], dtype):
+        return make("/".join(before.get(part, part) for part in name.split("/")), shape, dtype)
+
+    return build(renamed(meta["cache"]), "cache", make_renamed, CLASSES)
 
 
 def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> DenseCache | PagedCache:
@@ -90,7 +122,7 @@ def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> Den
     context = Context(
         keys=rows("context/keys", meta["keys"]),
         values=rows("context/values", meta["values"]),
-        **{name: arrays[f"context/{name}"] for name in plain},
-        readers=meta["readers"],
+        **{RENAMED.get(name, name): arrays[f"context/{name}"] for name in plain},
+        max_readers=meta["readers"],
     )
     return PagedCache(context, tail)

@@ -5,8 +5,8 @@ written in place; layers with a window, from which nothing is evicted, lie in it
 pool of pages of C rows for all layers, requests and heads. The pages of a head follow each other, so that a
 block table is where they begin:
 
-    pages first[l, j] to first[l, j + 1]    of head j = context * K + key head, in layer l
-    keys[page]     [C, D]                   its rows by position; the last page of a head may not be full
+    pages page_offsets[l, j] to page_offsets[l, j + 1]    of head j = context * K + key head, in layer l
+    keys[page]     [C, E]           its rows by position; the last page of a head may not be full
 
 Attention walks over a layer's pages, some at a time, with a running softmax for each head; a page is read
 once, and no head is filled up beyond its own last page. How many pages a head has is known at run time only;
@@ -14,15 +14,16 @@ how many there are at most follows from the number of rows that stay, so context
 a compilation. Rows are stored rotated, as they were, so new tokens go on at their own positions. Lossless as
 to the rows that are kept. A row's score stays with it, for a second eviction.
 
-Requests may share a context: `slot[b]` is the context of request b (`select`, many questions to one text).
-`_of_context` is what a kernel over pages replaces.
+Requests may share a context (`select`, many questions to one text).
+`attend_reference` is what `attend` means, and what a kernel over pages must equal.
 
-Letters: B requests, S contexts, K key heads, J = S K, G queries a key head, L layers without a window,
-P pages, C rows a page, W pages at a time.
+Letters: B requests, T tokens of a chunk, H query heads, K key heads, G = H / K, E head size, S rows of the
+tail, L layers without a window, J heads of all contexts (or of all requests), P pages, C rows a page, W pages
+of a tile, n = G T queries of a request and key head, M most requests of a context, N = M n.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,25 +33,28 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.cache import dense
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.rows import Rows, dequantize, rotate_queries
-from jaxllm.ops.attention import FLOAT32, MASK_VALUE
+from jaxllm.ops.attention import FLOAT32, MASK_VALUE, attention, soft_cap
 from jaxllm.pytree import pytree, static
+
+MIN_PAGES, MAX_PAGES = 8, 64  # of a tile
+MAX_QUERIES = 1024  # W N: of all pages of a tile together
 
 
 @pytree
 class Context:
     """The rows that were kept."""
 
-    keys: Rows  # [P, C, D]
-    values: Rows  # [P, C, D]
+    keys: Rows  # [P, C, E]
+    values: Rows  # [P, C, E]
     positions: jax.Array  # int32 [P, C], -1 where a page is not full
     scores: jax.Array  # float32 [P, C]: what `evict` was given; infinite for rows that always stay
-    head: jax.Array  # int32 [P]: whose page
-    filled: jax.Array  # int32 [P]: how many of its rows are real
-    first: jax.Array  # int32 [L, J + 1]
-    sizes: jax.Array  # int32 [S]: tokens of each context that scores were given for, evicted ones too
+    page_head: jax.Array  # int32 [P]: whose page
+    page_lengths: jax.Array  # int32 [P]: how many of its rows are real
+    page_offsets: jax.Array  # int32 [L, J + 1]: the first page of each head, and where the last one's end
+    context_lengths: jax.Array  # int32 [J / K]: tokens that scores were given for, evicted ones too
     prefix: jax.Array  # int32 []: where those begin
-    slot: jax.Array  # int32 [B]
-    readers: int = static()  # requests that read one context, at most
+    context_of_request: jax.Array  # int32 [B]
+    max_readers: int = static()  # requests that read one context, at most
 
 
 @pytree
@@ -96,10 +100,10 @@ def truncate(cache: PagedCache, lengths: Int[Array, " B"]) -> PagedCache:
 
 def select(cache: PagedCache, rows: Int[Array, " N"]) -> PagedCache:
     """As `dense.select`; contexts are shared, not copied, and stay even if no request reads them."""
-    slot = cache.context.slot[rows]
-    traced = isinstance(slot, jax.core.Tracer)
-    readers = slot.shape[0] if traced else int(np.bincount(np.asarray(slot), minlength=1).max(initial=1))
-    context = dataclasses.replace(cache.context, slot=slot, readers=readers)
+    of = cache.context.context_of_request[rows]
+    traced = isinstance(of, jax.core.Tracer)
+    readers = of.shape[0] if traced else int(np.bincount(np.asarray(of), minlength=1).max(initial=1))
+    context = dataclasses.replace(cache.context, context_of_request=of, max_readers=readers)
     return PagedCache(context, dense.select(cache.tail, rows))
 
 
@@ -109,7 +113,7 @@ def grow(cache: PagedCache, rows: int) -> PagedCache:
 
 
 def attend(
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H E"],
     cache: PagedCache,
     layer: int,
     positions: Int[Array, "B T"],
@@ -117,9 +121,9 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
-    mask: Bool[Array, "B T R"] | None = None,
+    mask: Bool[Array, "B T S"] | None = None,
     bias=None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H E"]:
     """As `dense.attend`. mask: of the rows of the tail; the context is seen whole. bias must be None."""
     if bias is not None:
         raise ValueError("cache.attend: a bias by distance needs all rows: such a cache cannot be evicted")
@@ -128,106 +132,207 @@ def attend(
         return dense.attend(
             q, tail, layer, positions, lengths, scale=scale, softcap=softcap, mask=mask, bias=None
         )
-    B, T, H, D = q.shape
+    B, T, H, E = q.shape
     keys, values = tail.keys[layer], tail.values[layer]
     J = keys.shape[0]
     K, G = J // B, H * B // J
     q = rotate_queries(q, keys)
-    q = q.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    q = q.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
     rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    sums = _of_context(q, cache.context, sum(w is None for w in tail.windows[:layer]), rule)
-    _, seen = dense.visible(tail, layer, positions, lengths, mask)  # [B, T, R]
+    of_context = _attend_context(q, cache.context, _context_layer(tail, layer), rule)
+    _, seen = dense.visible(tail, layer, positions, lengths, mask)  # [B, T, S]
     seen = jnp.broadcast_to(seen[:, None, None], (B, K, G, T, seen.shape[-1])).reshape(J, G * T, -1)
-    sums = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), sums)
-    since = _weighed(q.reshape(J, G * T, D), dequantize(keys), dequantize(values), seen, **rule)
-    _, total, out = _both(sums, since)
-    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(dequantize(values).dtype)
-    return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    of_context = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), of_context)
+    of_tail = _partial_softmax(q.reshape(J, G * T, E), dequantize(keys), dequantize(values), seen, **rule)
+    _, total, out = _merge(of_context, of_tail)
+    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(values.dtype)
+    return out.reshape(B, K, G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
-def _of_context(q: Float[Array, "B K n D"], context: Context, layer: int, rule):
-    """Greatest score [B, K, n], sum of weights and weighted values [B, K, n, D] over one layer's context."""
-    (B, K, n, D), (P, C, _) = q.shape, context.keys.shape
-    J, M = context.first.shape[1] - 1, context.readers
-    slot = context.slot
-    before = (slot[:, None] == slot[None]) & (jnp.arange(B)[:, None] > jnp.arange(B)[None])
-    rank = before.sum(1)  # among the requests of one context
-    own = jnp.full((J // K, M), B, jnp.int32)
-    own = own.at[slot, rank].set(jnp.arange(B, dtype=jnp.int32), mode="drop")
-    asked = jnp.concatenate([q, jnp.zeros((1, K, n, D), q.dtype)])[own]  # [S, M, K, n, D]
-    asked = asked.transpose(0, 2, 1, 3, 4).reshape(J, M * n, D)
-    # As many pages at a time as there are heads: their rows fill a product that is worth two cores, and what
-    # is added up for heads (W W M n D) stays small beside the product itself (W M n C D).
-    W = min(P, max(8, min(J, 64, 1024 // (M * n))))
-    room = lambda x: jnp.pad(x, [(0, W)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
-    asked = room(asked)
-    start, end = context.first[layer, 0], context.first[layer, J]
+def attend_reference(
+    q: Float[Array, "B T H E"],
+    cache: PagedCache,
+    layer: int,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Bool[Array, "B T S"] | None = None,
+) -> Float[Array, "B T H E"]:
+    """What `attend` means, and a kernel over pages must equal: one softmax over each head's rows, gathered.
 
-    def body(carry):
-        i, sums = carry
-        at = jnp.minimum(i, P - W)
-        pages = at + jnp.arange(W)
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, W)  # noqa: E731
-        least = context.head[i]  # pages at hand belong to this head and those behind it
-        local = cut(context.head) - least
-        # subtle: where heads without pages lie between, W pages reach farther than W heads
-        new = (pages >= i) & (pages < end) & (local < W)
-        local = jnp.where(new, local, W)
-        heads = lambda x: jax.lax.dynamic_slice_in_dim(x, least, W)  # noqa: E731
-        k, v = (dequantize(jax.tree.map(cut, rows)) for rows in (context.keys, context.values))
-        seen = jnp.arange(C)[None] < jnp.where(new, cut(context.filled), 0)[:, None]
-        part = _weighed(heads(asked)[jnp.minimum(local, W - 1)], k, v, seen[:, None], **rule)
-        sums = jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, least, 0),
-            sums,
-            _by_head(jax.tree.map(heads, sums), part, local),
-        )
-        return i + new.sum(), sums
-
-    none = (
-        jnp.full((J + W, M * n), MASK_VALUE),
-        jnp.zeros((J + W, M * n)),
-        jnp.zeros((J + W, M * n, D)),
-    )
-    _, sums = jax.lax.while_loop(lambda carry: carry[0] < end, body, (start, none))
-
-    def by_request(x):
-        return x[:J].reshape(J // K, K, M, n, *x.shape[2:])[slot, :, jnp.minimum(rank, M - 1)]
-
-    return jax.tree.map(by_request, sums)
-
-
-def _weighed(q, k, v, seen, *, scale: float, softcap: float | None):
-    """Greatest score [J, n], sum of weights relative to it and weighted values [J, n, D] of some rows.
-
-    q [J, n, D], k, v [J, S, D], seen [J, n or 1, S].
+    For a layer without a window; of arrays that are there (not traced), and slow.
     """
-    scores = jnp.einsum("jnd,jsd->jns", q, k, **FLOAT32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    (B, T, H, _), tail, context = q.shape, cache.tail, cache.context
+    q, K = rotate_queries(q, tail.keys[layer]), tail.keys[layer].shape[0] // B
+    keys, values = dequantize(tail.keys[layer]), dequantize(tail.values[layer])
+    _, seen = dense.visible(tail, layer, positions, lengths, mask)
+    out = [[q[b : b + 1, :, h : h + 1] for h in range(H)] for b in range(B)]
+    for b, h in np.ndindex(B, H):
+        k = h * K // H
+        head = int(context.context_of_request[b]) * K + k
+        old_keys, old_values = _rows_of_head(context, _context_layer(tail, layer), head)
+        head_keys = jnp.concatenate([old_keys, keys[b * K + k]])[None]
+        head_values = jnp.concatenate([old_values, values[b * K + k]])[None]
+        sees = jnp.concatenate([jnp.ones((T, len(old_keys)), bool), seen[b]], axis=1)[None]
+        out[b][h] = attention(out[b][h], head_keys, head_values, sees, scale=scale, softcap=softcap)
+    return jnp.concatenate([jnp.concatenate(heads, axis=2) for heads in out])
+
+
+def _rows_of_head(context: Context, layer: int, head: int) -> tuple[Float[Array, "n E"], Float[Array, "n E"]]:
+    """The keys and values of one head, gathered from its pages."""
+    first, end = context.page_offsets[layer, head : head + 2]
+    real = jnp.arange(context.keys.shape[1])[None] < context.page_lengths[first:end, None]
+    keys, values = jax.tree.map(lambda x: x[first:end], (context.keys, context.values))
+    return dequantize(keys)[real], dequantize(values)[real]
+
+
+def _context_layer(tail: DenseCache, layer: int) -> int:
+    """Which of the context's layers, those without a window, a layer is."""
+    return sum(window is None for window in tail.windows[:layer])
+
+
+class PartialSoftmax(NamedTuple):
+    """A softmax over some of the rows that queries see, not yet divided by its sum (online softmax)."""
+
+    greatest: Float[Array, "*J n"]  # score
+    total: Float[Array, "*J n"]  # sum of weights e^(score - greatest)
+    out: Float[Array, "*J n E"]  # sum of weighted values
+
+
+def _partial_softmax(
+    q: Float[Array, "J n E"],
+    k: Float[Array, "J S E"],
+    v: Float[Array, "J S E"],
+    seen: Bool[Array, "J _ S"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> PartialSoftmax:
+    scores = soft_cap(jnp.einsum("jne,jse->jns", q, k, **FLOAT32) * scale, softcap)
     scores = jnp.where(seen, scores, MASK_VALUE)
     greatest = scores.max(-1)
     weights = jnp.where(seen, jnp.exp(scores - greatest[..., None]), 0.0)
-    out = jnp.einsum("jns,jsd->jnd", weights.astype(v.dtype), v, **FLOAT32)
-    return greatest, weights.sum(-1), out
+    out = jnp.einsum("jns,jse->jne", weights.astype(v.dtype), v, **FLOAT32)
+    return PartialSoftmax(greatest, weights.sum(-1), out)
 
 
-def _both(one, other):
-    """The sums of `_weighed` over the rows of both."""
-    greatest = jnp.maximum(one[0], other[0])
-    a, b = jnp.exp(one[0] - greatest), jnp.exp(other[0] - greatest)
-    return greatest, a * one[1] + b * other[1], a[..., None] * one[2] + b[..., None] * other[2]
+def _merge(one: PartialSoftmax, other: PartialSoftmax) -> PartialSoftmax:
+    """The softmax over the rows of both."""
+    greatest = jnp.maximum(one.greatest, other.greatest)
+    a, b = jnp.exp(one.greatest - greatest), jnp.exp(other.greatest - greatest)
+    out = a[..., None] * one.out + b[..., None] * other.out
+    return PartialSoftmax(greatest, a * one.total + b * other.total, out)
 
 
-def _by_head(sums, part, head: Int[Array, " W"]):
-    """The sums of W heads with those of W pages taken in; head[page] is W for a page of none of them."""
+def _merge_pages(heads: PartialSoftmax, pages: PartialSoftmax, head: Int[Array, " W"]) -> PartialSoftmax:
+    """The softmax of W heads with the rows of W pages; head[page] is W for a page of none of them."""
     W = len(head)
     owner = head[None] == jnp.arange(W)[:, None]  # [head, page]
-    greatest = jnp.maximum(sums[0], jnp.where(owner[:, :, None], part[0][None], MASK_VALUE).max(1))
+    of_pages = jnp.where(owner[:, :, None], pages.greatest[None], MASK_VALUE).max(1)
+    greatest = jnp.maximum(heads.greatest, of_pages)
     mine = owner.astype(jnp.float32)
-    shrink = jnp.exp(sums[0] - greatest)
-    factor = jnp.where(head[:, None] < W, jnp.exp(part[0] - greatest[jnp.minimum(head, W - 1)]), 0.0)
-    add = lambda x: jnp.einsum("hp,pm->hm", mine, x.reshape(x.shape[0], -1), **FLOAT32)  # noqa: E731
-    total = sums[1] * shrink + add(part[1] * factor)
-    out = sums[2] * shrink[..., None] + add(part[2] * factor[..., None]).reshape(sums[2].shape)
-    return greatest, total, out
+    shrink = jnp.exp(heads.greatest - greatest)
+    factor = jnp.exp(pages.greatest - greatest[jnp.minimum(head, W - 1)])
+    factor = jnp.where(head[:, None] < W, factor, 0.0)
+
+    def add(x):
+        return jnp.einsum("hp,pm->hm", mine, x.reshape(W, -1), **FLOAT32)
+
+    total = heads.total * shrink + add(pages.total * factor)
+    out = heads.out * shrink[..., None] + add(pages.out * factor[..., None]).reshape(heads.out.shape)
+    return PartialSoftmax(greatest, total, out)
+
+
+def _attend_context(q: Float[Array, "B K n E"], context: Context, layer: int, rule) -> PartialSoftmax:
+    """The softmax over one layer's context [B, K, n], by a walk over its pages, a tile of W at a time."""
+    rank = _rank_of_requests(context)
+    queries = _queries_by_head(q, context, rank)
+    J, N, E = queries.shape
+    W = _pages_of_tile(context.keys.shape[0], J, N)
+    queries = jnp.pad(queries, ((0, W), (0, 0), (0, 0)))  # the last heads of a tile may lie behind the last
+    start, end = context.page_offsets[layer, 0], context.page_offsets[layer, J]
+
+    def body(carry):
+        page, heads = carry
+        tile = _read_tile(context, page, end, W)
+
+        def of_tile(x):
+            return jax.lax.dynamic_slice_in_dim(x, tile.head, W)
+
+        asked = of_tile(queries)[jnp.minimum(tile.local, W - 1)]
+        pages = _partial_softmax(asked, tile.keys, tile.values, tile.seen[:, None], **rule)
+        heads = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, tile.head, 0),
+            heads,
+            _merge_pages(jax.tree.map(of_tile, heads), pages, tile.local),
+        )
+        return page + tile.num_pages, heads
+
+    none = PartialSoftmax(jnp.full((J + W, N), MASK_VALUE), jnp.zeros((J + W, N)), jnp.zeros((J + W, N, E)))
+    _, heads = jax.lax.while_loop(lambda carry: carry[0] < end, body, (start, none))
+    M, K = context.max_readers, q.shape[1]
+
+    def by_request(x):
+        x = x[:J].reshape(J // K, K, M, N // M, *x.shape[2:])
+        return x[context.context_of_request, :, jnp.minimum(rank, M - 1)]
+
+    return jax.tree.map(by_request, heads)
+
+
+def _rank_of_requests(context: Context) -> Int[Array, " B"]:
+    """Each request's number among those that read the same context."""
+    of, order = context.context_of_request, jnp.arange(len(context.context_of_request))
+    before = (of[:, None] == of[None]) & (order[:, None] > order[None])
+    return before.sum(1)
+
+
+def _queries_by_head(
+    q: Float[Array, "B K n E"], context: Context, rank: Int[Array, " B"]
+) -> Float[Array, "J N E"]:
+    """The N = M n queries of each context's head; zeros where fewer than M requests read it."""
+    (B, K, n, E), J, M = q.shape, context.page_offsets.shape[1] - 1, context.max_readers
+    request = jnp.full((J // K, M), B, jnp.int32)
+    order = jnp.arange(B, dtype=jnp.int32)
+    request = request.at[context.context_of_request, rank].set(order, mode="drop")
+    queries = jnp.concatenate([q, jnp.zeros((1, K, n, E), q.dtype)])[request]  # [J / K, M, K, n, E]
+    return queries.transpose(0, 2, 1, 3, 4).reshape(J, M * n, E)
+
+
+def _pages_of_tile(P: int, J: int, N: int) -> int:
+    """Pages read at a time (W).
+
+    As many as there are heads: their rows fill a product that is worth two cores, and what is added up for
+    heads (W W N E) stays small beside the product itself (W N C E).
+    """
+    return min(P, max(MIN_PAGES, min(J, MAX_PAGES, MAX_QUERIES // N)))
+
+
+class _Tile(NamedTuple):
+    """Pages of one layer, read at once."""
+
+    keys: Float[Array, "W C E"]
+    values: Float[Array, "W C E"]
+    seen: Bool[Array, "W C"]  # rows that are real, and not read before
+    head: Int[Array, ""]  # the first page's
+    local: Int[Array, " W"]  # each page's head, counted from that one; W: the page is not the tile's
+    num_pages: Int[Array, ""]  # pages that are the tile's
+
+
+def _read_tile(context: Context, page: Int[Array, ""], end: Int[Array, ""], W: int) -> _Tile:
+    """The pages from `page` on, before `end`, as far as they are of W heads."""
+    P, C, _ = context.keys.shape
+    start = jnp.minimum(page, P - W)
+    pages = start + jnp.arange(W)
+
+    def cut(x):
+        return jax.lax.dynamic_slice_in_dim(x, start, W)
+
+    head = context.page_head[page]
+    local = cut(context.page_head) - head
+    # subtle: where heads without pages lie between, W pages reach farther than W heads
+    new = (pages >= page) & (pages < end) & (local < W)
+    keys, values = (dequantize(jax.tree.map(cut, rows)) for rows in (context.keys, context.values))
+    seen = jnp.arange(C)[None] < jnp.where(new, cut(context.page_lengths), 0)[:, None]
+    return _Tile(keys, values, seen, head, jnp.where(new, local, W), new.sum())

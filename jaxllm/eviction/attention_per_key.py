@@ -8,7 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.ops.attention import FLOAT32, MASK_VALUE
+from jaxllm.ops.attention import FLOAT32, MASK_VALUE, soft_cap
 
 # queries at once at least, and how often at most: weights take J G S T / 8 numbers
 MIN_QUERIES, MAX_PASSES = 64, 8
@@ -42,8 +42,7 @@ def attention_per_key(
         scores = (
             jnp.einsum("jnd,jsd->jns", asked, k[:, :n], **FLOAT32).reshape(B, K, G, end - start, n) * scale
         )
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
+        scores = soft_cap(scores, softcap)
         scores = jnp.where(seen[:, None, None, start:end, :n], scores, MASK_VALUE)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         part = share[:, None, None, start:end] / weights.sum(-1)

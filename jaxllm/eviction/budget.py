@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.cache import repack
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import PagedCache
-from jaxllm.cache.repack import Held
+from jaxllm.cache.repack import RowTable
 
 Rule = Literal["global", "per_head", "whole_heads"]
 
@@ -142,17 +142,18 @@ def evict(
     )
     check_room("evict", rows, 16 if page is None else page)
     if isinstance(cache, PagedCache):
-        there = repack.held(cache, tail=False)
+        there = repack.row_table(cache, tail=False)
         s, sizes = _scores_again(cache, there, scores, prefix)
         prefix, tail = int(cache.context.prefix), repack.copied(cache.tail)
     else:
-        there = repack.held(cache, tail=True)
+        there = repack.row_table(cache, tail=True)
         s, sizes = _scores_of_all(cache, there, scores, prefix)
         tail = repack.new_tail(cache, rows)
     keep = spent.keep(s, sizes)
     if page is None:
         page = int(np.clip(2 ** np.floor(np.log2(max(keep.sum(-1).mean() / 16, 1))), 16, 64))
-    return repack.pack(cache, there, s, keep, sizes=sizes, prefix=prefix, tail=tail, page=page)
+    context = repack.build_context(cache, there, s, keep, lengths=sizes, prefix=prefix, page=page)
+    return PagedCache(context, tail)
 
 
 def check_room(who: str, rows: int, page: int) -> None:
@@ -161,7 +162,7 @@ def check_room(who: str, rows: int, page: int) -> None:
 
 
 def _scores_of_all(
-    cache: DenseCache, there: Held, scores: Array | None, prefix: int
+    cache: DenseCache, there: RowTable, scores: Array | None, prefix: int
 ) -> tuple[Float[np.ndarray, "L B K M"], Int[np.ndarray, " B"]]:
     """Scores of a dense cache's rows, infinite where they always stay, and the contexts' sizes."""
     if cache.base is not None:
@@ -185,11 +186,11 @@ def _scores_of_all(
 
 
 def _scores_again(
-    cache: PagedCache, there: Held, scores: Array | None, prefix: int
+    cache: PagedCache, there: RowTable, scores: Array | None, prefix: int
 ) -> tuple[Float[np.ndarray, "L B K M"], Int[np.ndarray, " B"]]:
     """Scores of the rows that are left of a context: those that they have, or new ones."""
     context = cache.context
-    sizes = np.asarray(context.sizes)[np.asarray(context.slot)]
+    sizes = np.asarray(context.context_lengths)[np.asarray(context.context_of_request)]
     s = there.scores
     if scores is None:
         return s, sizes

@@ -43,7 +43,8 @@ def broadcast_head_scores(
             f"broadcast_head_scores: heads must be [L, K] = {(L, K)} of this cache, got {heads.shape}"
         )
     if isinstance(cache, PagedCache):
-        T = int(cache.context.sizes[cache.context.slot].max())
+        context = cache.context
+        T = int(context.context_lengths[context.context_of_request].max())
     else:
         T = int(cache.lengths.max()) - prefix
     if not 0 <= prefix or T < 1:

@@ -42,7 +42,7 @@ def evict_to_budget(
         got = f"{tokens=}, {sinks=}, {recent=}"
         raise ValueError(f"evict_to_budget: tokens must be more than sinks and recent together, got {got}")
     check_room("evict_to_budget", rows, page)
-    there = repack.held(cache, tail=True)
+    there = repack.row_table(cache, tail=True)
     L, B, K, M = there.positions.shape
     if not L:
         raise ValueError("evict_to_budget: a layer must see all of the text, got windows only")
@@ -70,7 +70,8 @@ def evict_to_budget(
     tail = repack.new_tail(cache, rows)
     most = tokens * L * K * B
     sizes = np.maximum(lengths - sinks, 0)
-    return repack.pack(cache, there, s, keep, sizes=sizes, prefix=sinks, tail=tail, page=page, most=most)
+    context = repack.build_context(cache, there, s, keep, lengths=sizes, prefix=sinks, page=page, most=most)
+    return PagedCache(context, tail)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def attention(
     """Softmax attention where `mask` says which key each query may see.
 
     k, v: J = B K blocks of rows, one a request and key head, as `heads_first` makes them.
-    softcap: scores are bent to softcap * tanh(score / softcap) (Gemma 2).
+    softcap: scores are bent to it by `soft_cap` (Gemma 2).
     bias: added to the scores (T5's relative positions).
     """
     B, T, H, D = q.shape
@@ -41,12 +41,16 @@ def attention(
     scores = jnp.einsum("jnd,jsd->jns", q, k, **FLOAT32).reshape(B, K, G, T, S) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32).reshape(-1, K, G, T, S)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = soft_cap(scores, softcap)
     scores = jnp.where(mask[:, None, None], scores, MASK_VALUE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(J, G * T, S)
     out = jnp.einsum("jns,jsd->jnd", weights, v, **FLOAT32).astype(v.dtype)
     return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
+    """Scores or logits bent to `cap * tanh(x / cap)`, as they are for None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def heads_first(x: Float[Array, "B T K D"]) -> Float[Array, "J T D"]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxllm as jl
 from jaxllm import cache as kv
-from jaxllm.cache import repack
+from jaxllm.cache import paged, repack
 from jaxllm.cache.rows import dequantize, rotate_queries
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip, running_budget
@@ -114,20 +114,20 @@ def test_each_head_keeps_its_rows_at_their_positions_and_nothing_else_is_held(fi
     cache = filled()
     keep = chosen(drawn(), 0.25)
     small = evict(cache, drawn(), ratio=0.25, page=4, rows=8)
-    found = repack.kept_positions(small)
+    found = repack.positions_by_head(small)
     for layer in range(2):
         for b in range(3):
             for head in range(2):
                 np.testing.assert_array_equal(found[layer][b][head], np.flatnonzero(keep[layer, b, head]))
     assert [keep[:, b].sum() for b in range(3)] == [n * 4 // 4 for n in LENGTHS]  # L K n / 4
     context = small.context
-    pages = context.head.shape[0]
+    pages = context.page_head.shape[0]
     page = 2 * 4 * CONFIG.head_dim * 4  # keys and values of 4 rows, float32
     tail = 2 * (2 * 6 * 8 + 6 * 24) * CONFIG.head_dim * 4 + 2 * 3 * 4  # 8 rows, a window with slack; lengths
     table = pages * (2 * 4 + 2) * 4 + 2 * 7 * 4 + (3 + 1 + 3) * 4  # positions, scores, head, filled; the rest
     assert kv.num_bytes(small) == pages * page + tail + table
     used = sum(-(-len(rows) // 4) for layer in found for b in layer for rows in b)
-    assert used == int(context.first[-1, -1]) <= pages <= keep.sum() * 17 / 16 / 4 + 2 * 3 * 2
+    assert used == int(context.page_offsets[-1, -1]) <= pages <= keep.sum() * 17 / 16 / 4 + 2 * 3 * 2
 
 
 def test_contexts_of_one_size_and_budget_share_a_compilation(model, filled):
@@ -139,12 +139,12 @@ def test_contexts_of_one_size_and_budget_share_a_compilation(model, filled):
 
 def same(one, two):
     """Whether two caches keep the same rows, bit for bit."""
-    for a, b in zip(repack.kept_positions(one), repack.kept_positions(two), strict=True):
+    for a, b in zip(repack.positions_by_head(one), repack.positions_by_head(two), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
     pools = [(c.context.keys, c.context.values, c.context.scores) for c in (one, two)]
-    real = [np.arange(4) < np.asarray(c.context.filled)[:, None] for c in (one, two)]
-    np.testing.assert_array_equal(one.context.first, two.context.first)
-    used = int(one.context.first[-1, -1])
+    real = [np.arange(4) < np.asarray(c.context.page_lengths)[:, None] for c in (one, two)]
+    np.testing.assert_array_equal(one.context.page_offsets, two.context.page_offsets)
+    used = int(one.context.page_offsets[-1, -1])
     for x, y in zip(*map(jax.tree.leaves, pools), strict=True):
         np.testing.assert_array_equal(
             np.asarray(x)[:used][real[0][:used]], np.asarray(y)[:used][real[1][:used]]
@@ -198,7 +198,8 @@ def test_many_heads_of_which_most_have_nothing_are_read_as_they_are(B, K, T):
     keep.reshape(B * K, rows)[3 : B * K - 9] = False  # nearly all heads
     keep.reshape(B * K, rows)[B * K // 2] = True
     small = evict(cache, jnp.asarray(keep, jnp.float32), threshold=0.5, rows=T, page=2)
-    assert small.context.first.shape[1] - 1 > max(8, min(64, 1024 // T))  # heads than pages at a time
+    most = max(paged.MIN_PAGES, min(paged.MAX_PAGES, paged.MAX_QUERIES // T))  # pages of a tile
+    assert small.context.page_offsets.shape[1] - 1 > most
     q, new, more = (jnp.asarray(rng.normal(size=(B, T, K, D)), jnp.float32) for _ in range(3))
     one = jnp.full(B, T, jnp.int32)
     small = kv.append(small, 0, new, more, one)
@@ -227,7 +228,7 @@ def test_a_request_that_reads_nothing_spoils_no_other(model, filled):
 
 def test_a_threshold_keeps_what_reaches_it(filled):
     small = evict(filled(), drawn(), threshold=0.8, page=4)
-    for layer, rows in enumerate(repack.kept_positions(small)):
+    for layer, rows in enumerate(repack.positions_by_head(small)):
         for b, n in enumerate(LENGTHS):
             for head in range(2):
                 want = np.flatnonzero(np.asarray(drawn())[layer, b, head, :n] >= 0.8)
@@ -261,7 +262,7 @@ def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(mod
             stay |= set(rest[: 12 * 4 - len(stay)])
             for key in mine:
                 held[key] = sorted(t for k, t in stay if k == key)
-                np.testing.assert_array_equal(repack.kept_positions(found)[key[0]][b][key[2]], held[key])
+                np.testing.assert_array_equal(repack.positions_by_head(found)[key[0]][b][key[2]], held[key])
     keep = np.zeros((2, 3, 2, 64), bool)
     for (i, b, h), rows in held.items():
         keep[i, b, h, rows] = True
@@ -288,7 +289,7 @@ def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(mod
 def chosen_rows(small):
     """What a cache keeps of its context, as a mask over 64 rows."""
     keep = np.zeros((2, 3, 2, 64), bool)
-    for i, layer in enumerate(repack.kept_positions(small)):
+    for i, layer in enumerate(repack.positions_by_head(small)):
         for b, request in enumerate(layer):
             for h, rows in enumerate(request):
                 keep[i, b, h, rows] = True
@@ -395,7 +396,7 @@ def test_prefix_and_what_follows_the_context_always_stay(filled):
     cache = filled()
     scores = drawn(6)[..., :20]
     small = evict(cache, scores, ratio=0.1, prefix=4, page=4)
-    for layer in repack.kept_positions(small):
+    for layer in repack.positions_by_head(small):
         for b, request in enumerate(layer):
             for rows in request:
                 assert set(range(4)) <= set(rows) and set(range(24, LENGTHS[b])) <= set(rows)

@@ -176,7 +176,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
         if len(waiting) == 8:
             cache, waiting = hold.enforce(cache, jnp.concatenate(waiting, axis=-1)), []
             sizes.add(kv.num_bytes(cache))
-            rows = repack.kept_positions(cache)
+            rows = repack.positions_by_head(cache)
             for b in range(2):
                 held = [set(head.tolist()) for layer in rows for head in layer[b]]
                 assert sum(map(len, held)) <= 20 * 4
@@ -201,7 +201,7 @@ def test_a_held_cache_goes_on_from_an_evicted_one_and_from_a_text_read_within_th
     hold = running_budget.CacheBudget(gates=fast, tokens=16, buffer=8, recent=2)
     read = prefill.prefill_within_budget(model, ROWS, hold)
     assert read.lengths.tolist() == [40, 32]
-    assert sum(len(h) for layer in repack.kept_positions(read) for h in layer[0]) == 16 * 4
+    assert sum(len(h) for layer in repack.positions_by_head(read) for h in layer[0]) == 16 * 4
     prompts = [ROWS[0] + [8], ROWS[1] + [9]]
     whole = jl.generate(model, None, prompts, max_new_tokens=20, cache=jl.CacheOptions(budget=hold))
     after = jl.generate(

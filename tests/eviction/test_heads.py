@@ -38,13 +38,13 @@ def test_heads_learnt_from_one_text_keep_all_or_nothing_of_another(model, tmp_pa
     scores = broadcast_head_scores(heads, cache, prefix=2)
     small = evict(cache, scores, ratio=0.5, budget="whole_heads", prefix=2)
     best = np.argsort(-np.asarray(heads).ravel())[:2]
-    for i, layer in enumerate(repack.kept_positions(small)):
+    for i, layer in enumerate(repack.positions_by_head(small)):
         for b, n in enumerate((40, 20)):
             for h in range(2):
                 whole = 2 * i + h in best
                 np.testing.assert_array_equal(layer[b][h], np.arange(n if whole else 2))
     fewer = evict(small, broadcast_head_scores(heads, small), ratio=0.25, budget="whole_heads", prefix=2)
-    assert [len(h) for layer in repack.kept_positions(fewer) for h in layer[0]].count(40) == 1
+    assert [len(h) for layer in repack.positions_by_head(fewer) for h in layer[0]].count(40) == 1
 
 
 def test_other_models_damage_and_wrong_shapes_are_one_line(model, tmp_path):

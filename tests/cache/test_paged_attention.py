@@ -1,0 +1,107 @@
+"""Attention over pages is what `attend_reference` says: one softmax over each head's rows, gathered."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import cache as kv
+from jaxllm.cache import dense, paged
+from jaxllm.eviction.budget import evict
+
+E, CONTEXT, ROOM = 8, 30, 16
+LENGTHS = [30, 17, 24]
+
+
+def random(shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def filled(K, bits=None, windows=(None, 6, None)):
+    """A dense cache of three contexts, ragged."""
+    sizes = {"kv_heads": K, "head_dim": E, "rows": CONTEXT + ROOM, "slack": ROOM}
+    cache = dense.make(3, windows=windows, dtype=jnp.float32, bits=bits, **sizes)
+    return written(cache, K, CONTEXT, LENGTHS, seed=0)
+
+
+def written(cache, K, T, lengths, seed):
+    """The cache with a chunk in each layer, advanced."""
+    lengths = jnp.asarray(lengths, jnp.int32)
+    for layer in range(len(cache.windows)):
+        k, v = (random((len(lengths), T, K, E), (seed, layer, i)) for i in range(2))
+        cache = kv.append(cache, layer, k, v, lengths)
+    return kv.advance(cache, lengths)
+
+
+def evicted(cache, K, empty=()):
+    """A third of the rows, and nothing of some heads (layer, context, head)."""
+    scores = np.random.default_rng(1).random((2, 3, K, CONTEXT)).astype(np.float32)
+    for head in empty:
+        scores[head] = 0
+    return evict(cache, jnp.asarray(scores), threshold=0.66, rows=ROOM, page=4)
+
+
+def both(q, cache, layer, T, lengths, **rule):
+    """What `attend` reads behind a chunk that was appended and not counted yet, and what it should."""
+    lengths = jnp.asarray(lengths, jnp.int32)
+    positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    attend = jax.jit(lambda q, cache, **mask: kv.attend(q, cache, layer, positions, lengths, **rule, **mask))
+    mask = {"mask": rule.pop("mask")} if "mask" in rule else {}
+    want = paged.attend_reference(q, cache, layer, positions, lengths, **rule, **mask)
+    real = np.arange(T) < np.asarray(lengths)[:, None]
+    return np.asarray(attend(q, cache, **mask))[real], np.asarray(want)[real]
+
+
+@pytest.mark.parametrize(
+    "K, G, T, bits, softcap",
+    [
+        (2, 2, 1, None, None),
+        (2, 1, 5, None, 1.5),
+        (1, 4, 3, 8, None),
+        (2, 2, 4, 4, 2.0),
+        (24, 1, 1, None, None),
+        (3, 2, 200, None, None),  # more queries than a tile takes
+    ],
+)
+def test_attending_equals_the_reference(K, G, T, bits, softcap):
+    cache = evicted(filled(K, bits), K, empty=[np.s_[0, 1, 0], np.s_[1, 2], np.s_[1, 0, K - 1]])
+    if T > ROOM:
+        cache = kv.grow(cache, T)
+    lengths = [T, max(1, T - 2), T]
+    for layer in (0, 2):
+        k, v = (random((3, T, K, E), (2, layer, i)) for i in range(2))
+        seen = kv.append(cache, layer, k, v, jnp.asarray(lengths, jnp.int32))
+        q = random((3, T, K * G, E), (3, layer))
+        np.testing.assert_allclose(*both(q, seen, layer, T, lengths, scale=0.4, softcap=softcap), atol=2e-6)
+
+
+def test_requests_that_share_contexts_each_read_their_own():
+    small = evicted(filled(2), 2, empty=[np.s_[0, 1, 0]])
+    shared = kv.select(small, jnp.asarray([1, 1, 0, 1, 0]))  # three read one, none the last
+    shared = written(shared, 2, 3, [3, 1, 2, 3, 0], seed=4)
+    T, lengths = 2, [2, 2, 1, 2, 2]
+    k, v = (random((5, T, 2, E), (5, i)) for i in range(2))
+    shared = kv.append(shared, 0, k, v, jnp.asarray(lengths, jnp.int32))
+    np.testing.assert_allclose(*both(random((5, T, 4, E), 6), shared, 0, T, lengths, scale=0.4), atol=2e-6)
+
+
+def test_a_mask_hides_rows_of_the_tail_and_none_of_the_context():
+    small = evicted(filled(2), 2)
+    T = 3
+    k, v = (random((3, T, 2, E), (7, i)) for i in range(2))
+    small = kv.append(small, 2, k, v, jnp.full(3, T, jnp.int32))
+    mask = jnp.asarray(np.random.default_rng(8).random((3, T, ROOM)) < 0.5)
+    got, want = both(random((3, T, 4, E), 9), small, 2, T, [T] * 3, scale=0.4, mask=mask)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_a_layer_with_a_window_is_read_as_before_eviction():
+    whole = filled(2)
+    T, lengths = 4, jnp.asarray([4, 2, 3], jnp.int32)
+    positions = whole.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    q, k, v = (random((3, T, n, E), (10, i)) for i, n in enumerate((4, 2, 2)))
+    got, want = (
+        kv.attend(q, kv.append(cache, 1, k, v, lengths), 1, positions, lengths, scale=0.4)
+        for cache in (evicted(whole, 2), whole)
+    )
+    np.testing.assert_array_equal(got, want)

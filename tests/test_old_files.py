@@ -6,6 +6,7 @@ logits up to what another compiler rounds otherwise.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -113,7 +114,7 @@ def test_a_cache_of_version_3_opens_by_the_names_of_now(decoder):
     assert sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(cache)) == arrays
     same = kv.load(OLD / "caches" / "paged_4_bits", decoder)
     assert jax.tree.structure(cache) == jax.tree.structure(same)
-    jax.tree.map(np.testing.assert_array_equal, cache, same)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), cache, same)  # scores were computed again
 
 
 def test_a_cache_still_knows_whose_keys_it_holds(gpt):

@@ -24,11 +24,7 @@ from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unp
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
 META, ARRAYS, FORMAT, VERSION = "cache.json", "arrays.npz", "jaxllm cache", 4
-FINGERPRINTS = {
-    2: fingerprint_of_first_numbers,
-    3: fingerprint,
-    VERSION: fingerprint,
-}  # by version
+FINGERPRINTS = {2: fingerprint_of_first_numbers, 3: fingerprint, VERSION: fingerprint}  # by version
 CLASSES = (DenseCache, PagedCache, Context, QuantizedRows)  # what a file may name
 # What fields are called now, by their names in files of versions 2 and 3.
 RENAMED = {

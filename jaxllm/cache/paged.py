@@ -182,10 +182,9 @@ def attend_reference(
 
 def _rows_of_head(context: Context, layer: int, head: int) -> tuple[Float[Array, "n E"], Float[Array, "n E"]]:
     """The keys and values of one head, gathered from its pages."""
-    first, end = context.page_offsets[layer, head : head + 2]
-    real = jnp.arange(context.keys.shape[1])[None] < context.page_lengths[first:end, None]
-    keys, values = jax.tree.map(lambda x: x[first:end], (context.keys, context.values))
-    return dequantize(keys)[real], dequantize(values)[real]
+    pages = slice(*context.page_offsets[layer, head : head + 2])
+    real = jnp.arange(context.keys.shape[1])[None] < context.page_lengths[pages, None]
+    return dequantize(context.keys)[pages][real], dequantize(context.values)[pages][real]
 
 
 def _context_layer(tail: DenseCache, layer: int) -> int:

@@ -30,7 +30,7 @@ def build_model(
 ) -> nnx.Module:
     """The model of a config with the tensors that were found, each read when its leaf is filled.
 
-    mapped: as in `materialize`. scheme: how some linears are quantized (`quantized.Scheme`).
+    mapped: as in `materialize`. scheme: how some linears are quantized (`quantized.scheme.Scheme`).
 
     Raises ValueError, listing names, when tensors are missing or left over, or of another shape.
     """

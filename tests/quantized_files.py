@@ -184,7 +184,10 @@ def any_precision(rng, K, N, *, seed=2, parent=4):
 
 def dense(rng, linears=LINEARS, kind=np.float32):
     """What is not quantized."""
-    one = lambda *shape: rng.normal(0, 0.1, shape).astype(kind)  # noqa: E731
+
+    def one(*shape):
+        return rng.normal(0, 0.1, shape).astype(kind)
+
     return {
         "model.embed_tokens.weight": one(VOCAB, WIDTH),
         "model.norm.weight": one(WIDTH) + kind(1),

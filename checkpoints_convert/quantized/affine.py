@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from checkpoints_convert.quantized.config import json_object, unsupported, whole_number
 from checkpoints_convert.quantized.words import (
     AWQ_ORDER,
     FLOATS,
@@ -23,83 +24,6 @@ from checkpoints_convert.quantized.words import (
 from jaxllm.ops.packing import Packed
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.permuted import Permuted
-
-SUPPORTED = (
-    "gptq (2, 3, 4 or 8 bits), awq (gemm, 4 bits), compressed-tensors (pack-quantized, 4 or 8 bits), "
-    "any-precision"
-)
-
-
-def refused(what: Any) -> ValueError:
-    """The error for a scheme that is not supported."""
-    return ValueError(
-        f"huggingface.load: weights must be plain floats or of {SUPPORTED}, got a checkpoint quantized by "
-        f"another tool: quantization_config names {what!r}"
-    )
-
-
-def _mapping(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"huggingface.load: {name} must be a JSON object, got {value!r}")
-    return value
-
-
-def _whole(given: dict[str, Any], *names: str, allowed=None) -> int:
-    """The whole number under one of several names; `allowed` None: a group, at least 1 or -1."""
-    value = next((given[name] for name in names if given.get(name) is not None), None)
-    good = type(value) is int and (value in allowed if allowed else value == -1 or value >= 1)
-    if not good:
-        must = ", ".join(map(str, allowed)) if allowed else "-1 or at least 1"
-        raise ValueError(f"huggingface.load: {names[0]} of quantized weights must be {must}, got {value!r}")
-    assert isinstance(value, int)
-    return value
-
-
-def _gptq(given: dict[str, Any]) -> "Gptq":
-    layout = given.get("checkpoint_format") or given.get("format") or "gptq"
-    if layout not in ("gptq", "gptq_v2") or given.get("is_marlin_format"):
-        raise refused(f"gptq as {'marlin' if given.get('is_marlin_format') else layout}")
-    return Gptq(
-        bits=_whole(given, "bits", allowed=(2, 3, 4, 8)),
-        group_size=_whole(given, "group_size"),
-        second=layout == "gptq_v2",
-        act_order=bool(given.get("desc_act")),
-        symmetric=bool(given.get("sym")),
-    )
-
-
-def _awq(given: dict[str, Any]) -> "Awq":
-    layout = given.get("version") or given.get("checkpoint_format") or given.get("format") or "gemm"
-    if str(layout).lower() != "gemm":
-        raise refused(f"awq as {layout}")
-    _whole(given, "bits", "w_bit", allowed=(4,))
-    return Awq(group_size=_whole(given, "group_size", "q_group_size"))
-
-
-def _compressed_tensors(given: dict[str, Any]) -> "CompressedTensors | ByTarget":
-    if given.get("format") != "pack-quantized":
-        raise refused(f"compressed-tensors as {given.get('format')}")
-    ways: list[tuple[tuple[str, ...], CompressedTensors]] = []
-    for name, entry in _mapping(given.get("config_groups"), "config_groups").items():
-        entry = _mapping(entry, name)
-        if entry.get("input_activations") or entry.get("output_activations"):
-            raise refused("compressed-tensors with quantized activations")
-        weights = _mapping(entry.get("weights"), f"{name}.weights")
-        strategy = weights.get("strategy")
-        if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
-            raise refused(f"compressed-tensors as {weights.get('type')} by {strategy}")
-        way = CompressedTensors(
-            bits=_whole(weights, "num_bits", allowed=(4, 8)),
-            group_size=-1 if strategy == "channel" else _whole(weights, "group_size"),
-            symmetric=bool(weights.get("symmetric", True)),
-        )
-        targets = entry.get("targets")
-        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise ValueError(f"huggingface.load: {name}.targets must be a list of names, got {targets!r}")
-        ways.append((tuple(targets), way))
-    if not ways:
-        raise ValueError("huggingface.load: config_groups must have a group, got none")
-    return ways[0][1] if len({way for _, way in ways}) == 1 else ByTarget(tuple(ways))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +69,20 @@ class Gptq:
     main: ClassVar[str] = "qweight"
     optional: ClassVar[tuple[str, ...]] = ("g_idx",)
     transposes: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, given: dict[str, Any]) -> "Gptq":
+        """What a quantization_config says; ValueError for what is not supported."""
+        layout = given.get("checkpoint_format") or given.get("format") or "gptq"
+        if layout not in ("gptq", "gptq_v2") or given.get("is_marlin_format"):
+            raise unsupported(f"gptq as {'marlin' if given.get('is_marlin_format') else layout}")
+        return cls(
+            bits=whole_number(given, "bits", allowed=(2, 3, 4, 8)),
+            group_size=whole_number(given, "group_size"),
+            second=layout == "gptq_v2",
+            act_order=bool(given.get("desc_act")),
+            symmetric=bool(given.get("sym")),
+        )
 
     def shapes(self, K: int, N: int) -> Shapes:
         _, G = groups_of(K, self.group_size)
@@ -192,6 +130,15 @@ class Awq:
     optional: ClassVar[tuple[str, ...]] = ()
     transposes: ClassVar[bool] = False
 
+    @classmethod
+    def from_config(cls, given: dict[str, Any]) -> "Awq":
+        """What a quantization_config says; ValueError for what is not supported."""
+        layout = given.get("version") or given.get("checkpoint_format") or given.get("format") or "gemm"
+        if str(layout).lower() != "gemm":
+            raise unsupported(f"awq as {layout}")
+        whole_number(given, "bits", "w_bit", allowed=(4,))
+        return cls(group_size=whole_number(given, "group_size", "q_group_size"))
+
     def shapes(self, K: int, N: int) -> Shapes:
         _, G = groups_of(K, self.group_size)
         words = words_of(N, 4)
@@ -222,6 +169,33 @@ class CompressedTensors:
     main: ClassVar[str] = "weight_packed"
     optional: ClassVar[tuple[str, ...]] = ("weight_g_idx",)
     transposes: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, given: dict[str, Any]) -> "CompressedTensors | ByTarget":
+        """What a quantization_config says; ValueError for what is not supported."""
+        if given.get("format") != "pack-quantized":
+            raise unsupported(f"compressed-tensors as {given.get('format')}")
+        ways: list[tuple[tuple[str, ...], CompressedTensors]] = []
+        for name, entry in json_object(given.get("config_groups"), "config_groups").items():
+            entry = json_object(entry, name)
+            if entry.get("input_activations") or entry.get("output_activations"):
+                raise unsupported("compressed-tensors with quantized activations")
+            weights = json_object(entry.get("weights"), f"{name}.weights")
+            strategy = weights.get("strategy")
+            if weights.get("type", "int") != "int" or strategy not in ("group", "channel"):
+                raise unsupported(f"compressed-tensors as {weights.get('type')} by {strategy}")
+            way = cls(
+                bits=whole_number(weights, "num_bits", allowed=(4, 8)),
+                group_size=-1 if strategy == "channel" else whole_number(weights, "group_size"),
+                symmetric=bool(weights.get("symmetric", True)),
+            )
+            targets = entry.get("targets")
+            if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+                raise ValueError(f"huggingface.load: {name}.targets must be a list of names, got {targets!r}")
+            ways.append((tuple(targets), way))
+        if not ways:
+            raise ValueError("huggingface.load: config_groups must have a group, got none")
+        return ways[0][1] if len({way for _, way in ways}) == 1 else ByTarget(tuple(ways))
 
     def shapes(self, K: int, N: int) -> Shapes:
         _, G = groups_of(K, self.group_size)

@@ -10,22 +10,9 @@ from jaxtyping import Array, Int32, UInt32
 
 from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
-from checkpoints_convert.quantized.affine import _whole
+from checkpoints_convert.quantized.config import whole_number
 from checkpoints_convert.quantized.words import Shapes, Tensors, on_host, words_of
 from jaxllm.weights.bit_planes import WORD, BitPlanes
-
-
-def _any_precision(given: dict[str, Any]) -> "AnyPrecision":
-    widths = tuple(range(1, 9))
-    parent = _whole(given, "parent_precision", allowed=widths)
-    seed = _whole(given, "seed_precision", allowed=widths[:parent])
-    if given.get("group_count", 1) != 1 or given.get("sparse_numvals"):
-        raise ValueError(
-            "huggingface.load: anyprec must have one table a row and no sparse part, "
-            f"got group_count={given.get('group_count', 1)!r}, "
-            f"sparse_numvals of {len(given.get('sparse_numvals') or ())} linears"
-        )
-    return AnyPrecision(seed, parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +47,20 @@ class AnyPrecision:
     main: ClassVar[str] = "qweight"
     optional: ClassVar[tuple[str, ...]] = ()
     transposes: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, given: dict[str, Any]) -> "AnyPrecision":
+        """What `anyprec` says; ValueError for what is not supported."""
+        widths = tuple(range(1, 9))
+        parent = whole_number(given, "parent_precision", allowed=widths)
+        seed = whole_number(given, "seed_precision", allowed=widths[:parent])
+        if given.get("group_count", 1) != 1 or given.get("sparse_numvals"):
+            raise ValueError(
+                "huggingface.load: anyprec must have one table a row and no sparse part, "
+                f"got group_count={given.get('group_count', 1)!r}, "
+                f"sparse_numvals of {len(given.get('sparse_numvals') or ())} linears"
+            )
+        return cls(seed, parent)
 
     def shapes(self, K: int, N: int) -> Shapes:
         shapes: Shapes = {"qweight": ((self.parent, N, words_of(K, 1)), ("I32",))}

@@ -7,28 +7,30 @@ import numpy as np
 from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
 from checkpoints_convert.quantized.affine import ByTarget
-from checkpoints_convert.quantized.scheme import OneWay, Scheme
+from checkpoints_convert.quantized.scheme import Scheme
 from checkpoints_convert.quantized.words import Tensors
 
 
-def way_of(scheme: Scheme, tensor: Tensor) -> OneWay:
+def way_of(scheme: Scheme | ByTarget, tensor: Tensor) -> Scheme:
     """How one linear is stored."""
     return scheme.scheme_of(str(stem(tensor))) if isinstance(scheme, ByTarget) else scheme
 
 
-def last_names(scheme: Scheme) -> set[str]:
+def last_names(scheme: Scheme | ByTarget) -> set[str]:
     """What the names of a linear's tensors end in."""
     ways = [way for _, way in scheme.ways] if isinstance(scheme, ByTarget) else [scheme]
     return {last for way in ways for last in way.shapes(32, 32)}  # the same for all sizes
 
 
-def possible_names(scheme: Scheme, wanted: list[Tensor]) -> list[str]:
+def possible_names(scheme: Scheme | ByTarget, wanted: list[Tensor]) -> list[str]:
     """The names that linears' tensors may have, and their biases'."""
     stems = [name for tensor in wanted if (name := stem(tensor)) is not None]
     return [f"{name}.{last}" for name in stems for last in (*last_names(scheme), "bias")]
 
 
-def split(scheme: Scheme, wanted: list[Tensor], found: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+def split(
+    scheme: Scheme | ByTarget, wanted: list[Tensor], found: Tensors
+) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that are dense in these files, and those that are quantized."""
     dense: list[Tensor] = []
     quantized: list[Tensor] = []
@@ -40,7 +42,7 @@ def split(scheme: Scheme, wanted: list[Tensor], found: Tensors) -> tuple[list[Te
     return dense, quantized
 
 
-def names_of(scheme: Scheme, tensor: Tensor, found: Tensors) -> list[Tensor]:
+def names_of(scheme: Scheme | ByTarget, tensor: Tensor, found: Tensors) -> list[Tensor]:
     """What the files must have of a linear, and may have and do."""
     way = way_of(scheme, tensor)
     names = {last: f"{stem(tensor)}.{last}" for last in way.shapes(32, 32)}
@@ -58,7 +60,7 @@ def without_empty_biases(quantized: list[Tensor], wanted: list[Tensor], found: T
 
 
 def read_linears(
-    scheme: Scheme, quantized: list[Tensor], found: Tensors, leaves: dict[str, Any], dtype
+    scheme: Scheme | ByTarget, quantized: list[Tensor], found: Tensors, leaves: dict[str, Any], dtype
 ) -> dict[str, Any]:
     """Our weight for each of our leaves, in host memory. All shapes are checked before any is read."""
     given = []
@@ -86,7 +88,7 @@ def read_linears(
     return weights
 
 
-def check(scheme: OneWay, tensors: Tensors, K: int, N: int) -> None:
+def check(scheme: Scheme, tensors: Tensors, K: int, N: int) -> None:
     """Raises ValueError unless the tensors of a linear are of the shapes and types they must be."""
     for last, (shape, kinds) in scheme.shapes(K, N).items():
         value = tensors.get(last)

@@ -18,60 +18,57 @@ everywhere is None, scales keep the file's float type. Act-order (`g_idx`: the g
 and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on GitHub write.
 """
 
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from checkpoints_convert.quantized.affine import (
-    Awq,
-    ByTarget,
-    CompressedTensors,
-    Gptq,
-    _awq,
-    _compressed_tensors,
-    _gptq,
-    _mapping,
-    refused,
-)
-from checkpoints_convert.quantized.any_precision import AnyPrecision, _any_precision
-
-# A scheme says what tensors a linear has (`shapes`) and reads them as something of which `part(start, stop,
-# dtype)` is our weight of some outputs: several of ours may be stacked in one of theirs. `main` is the tensor
-# that tells a quantized linear, `optional` are those that may be absent; `transposes`: matrices that are
-# [in, out] in dense files are stored like all others.
+from checkpoints_convert.quantized.affine import Awq, ByTarget, CompressedTensors, Gptq
+from checkpoints_convert.quantized.any_precision import AnyPrecision
+from checkpoints_convert.quantized.config import json_object, unsupported
+from checkpoints_convert.quantized.words import Shapes, Tensors
+from jaxllm.weights.matmul import AnyWeight
 
 
-# What config.json says.
+@runtime_checkable
+class Linear(Protocol):
+    """A linear of the files, in host memory."""
+
+    def part(self, start: int, stop: int, dtype) -> AnyWeight:
+        """Our weight of some outputs: several of ours may be stacked in one of theirs."""
 
 
-def scheme_of(raw: dict[str, Any]) -> "Scheme | None":
-    """The scheme a config.json names, None for plain weights."""
+@runtime_checkable
+class Scheme(Protocol):
+    """How linears are stored: what tensors each has, and how these are read.
+
+    name: in errors. main: the tensor that tells a quantized linear. optional: those that may be absent.
+    transposes: matrices that are [in, out] in dense files are stored like all others here.
+    """
+
+    name: ClassVar[str]
+    main: ClassVar[str]
+    optional: ClassVar[tuple[str, ...]]
+    transposes: ClassVar[bool]
+
+    def shapes(self, K: int, N: int) -> Shapes:
+        """The shape and the types that each tensor of a [K, N] linear must have, by its last name."""
+
+    def read(self, tensors: Tensors, K: int, N: int) -> Linear:
+        """The linear of these tensors, whose shapes are right. Raises ValueError for numbers that are not."""
+
+
+def scheme_of(raw: dict[str, Any]) -> Scheme | ByTarget | None:
+    """What a config.json says of all linears, None for plain weights."""
     planes, given = raw.get("anyprec"), raw.get("quantization_config")
     if planes:
-        return _any_precision(_mapping(planes, "anyprec"))
+        return AnyPrecision.from_config(json_object(planes, "anyprec"))
     if not given:
         return None
-    given = _mapping(given, "quantization_config")
+    given = json_object(given, "quantization_config")
     match given.get("quant_method") or given.get("quant_algo") or "unknown":
         case "gptq":
-            return _gptq(given)
+            return Gptq.from_config(given)
         case "awq":
-            return _awq(given)
+            return Awq.from_config(given)
         case "compressed-tensors":
-            return _compressed_tensors(given)
+            return CompressedTensors.from_config(given)
         case other:
-            raise refused(other)
-
-
-# The schemes.
-
-
-OneWay = Gptq | Awq | CompressedTensors | AnyPrecision
-Scheme = OneWay | ByTarget
-
-
-# Codes in words.
-
-
-# Linears among the tensors of a checkpoint.
-
-
-# Writing Any-Precision's files.
+            raise unsupported(other)

@@ -10,17 +10,10 @@ from jaxllm.ops import packing
 from jaxllm.ops.packing import Packed
 
 FLOATS = ("F16", "BF16", "F32")
-
-
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output, of eight, in each field of a word
 
-
 T = TypeVar("T")
-
-
 Tensors = dict[str, np.ndarray]  # of one linear, by the last part of their names
-
-
 Shapes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # what they must be: shape, types
 
 

@@ -85,7 +85,10 @@ def test_gptq_stores_the_matrices_of_gpt_2_like_all_others(tmp_path):
     config = {"model_type": "gpt2", "vocab_size": 67, "n_embd": 64, "n_layer": 1, "n_head": 4,
               "n_positions": 64}  # fmt: skip
     rng = np.random.default_rng(0)
-    one = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)  # noqa: E731
+
+    def one(*shape):
+        return rng.normal(0, 0.1, shape).astype(np.float32)
+
     tensors = {
         "wte.weight": one(67, 64),
         "wpe.weight": one(64, 64),

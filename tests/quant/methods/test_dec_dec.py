@@ -276,7 +276,9 @@ def test_only_rows_move_from_the_host_also_inside_a_loop(usual_compiler):
     whole = w.codes.words.nbytes
 
     def loop(w, x):
-        step = lambda c: (c[0] + 1, c[1] + 1e-3 * jnp.tile(matmul(c[1], w), (1, K // 264)))  # noqa: E731
+        def step(c):
+            return c[0] + 1, c[1] + 1e-3 * jnp.tile(matmul(c[1], w), (1, K // 264))
+
         return jax.lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1]
 
     x = inputs(2)
@@ -288,8 +290,8 @@ def test_only_rows_move_from_the_host_also_inside_a_loop(usual_compiler):
     for line in moves:
         assert table not in line.split("(")[0], line
     none = jax.jit(loop).lower(dataclasses.replace(w, k_chunk=0), x).compile(compiler_options=usual_compiler)
-    temp = lambda p: p.memory_analysis().temp_size_in_bytes  # noqa: E731
-    assert temp(program) - temp(none) < whole
+    temporary = [p.memory_analysis().temp_size_in_bytes for p in (program, none)]
+    assert temporary[0] - temporary[1] < whole
     device = dataclasses.replace(w, codes=jax.device_put(w.codes, jax.memory.Space.Device))
     same = jax.jit(loop).lower(device, x).compile(compiler_options=usual_compiler)
     assert (program(w, x) == same(device, x)).all()

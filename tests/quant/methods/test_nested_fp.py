@@ -277,7 +277,9 @@ def test_switching_amid_a_generation_changes_only_the_steps_in_between(monkeypat
     config = dataclasses.replace(TINY, layers=1)
     plain = Decoder(config, rngs=nnx.Rngs(0))
 
-    turn = lambda w: nested(w.rows, mode="traced") if isinstance(w, Dense) else w  # noqa: E731
+    def turn(w):
+        return nested(w.rows, mode="traced") if isinstance(w, Dense) else w
+
     model = jax.tree.map(turn, plain, is_leaf=lambda w: isinstance(w, Dense))
     step = jax.jit(lambda model, token, cache: model(token, cache))
     tokens = jax.random.randint(jax.random.key(0), (8, 1, 1), 0, config.vocab)

@@ -106,7 +106,10 @@ def _step(model, context, tail, token):
 
 def _random_cache(model, batch: int, rows: int):
     cache = model.make_cache(batch, rows)
-    fill = lambda i, x: jax.random.normal(jax.random.key(i), x.shape, x.dtype)  # noqa: E731
+
+    def fill(i, x):
+        return jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+
     keys, values = (tuple(fill(i, x) for i, x in enumerate(some)) for some in (cache.keys, cache.values))
     lengths = jnp.full(batch, rows, jnp.int32)
     return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, empty=False)

@@ -1,5 +1,6 @@
 """`jaxllm generate`: go on from prompts, also behind a context of which a part is kept."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,12 @@ def generate(
     max_new_tokens: int,
     seed: int,
     stop: tuple[str, ...],
-    kv_bits: int | None,
     context: Path | None,
-    kv_ratio: float | None,
-    kv_method: str,
-    kv_hold: int | None,
-    kv_gates: Path | None,
     logprobs: bool,
     chat: bool,
     stream: bool,
     as_json: bool,
-    **sampling: Any,
+    **more: Any,
 ) -> None:
     """Go on from one or more prompts. tokens_per_s counts compilation too."""
     if prompt_file is not None:
@@ -63,18 +59,11 @@ def generate(
         raise click.UsageError("generate: --prompt or --prompt-file must be given")
     if stream and (as_json or chat or logprobs or len(prompts) > 1):
         raise click.UsageError("generate: --stream takes one prompt and no --json, --chat, --logprobs")
-    if context is None and kv_ratio is not None:
-        raise click.UsageError("generate: --kv-ratio is of a --context, which must be given")
-    if kv_hold is not None and kv_method not in ("kvzip", *GATES):
-        raise click.UsageError(f"generate: --kv-hold goes with kvzip and gates, got --kv-method {kv_method}")
-    if kv_method in GATES and kv_ratio is None and kv_hold is None:
-        raise click.UsageError(f"generate: --kv-method {kv_method} goes with --kv-ratio or --kv-hold")
-    if kv_gates is not None and kv_hold is None and kv_method not in GATES:
-        gated = " or ".join(GATES)
-        raise click.UsageError(f"generate: --kv-gates goes with --kv-hold or --kv-method {gated}")
+    of_cache = {name: more.pop(name) for name in list(more) if name.startswith("kv_")}
+    kept = KeptCache(**of_cache, behind_context=context is not None)
     if context is not None and chat:
         raise click.UsageError("generate: --context takes plain prompts, no --chat")
-    sampler = jl.Sampler(**sampling)
+    sampler = jl.Sampler(**more)
     text = None if context is None else read_text(context, "--context")
     model, tokenizer = open_model()
     options: dict[str, Any] = {
@@ -82,18 +71,10 @@ def generate(
         "sampler": sampler,
         "seed": seed,
         "stop": stop,
-        "cache": jl.CacheOptions(bits=kv_bits),
+        "cache": kept.options(model, tokenizer, text),
     }
     asked: list[Any] = list(prompts)
-    gates = budget = None
-    if kv_hold is not None or kv_method in GATES:
-        shipped = METHODS[kv_method if kv_method in GATES else "fast-kvzip"].scorer
-        gates = shipped() if kv_gates is None else jl.eviction.load_gates(kv_gates)
-        budget = None if kv_hold is None else jl.eviction.CacheBudget(gates=gates, tokens=kv_hold)
-        options["cache"] = jl.CacheOptions(bits=kv_bits, budget=budget)
     if text is not None:
-        given = context_cache(model, tokenizer, text, kv_ratio, kv_method, kv_bits, gates, budget)
-        options["cache"] = jl.CacheOptions(start=given, budget=budget)
         asked = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     if stream:
         for token in jl.stream(model, tokenizer, asked[0], **options):
@@ -121,35 +102,77 @@ def generate(
     note(f"{made} tokens in {seconds:.1f} s, compilation included")
 
 
-def context_cache(
-    model,
-    tokenizer,
-    text: str,
-    ratio: float | None,
-    method: str,
-    bits: int | None,
-    gates: jl.eviction.Gate | None,
-    budget: jl.eviction.CacheBudget | None,
-):
-    """A text read into a cache, of which a part is kept."""
-    if tokenizer is None:
-        raise ValueError("generate: --context needs a tokenizer, this model has none")
-    ids = tokenizer.encode(text)
-    prefix = int(ids[:1] == [tokenizer.bos_token_id])
-    slack = min(2000, len(ids)) + 128  # for prompts; KVzip's repeats the text
-    if ratio is None:
-        if budget is not None:
-            return jl.prefill_within_budget(model, [ids], budget, bits=bits)
-        return jl.prefill(model, [ids], slack=slack, bits=bits)
-    if gates is not None and method in GATES:
-        cache, scores = jl.prefill_with_scores(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
-    else:
-        cache = jl.prefill(model, [ids], slack=slack, bits=bits)
-        scores = METHODS[method].score(model, cache, [ids], prefix=prefix, tokenizer=tokenizer)
-    small = jl.eviction.evict(cache, scores, ratio=ratio, prefix=prefix, rows=1)  # `generate` makes the room
-    before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
-    note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")
-    return small
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptCache:
+    """The options that say what is kept of keys and values; the command's help tells them."""
+
+    kv_bits: int | None
+    kv_ratio: float | None
+    kv_method: str
+    kv_hold: int | None
+    kv_gates: Path | None
+    behind_context: bool  # whether a text is read first
+
+    def __post_init__(self):
+        if not self.behind_context and self.kv_ratio is not None:
+            raise click.UsageError("generate: --kv-ratio is of a --context, which must be given")
+        if self.kv_hold is not None and self.kv_method not in ("kvzip", *GATES):
+            got = f"got --kv-method {self.kv_method}"
+            raise click.UsageError(f"generate: --kv-hold goes with kvzip and gates, {got}")
+        if self.kv_method in GATES and self.kv_ratio is None and self.kv_hold is None:
+            raise click.UsageError(
+                f"generate: --kv-method {self.kv_method} goes with --kv-ratio or --kv-hold"
+            )
+        if self.kv_gates is not None and self.kv_hold is None and self.kv_method not in GATES:
+            gated = " or ".join(GATES)
+            raise click.UsageError(f"generate: --kv-gates goes with --kv-hold or --kv-method {gated}")
+
+    def options(self, model, tokenizer, text: str | None) -> jl.CacheOptions:
+        """What the run's cache is, with the text read into it."""
+        gates = self.gates()
+        budget = None
+        if gates is not None and self.kv_hold is not None:
+            budget = jl.eviction.CacheBudget(gates=gates, tokens=self.kv_hold)
+        if text is None:
+            return jl.CacheOptions(bits=self.kv_bits, budget=budget)
+        if tokenizer is None:
+            raise ValueError("generate: --context needs a tokenizer, this model has none")
+        return jl.CacheOptions(start=self.read(model, tokenizer, text, gates, budget), budget=budget)
+
+    def gates(self) -> jl.eviction.Gate | None:
+        """Those that were asked for, or pico's where some are needed."""
+        if self.kv_hold is None and self.kv_method not in GATES:
+            return None
+        shipped = METHODS[self.kv_method if self.kv_method in GATES else "fast-kvzip"].scorer
+        return shipped() if self.kv_gates is None else jl.eviction.load_gates(self.kv_gates)
+
+    def read(
+        self,
+        model,
+        tokenizer,
+        text: str,
+        gates: jl.eviction.Gate | None,
+        budget: jl.eviction.CacheBudget | None,
+    ) -> jl.cache.Cache:
+        """A text read into a cache, of which a part is kept."""
+        ids, bits = tokenizer.encode(text), self.kv_bits
+        prefix = int(ids[:1] == [tokenizer.bos_token_id])
+        slack = min(2000, len(ids)) + 128  # for prompts; KVzip's repeats the text
+        if self.kv_ratio is None:
+            if budget is not None:
+                return jl.prefill_within_budget(model, [ids], budget, bits=bits)
+            return jl.prefill(model, [ids], slack=slack, bits=bits)
+        if gates is not None and self.kv_method in GATES:
+            cache, scores = jl.prefill_with_scores(model, [ids], gates, prefix=prefix, slack=slack, bits=bits)
+        else:
+            cache = jl.prefill(model, [ids], slack=slack, bits=bits)
+            method = METHODS[self.kv_method]
+            scores = method.score(model, cache, [ids], prefix=prefix, tokenizer=tokenizer)
+        # `generate` makes the room
+        small = jl.eviction.evict(cache, scores, ratio=self.kv_ratio, prefix=prefix, rows=1)
+        before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
+        note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")
+        return small
 
 
 def completion_json(prompt: str, out: Any) -> dict[str, Any]:

@@ -119,7 +119,15 @@ def read_in_pieces(
     return last, cache, found
 
 
-def forward(model, gates: Gate | None, memory, context: Context | None, tokens, tail: DenseCache, lengths):
+def forward(
+    model,
+    gates: Gate | None,
+    memory: Any,
+    context: Context | None,
+    tokens: Int[Array, "B T"],
+    tail: DenseCache,
+    lengths: Int[Array, " B"],
+) -> tuple[Float[Array, "B V"], DenseCache, Float[Array, "L B K T"] | None]:
     """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any."""
     tap, inputs = (None, []) if gates is None else gates.capture_inputs(model)
     more = {} if memory is None else {"memory": memory}

@@ -313,8 +313,8 @@ def _own_cache(model, given: CacheOptions, before: list[int], B: int, new: int) 
         return given.budget.enforce(cache, None)
     if cache is None:
         return model.make_cache(B, new, bits=given.bits)
-    there = max(before)
+    longest = max(before)
     if isinstance(cache, kv.PagedCache):
         assert cache.tail.base is not None  # it stands behind a context
-        there -= int(cache.tail.base.min())
-    return kv.grow(cache, bucket(there) * (there > 0) + new)
+        longest -= int(cache.tail.base.min())
+    return kv.grow(cache, bucket(longest) * (longest > 0) + new)

@@ -142,17 +142,17 @@ def evict(
     )
     check_room("evict", rows, 16 if page is None else page)
     if isinstance(cache, PagedCache):
-        there = repack.row_table(cache, tail=False)
-        s, sizes = _scores_again(cache, there, scores, prefix)
+        table = repack.row_table(cache, tail=False)
+        s, sizes = _scores_of_paged(cache, table, scores, prefix)
         prefix, tail = int(cache.context.prefix), repack.copied(cache.tail)
     else:
-        there = repack.row_table(cache, tail=True)
-        s, sizes = _scores_of_all(cache, there, scores, prefix)
+        table = repack.row_table(cache, tail=True)
+        s, sizes = _scores_of_dense(cache, table, scores, prefix)
         tail = repack.new_tail(cache, rows)
     keep = spent.keep(s, sizes)
     if page is None:
         page = int(np.clip(2 ** np.floor(np.log2(max(keep.sum(-1).mean() / 16, 1))), 16, 64))
-    context = repack.build_context(cache, there, s, keep, lengths=sizes, prefix=prefix, page=page)
+    context = repack.build_context(cache, table, s, keep, lengths=sizes, prefix=prefix, page=page)
     return PagedCache(context, tail)
 
 
@@ -161,13 +161,13 @@ def check_room(who: str, rows: int, page: int) -> None:
         raise ValueError(f"{who}: rows and page must be at least 1, got {rows=}, {page=}")
 
 
-def _scores_of_all(
-    cache: DenseCache, there: RowTable, scores: Array | None, prefix: int
+def _scores_of_dense(
+    cache: DenseCache, table: RowTable, scores: Array | None, prefix: int
 ) -> tuple[Float[np.ndarray, "L B K M"], Int[np.ndarray, " B"]]:
     """Scores of a dense cache's rows, infinite where they always stay, and the contexts' sizes."""
     if cache.base is not None:
         raise ValueError("evict: the cache must be whole, got the tail of one")
-    L, B, K, M = there.positions.shape
+    L, B, K, M = table.positions.shape
     if scores is None:
         raise ValueError("evict: scores must be given for a cache that was not evicted before, got None")
     held, T = np.asarray(cache.lengths), scores.shape[-1]
@@ -181,17 +181,17 @@ def _scores_of_all(
     sizes = np.minimum(held - prefix, T)
     s = np.full((L, B, K, M), np.inf, np.float32)
     inside = np.arange(T) < sizes[:, None, None]
-    s[..., prefix : prefix + T] = np.where(inside, _numbers(scores, inside), np.inf)
-    return np.where(there.positions >= 0, s, -np.inf), sizes
+    s[..., prefix : prefix + T] = np.where(inside, _finite(scores, inside), np.inf)
+    return np.where(table.positions >= 0, s, -np.inf), sizes
 
 
-def _scores_again(
-    cache: PagedCache, there: RowTable, scores: Array | None, prefix: int
+def _scores_of_paged(
+    cache: PagedCache, table: RowTable, scores: Array | None, prefix: int
 ) -> tuple[Float[np.ndarray, "L B K M"], Int[np.ndarray, " B"]]:
     """Scores of the rows that are left of a context: those that they have, or new ones."""
     context = cache.context
     sizes = np.asarray(context.context_lengths)[np.asarray(context.context_of_request)]
-    s = there.scores
+    s = table.scores
     if scores is None:
         return s, sizes
     L, B, K, _ = s.shape
@@ -201,13 +201,13 @@ def _scores_again(
             f"evict: scores must be [L, B, K, T] = {(L, B, K, T)} of the context behind prefix={before} that "
             f"was evicted before, got {scores.shape} and {prefix=}"
         )
-    at, theirs = there.positions - prefix, np.isfinite(s)
+    at, theirs = table.positions - prefix, np.isfinite(s)
     inside = np.arange(T) < sizes[:, None, None]
-    given = np.take_along_axis(_numbers(scores, inside), np.clip(at, 0, T - 1), axis=-1)
+    given = np.take_along_axis(_finite(scores, inside), np.clip(at, 0, T - 1), axis=-1)
     return np.where(theirs, given, s), sizes
 
 
-def _numbers(scores: Array, inside: Bool[np.ndarray, "B 1 T"]) -> Float[np.ndarray, "L B K T"]:
+def _finite(scores: Array, inside: Bool[np.ndarray, "B 1 T"]) -> Float[np.ndarray, "L B K T"]:
     out = np.asarray(scores, np.float32)
     if not (np.isfinite(out) | ~inside).all():
         raise ValueError("evict: scores must be finite, got NaN or infinity")
@@ -261,10 +261,10 @@ def keep_above(
     whole_heads: bool,
 ) -> Bool[np.ndarray, "L B K M"]:
     """The published code's rule: what is strictly above the score of the last pair that the budget has."""
-    there, pairs = np.isfinite(s), _pairs(s, sizes, ratios)
-    _check_left(there, _heads(s, ratios) * sizes if whole_heads else pairs)
+    compete, pairs = np.isfinite(s), _pairs(s, sizes, ratios)
+    _check_left(compete, _heads(s, ratios) * sizes if whole_heads else pairs)
     if whole_heads:  # each row counts what its head does
-        s = np.where(there, s.max(-1, keepdims=True, initial=-np.inf), -np.inf)
+        s = np.where(compete, s.max(-1, keepdims=True, initial=-np.inf), -np.inf)
     order = -np.sort(-_by_request(s), axis=1)
     limit = np.take_along_axis(order, pairs[:, None] - 1, axis=1)
     limit = np.where(ratios[:, None] >= 1, -np.inf, limit)

@@ -42,8 +42,8 @@ def evict_to_budget(
         got = f"{tokens=}, {sinks=}, {recent=}"
         raise ValueError(f"evict_to_budget: tokens must be more than sinks and recent together, got {got}")
     check_room("evict_to_budget", rows, page)
-    there = repack.row_table(cache, tail=True)
-    L, B, K, M = there.positions.shape
+    table = repack.row_table(cache, tail=True)
+    L, B, K, M = table.positions.shape
     if not L:
         raise ValueError("evict_to_budget: a layer must see all of the text, got windows only")
     new = repack.tail_size(cache)
@@ -51,14 +51,14 @@ def evict_to_budget(
         raise ValueError(
             f"evict_to_budget: scores must be [L, B, K, R] of {(L, B, K, new)} rows, got {scores.shape}"
         )
-    s = there.scores.copy()
-    real = there.positions >= 0
+    s = table.scores.copy()
+    real = table.positions >= 0
     s[..., M - new :] = np.where(real[..., M - new :], np.asarray(scores)[..., :new], -np.inf)
     if not np.isfinite(s[..., M - new :][real[..., M - new :]]).all():
         raise ValueError("evict_to_budget: scores must be finite, got NaN or infinity")
-    s = np.where(real & (there.positions < sinks), np.inf, s)
+    s = np.where(real & (table.positions < sinks), np.inf, s)
     lengths = np.asarray(cache.lengths)
-    stays = (s == np.inf) | (real & (there.positions >= lengths[None, :, None, None] - recent))
+    stays = (s == np.inf) | (real & (table.positions >= lengths[None, :, None, None] - recent))
     open_ = np.where(stays, -np.inf, s).swapaxes(0, 1).reshape(B, -1)
     count = tokens * L * K - stays.sum((0, 2, 3))
     if (count < 0).any():
@@ -70,7 +70,7 @@ def evict_to_budget(
     tail = repack.new_tail(cache, rows)
     most = tokens * L * K * B
     sizes = np.maximum(lengths - sinks, 0)
-    context = repack.build_context(cache, there, s, keep, lengths=sizes, prefix=sinks, page=page, most=most)
+    context = repack.build_context(cache, table, s, keep, lengths=sizes, prefix=sinks, page=page, most=most)
     return PagedCache(context, tail)
 
 

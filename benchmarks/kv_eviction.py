@@ -51,7 +51,7 @@ def part_recall(model, tokenizer, some: Methods, args) -> Found:
     for size, seed, case in cases(args, "recall", args.sizes):
         row, lines = listed(np.random.default_rng([seed, case, size]), words, size // LINE)
         prompts, answers = ([line[i] for line in lines] for i in (slice(0, 2), slice(2, None)))
-        cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=len(row) + 1)
+        cache = filled(model, jnp.asarray([[words.bos, *row]]), capacity=len(row) + 1)
         for name, ratio, small in compressed(some, cache, row, prompts[0], seed, args.ratios):
             outs = jl.generate(
                 model, None, prompts, max_new_tokens=3, cache=small, stop_tokens=[words.newline]
@@ -68,7 +68,7 @@ def part_repeat(model, tokenizer, some: Methods, args) -> Found:
     words, found = Words.from_tokenizer(tokenizer), []
     for size, seed, case in cases(args, "repeat", args.sizes):
         row, prompts, answers = _repetition(words, np.random.default_rng([seed, case, size, 1]), size)
-        cache = filled(model, jnp.asarray([[words.bos, *row]]), rows=size + 1)
+        cache = filled(model, jnp.asarray([[words.bos, *row]]), capacity=size + 1)
         for name, ratio, small in compressed(some, cache, row, prompts[0], seed, args.ratios):
             outs = jl.generate(
                 model, None, prompts, max_new_tokens=len(answers[0]), cache=small, stop_tokens=[words.eos]
@@ -119,11 +119,11 @@ def part_text(model, tokenizer, some: Methods, args) -> Found:
     for size, seed, case in cases(args, "text", [args.context]):
         at = int(np.random.default_rng([seed, case, 2]).integers(0, len(ids) - whole + 1))
         row, after = ids[at : at + size], ids[at + size : at + whole]
-        cache = filled(model, jnp.asarray([[tokenizer.bos_token_id, *row]]), rows=size + 1)
+        cache = filled(model, jnp.asarray([[tokenizer.bos_token_id, *row]]), capacity=size + 1)
         tokens, given = jnp.asarray([after]), None
         for name, ratio, small in compressed(some, cache, row, after[:8], seed, args.ratios):
             rows = args.after if name != "everything" else size + 1 + args.after
-            got = log_probs(model, kv.grow(small, rows), tokens)
+            got = log_probs(model, kv.with_capacity(small, rows), tokens)
             given = got if given is None else given  # everything comes first
             nll = -float(jnp.take_along_axis(got[0, :-1], tokens[0, 1:, None], axis=1).mean())
             result = {"method": name, "ratio": ratio, "seed": seed, "size": size, "nll": nll}
@@ -135,8 +135,8 @@ def part_text(model, tokenizer, some: Methods, args) -> Found:
 def _piece(model, gates, context, tail, tokens):
     """Log-probabilities of a piece of text, the tail with it, and its scores."""
     tap, inputs = gates.capture_inputs(model)
-    logits, cache = model(tokens, kv.join(context, tail), tap=tap)
-    return jax.nn.log_softmax(logits[0]), kv.split(cache)[1], gates.scores(inputs)
+    logits, cache = model(tokens, kv.with_context(context, tail), tap=tap)
+    return jax.nn.log_softmax(logits[0]), kv.split_context(cache)[1], gates.scores(inputs)
 
 
 def part_budget(model, tokenizer, gates: dict[str, eviction.Gate], args) -> Found:
@@ -163,12 +163,12 @@ def _within(model, name: str, gate: eviction.Gate, row: list[int], given, tokens
     cache, kl = hold.enforce(model.make_cache(1, 1), None), []
     for start in range(0, len(row), buffer):
         piece = jnp.asarray([row[start : start + buffer]])
-        got, tail, scores = _piece(model, gate, *kv.split(cache), piece)
+        got, tail, scores = _piece(model, gate, *kv.split_context(cache), piece)
         if name == "streaming":
             scores = jnp.broadcast_to(jnp.arange(start, start + buffer) * 1.0, scores.shape)
         elif name == "random":
             scores = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), start), scores.shape)
-        cache = hold.enforce(kv.join(cache.context, tail), scores)
+        cache = hold.enforce(kv.with_context(cache.context, tail), scores)
         kl.append(divergence(given[start : start + buffer], got))
     return jnp.concatenate(kl), cache
 

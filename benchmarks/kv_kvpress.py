@@ -63,19 +63,19 @@ def ours(
     scores = {n: eviction.METHODS[n].score(model, cache, rows, **more.get(n, {})) for n in METHODS}
     arrays = {f"{name} scores": np.asarray(x).swapaxes(0, 1) for name, x in scores.items()}
     arrays["expected scores"] = np.exp(arrays["expected scores"])  # kvpress's are no logarithms
-    full = after(kv.grow(cache, context + later))
+    full = after(kv.with_capacity(cache, context + later))
     for name, s in scores.items():
         budget = "global" if name.startswith("kvzip") else "per_head"  # as kvpress's
         if name.startswith("kvzip"):
             s = s.at[..., :SINKS].set(s.max() + 1)
         for c in EVICTED:
-            small = eviction.evict(cache, s, ratio=1 - c, budget=budget, rows=later)
+            small = eviction.evict(cache, s, ratio=1 - c, budget=budget, capacity=later)
             kl = jnp.sum(jnp.exp(full) * (full - after(small)), axis=-1).mean(-1)
             arrays[f"{name} kl {c}"] = np.asarray(kl)
             arrays[f"{name} kept {c}"] = kept_mask(small, context)
             strict = eviction.evict(cache, scores[name], ratio=1 - c, strict_threshold=True)
             arrays[f"{name} strict {c}"] = kept_mask(strict, context)
-        held = kv.num_bytes(small) - kv.num_bytes(kv.split(small)[1])
+        held = kv.num_bytes(small) - kv.num_bytes(kv.split_context(small)[1])
         arrays[f"{name} held"] = np.asarray(held) / len(rows)
     return arrays, _seconds(model, rows, options, later)
 
@@ -92,7 +92,7 @@ def _seconds(model, rows: list[list[int]], options: dict[str, Any], later: int) 
     for row in [rows[0], *rows]:  # the first compiles
         cache = clock("full prefill", jl.prefill, model, [row])
         scores = clock("kvzip scores", eviction.kvzip_scores, model, cache, [row], **options)
-        small = clock("kvzip evict", eviction.evict, cache, scores, ratio=0.3, rows=later)
+        small = clock("kvzip evict", eviction.evict, cache, scores, ratio=0.3, capacity=later)
         for name, held in (("full", cache), ("kvzip", small)):
             ask = partial(jl.generate, model, None, [[5]], max_new_tokens=32, cache=held, stop_tokens=[])
             ask()

@@ -35,7 +35,7 @@ def _kvzip(model, tokenizer) -> Methods:
     words, rng = Words.from_tokenizer(tokenizer), np.random.default_rng([0, 99])
     sample = [words.bos, *rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
     options = {"prefix": 1, "tokenizer": tokenizer, "chunk": CHUNK}
-    cache = filled(model, jnp.asarray([sample]), rows=len(sample))
+    cache = filled(model, jnp.asarray([sample]), capacity=len(sample))
     heads = eviction.head_scores(eviction.METHODS["kvzip"].score(model, cache, [sample], **options))
 
     def by_heads(cache, row, asked, seed):
@@ -97,9 +97,9 @@ def compressed(
 
 
 @partial(jax.jit, static_argnames="rows")
-def filled(model, tokens, *, rows: int):
+def filled(model, tokens, *, capacity: int):
     """The cache of some tokens."""
-    return model(tokens, model.make_cache(tokens.shape[0], rows), logits="last")[1]
+    return model(tokens, model.make_cache(tokens.shape[0], capacity), logits="last")[1]
 
 
 def listed(rng: np.random.Generator, words: Words, pairs: int) -> tuple[list[int], list[list[int]]]:

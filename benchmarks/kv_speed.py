@@ -57,8 +57,8 @@ def part_speed(args) -> list[dict[str, Any]]:
         cache = _random_cache(model, batch, args.rows)
         scores = jnp.asarray(_uneven(model.config.layers, batch, model.config.kv_heads, args.rows))
         caches = {
-            "full": kv.grow(cache, args.rows + 8),
-            "evicted": eviction.evict(cache, scores, ratio=RATIO, rows=8),
+            "full": kv.with_capacity(cache, args.rows + 8),
+            "evicted": eviction.evict(cache, scores, ratio=RATIO, capacity=8),
         }
         for what, times in _decoded(model, caches, batch, args).items():
             found.append(
@@ -73,13 +73,13 @@ def _decoded(model, caches: dict[str, Any], batch: int, args) -> dict[str, dict[
     c = model.config
     q = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim))
     token = jnp.ones((batch, 1), jnp.int32)
-    parts = {name: kv.split(cache) for name, cache in caches.items()}
+    parts = {name: kv.split_context(cache) for name, cache in caches.items()}
     times: dict[str, dict[str, list[float]]] = {
         what: {name: [] for name in caches} for what in ("attention", "step")
     }
     for turn, name in rounds(caches, args.rounds):
         context, tail = parts[name]
-        whole = kv.join(context, tail)
+        whole = kv.with_context(context, tail)
         attended = timed(lambda cache=whole: [_attend(q, cache) for _ in range(5)])[1] / 5
         spent = []
         for _ in range(3):
@@ -100,8 +100,8 @@ def _attend(q, cache):
 
 @partial(jax.jit, donate_argnames="tail")
 def _step(model, context, tail, token):
-    _, cache = model(token, kv.join(context, tail), logits="last")
-    return kv.split(cache)[1]
+    _, cache = model(token, kv.with_context(context, tail), logits="last")
+    return kv.split_context(cache)[1]
 
 
 def _random_cache(model, batch: int, rows: int):
@@ -112,7 +112,7 @@ def _random_cache(model, batch: int, rows: int):
 
     keys, values = (tuple(fill(i, x) for i, x in enumerate(some)) for some in (cache.keys, cache.values))
     lengths = jnp.full(batch, rows, jnp.int32)
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, empty=False)
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, is_first_chunk=False)
 
 
 def _uneven(L: int, B: int, K: int, T: int) -> np.ndarray:

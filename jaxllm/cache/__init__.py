@@ -4,11 +4,11 @@ cache = append(cache, layer, k, v, lengths)    rows of one layer, written in pla
 out = attend(q, cache, layer, positions, ...)  queries against all that the layer holds
 cache = advance(cache, lengths)                once a chunk, after its last layer
 cache = truncate(cache, lengths)               forget the newest rows, per request
-cache = select(cache, rows)                    other requests in another order (fork, beams, tree paths)
-cache = grow(cache, rows)                      a copy with room for `rows` tokens (behind a context)
+cache = select(cache, requests)                other requests in another order (fork, beams, tree paths)
+cache = with_capacity(cache, capacity)         a copy with room for so many tokens (behind a context)
 k, v = round_trip(cache, layer, k, v)          a chunk as it will be read back: for one that sees itself only
-context, tail = split(cache)                   what never changes, and what is written; `join` undoes it
-room(cache), num_bytes(cache)                  the longest chunk that fits; bytes really held
+context, tail = split_context(cache)           what never changes, what is written; `with_context` undoes it
+max_chunk(cache), num_bytes(cache)             the longest chunk that fits; bytes really held
 
 `DenseCache` holds every token of a request, `PagedCache` what `eviction.evict` has left of a context and all
 that came since. Either may hold `QuantizedRows`.
@@ -60,35 +60,35 @@ def truncate(cache: C, lengths) -> C:
     return _layout(cache).truncate(cache, lengths)
 
 
-def select(cache: C, rows) -> C:
+def select(cache: C, requests) -> C:
     """See `dense.select`."""
-    return _layout(cache).select(cache, rows)
+    return _layout(cache).select(cache, requests)
 
 
-def grow(cache: C, rows: int) -> C:
-    """See `dense.grow`."""
-    return _layout(cache).grow(cache, rows)
+def with_capacity(cache: C, capacity: int) -> C:
+    """See `dense.with_capacity`."""
+    return _layout(cache).with_capacity(cache, capacity)
 
 
 def round_trip(
     cache: Cache, layer: int, k: Float[Array, "B T K E"], v: Float[Array, "B T K E"]
 ) -> tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]:
     """A chunk's keys and values as a layer that holds codes will give them back; else as they are."""
-    tail = split(cache)[1]
+    tail = split_context(cache)[1]
     return rows.round_trip(k, tail.keys[layer]), rows.round_trip(v, tail.values[layer])
 
 
-def room(cache: Cache) -> int:
-    """See `dense.room`."""
-    return dense.room(split(cache)[1])
+def max_chunk(cache: Cache) -> int:
+    """See `dense.max_chunk`."""
+    return dense.max_chunk(split_context(cache)[1])
 
 
-def split(cache: Cache) -> tuple[Context | None, DenseCache]:
+def split_context(cache: Cache) -> tuple[Context | None, DenseCache]:
     """What never changes, and what is written: a program may be given the second for good, not the first."""
     return (cache.context, cache.tail) if isinstance(cache, PagedCache) else (None, cache)
 
 
-def join(context: Context | None, tail: DenseCache) -> Cache:
+def with_context(context: Context | None, tail: DenseCache) -> Cache:
     """The cache that was split."""
     return tail if context is None else PagedCache(context, tail)
 
@@ -106,14 +106,14 @@ __all__ = [
     "advance",
     "append",
     "attend",
-    "grow",
-    "join",
+    "with_capacity",
+    "with_context",
     "load",
     "num_bytes",
-    "room",
+    "max_chunk",
     "round_trip",
     "save",
     "select",
-    "split",
+    "split_context",
     "truncate",
 ]

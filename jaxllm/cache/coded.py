@@ -43,7 +43,7 @@ class QuantizedRows:
     words: jax.Array  # uint32 [J, S, G + W]
     bits: int = static()
     group_size: int = static()  # numbers that share a scale; the last group may be shorter
-    size: int = static()  # E
+    head_dim: int = static()  # E
     rotated: bool = static()
     dtype: Any = static()  # what the numbers are read as
 
@@ -65,11 +65,11 @@ class QuantizedRows:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the numbers."""
-        return (*self.words.shape[:-1], self.size)
+        return (*self.words.shape[:-1], self.head_dim)
 
     def quantize(self, x: Float[Array, "J T E"]) -> "QuantizedRows":
         """The numbers as rows like these."""
-        E, qmax, groups = self.size, 2**self.bits - 1, -(-self.size // self.group_size)
+        E, qmax, groups = self.head_dim, 2**self.bits - 1, -(-self.head_dim // self.group_size)
         x = hadamard.rotate(x, ROTATION_SEED) if self.rotated else x.astype(jnp.float32)
         x = jnp.clip(x, -MAX_NUMBER, MAX_NUMBER)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, groups * self.group_size - E)), mode="edge")
@@ -88,7 +88,7 @@ class QuantizedRows:
 
     def dequantize(self) -> Float[Array, "J S E"]:
         """What the rows hold, rotated if they are."""
-        E, groups = self.size, -(-self.size // self.group_size)
+        E, groups = self.head_dim, -(-self.head_dim // self.group_size)
         grid = self.words[..., :groups]
         low, scale = (
             jnp.repeat(

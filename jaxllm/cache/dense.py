@@ -1,14 +1,15 @@
 """The plain cache: rows for every token of a request. Lossless, unless its rows are codes.
 
-One array [B K, R, D] a layer for keys and one for values; R rows a request and head. The token at position p
-lies in row p mod R. A layer that attends to everything has R >= the longest request, so its row is the
-position; a layer with a sliding window has R = window + slack and overwrites its oldest rows. The slack is
+One array [B K, S, E] a layer for keys and one for values; S rows a request and head. The token at position p
+lies in row p mod S. A layer that attends to everything has S >= the longest request, so its row is the
+position; a layer with a sliding window has S = window + slack and overwrites its oldest rows. The slack is
 what a chunk may write, or a rollback forget, without losing a row that a query still sees. Keys are stored
 after rotation. In place of an array there may be `QuantizedRows` of the same shape (`coded.py`): a cache in
 2, 4 or 8 bits. Then a chunk that attends to itself, too, sees its keys and values as they will be read back,
 so that how a text is cut into chunks changes no more than the rounding of sums does.
 
-Letters: B requests, K key heads, R rows, D head size, T tokens of a chunk, H query heads.
+Letters: B requests, K key heads, S cached tokens (rows that there are), E head size, T tokens of a chunk, H
+query heads.
 """
 
 import dataclasses
@@ -27,20 +28,20 @@ from jaxllm.pytree import pytree, static
 class DenseCache:
     """Keys and values of every layer, and how many tokens each request holds."""
 
-    keys: tuple[Rows, ...]  # a layer: [B K, R, D]
-    values: tuple[Rows, ...]  # a layer: [B K, R, D]
+    keys: tuple[Rows, ...]  # a layer: [B K, S, E]
+    values: tuple[Rows, ...]  # a layer: [B K, S, E]
     lengths: jax.Array  # [B] int32
     # [B] int32: the position in row 0 of layers without a window, what came before lies elsewhere; None: 0
-    base: jax.Array | None
+    start: jax.Array | None
     windows: tuple[int | None, ...] = static()  # a layer: how far back it sees
-    rows: int = static()  # how many tokens a request may have
+    capacity: int = static()  # how many tokens a request may have
     # True until the first chunk, which then attends to itself only: cheaper, and known before tracing.
-    empty: bool = static()
+    is_first_chunk: bool = static()
 
     def __repr__(self) -> str:
-        """Tokens of each request, rows there are, what a row is, bytes; never the numbers in it."""
+        """Tokens of each request, capacity, what a row is, bytes; never the numbers in it."""
         of = f"{len(self.windows)} layers of {type_name(self.keys[0])}"
-        return f"DenseCache({_tokens(self.lengths)} of {self.rows}, {of}, {size_text(self)})"
+        return f"DenseCache({_tokens(self.lengths)} of {self.capacity}, {of}, {size_text(self)})"
 
 
 def _tokens(lengths: jax.Array) -> str:
@@ -61,19 +62,20 @@ def make(
     windows: tuple[int | None, ...],
     kv_heads: int,
     head_dim: int,
-    rows: int,
+    capacity: int,
     slack: int,
     dtype,
     bits: int | None = None,
     group_size: int | None = None,
 ) -> DenseCache:
-    """A cache of zeros for `rows` tokens a request; a layer with a window holds window + slack if less.
+    """A cache of zeros for `capacity` tokens a request; a layer with a window holds window + slack if less.
 
     bits: 2, 4 or 8 for rows in codes. group_size: numbers of a row that share a scale, None for all of them.
     """
-    if rows < 1 or slack < 0:
-        raise ValueError(f"cache.make: rows must be positive and slack not negative, got {rows=}, {slack=}")
-    sizes = [rows if window is None else min(rows, window + slack) for window in windows]
+    if capacity < 1 or slack < 0:
+        got = f"{capacity=}, {slack=}"
+        raise ValueError(f"cache.make: capacity must be positive and slack not negative, got {got}")
+    sizes = [capacity if window is None else min(capacity, window + slack) for window in windows]
     shapes = [(batch * kv_heads, size, head_dim) for size in sizes]
 
     coding = {"bits": bits, "group_size": group_size}
@@ -81,10 +83,10 @@ def make(
         keys=tuple(zeros(shape, dtype, rotated=True, **coding) for shape in shapes),
         values=tuple(zeros(shape, dtype, rotated=False, **coding) for shape in shapes),
         lengths=jnp.zeros((batch,), jnp.int32),
-        base=None,
+        start=None,
         windows=windows,
-        rows=rows,
-        empty=True,
+        capacity=capacity,
+        is_first_chunk=True,
     )
 
 
@@ -96,8 +98,8 @@ def global_layers(windows: tuple[int | None, ...]) -> list[int]:
 def append(
     cache: DenseCache,
     layer: int,
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
     lengths: Int[Array, " B"],
 ) -> DenseCache:
     """The cache with the first `lengths[b]` tokens of the chunk written behind request b's rows of one layer.
@@ -106,43 +108,48 @@ def append(
     cannot fit; that a request outgrows its rows over many chunks is the caller's to prevent (lengths are
     traced).
     """
-    (B, T, K, _), R = k.shape, cache.keys[layer].shape[1]
-    if T > room(cache):
-        raise ValueError(f"cache.append: a chunk must fit, got {T=} tokens, room={room(cache)}")
-    if cache.empty and T <= R:  # rows past a request's length are never seen and soon overwritten
-        write = lambda old, new: jax.tree.map(lambda x, y: x.at[:, :T].set(y), old, new)  # noqa: E731
+    (B, T, K, _), S = k.shape, cache.keys[layer].shape[1]
+    if T > max_chunk(cache):
+        raise ValueError(f"cache.append: a chunk must fit, got {T=} tokens, max_chunk={max_chunk(cache)}")
+    if cache.is_first_chunk and T <= S:
+
+        def write(rows, new):  # rows past a request's length are never seen and soon overwritten
+            return rows.at[:, :T].set(new)
+
     else:
         step = jnp.arange(T)[None, :]
-        kept = (step < lengths[:, None]) & (step >= lengths[:, None] - R)
-        at = cache.lengths - first_position(cache, layer)
-        row = jnp.where(kept, (at[:, None] + step) % R, R)  # R lies outside: dropped
+        stays = (step < lengths[:, None]) & (step >= lengths[:, None] - S)
+        end = cache.lengths - first_position(cache, layer)
+        row = jnp.where(stays, (end[:, None] + step) % S, S)  # S lies outside: dropped
         row, block = jnp.repeat(row, K, axis=0), jnp.arange(B * K)[:, None]
-        put = lambda x, y: x.at[block, row].set(y, mode="drop")  # noqa: E731
-        write = lambda old, new: jax.tree.map(put, old, new)  # noqa: E731
+
+        def write(rows, new):
+            return rows.at[block, row].set(new, mode="drop")
+
     keys, values = list(cache.keys), list(cache.values)
-    keys[layer] = write(keys[layer], quantize(heads_first(k), keys[layer]))
-    values[layer] = write(values[layer], quantize(heads_first(v), values[layer]))
+    keys[layer] = jax.tree.map(write, keys[layer], quantize(heads_first(k), keys[layer]))
+    values[layer] = jax.tree.map(write, values[layer], quantize(heads_first(v), values[layer]))
     return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
 
 
 def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
     """The cache that counts the chunk just written by all layers."""
-    return dataclasses.replace(cache, lengths=cache.lengths + lengths, empty=False)
+    return dataclasses.replace(cache, lengths=cache.lengths + lengths, is_first_chunk=False)
 
 
 def first_position(cache: DenseCache, layer: int) -> jax.Array | int:
     """Where the rows of a layer begin [B]."""
-    return 0 if cache.base is None or cache.windows[layer] is not None else cache.base
+    return 0 if cache.start is None or cache.windows[layer] is not None else cache.start
 
 
-def row_positions(ends: Int[Array, " B"], R: int) -> Int[Array, "B R"]:
+def row_positions(ends: Int[Array, " B"], S: int) -> Int[Array, "B S"]:
     """The position of each row's token when request b ends before `ends[b]`; negative where there is none."""
-    last, row = ends[:, None] - 1, jnp.arange(R)[None, :]
-    return last - (last - row) % R
+    last, row = ends[:, None] - 1, jnp.arange(S)[None, :]
+    return last - (last - row) % S
 
 
 def attend(
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H E"],
     cache: DenseCache,
     layer: int,
     positions: Int[Array, "B T"],
@@ -150,16 +157,16 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
-    mask: Bool[Array, "B T R"] | None = None,
+    mask: Bool[Array, "B T S"] | None = None,
     bias: DistanceBias | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H E"]:
     """What queries at `positions` read from a layer to which their own chunk (`lengths` tokens) was appended.
 
     mask: hides further rows (tree decoding). bias: added to the scores by distance (T5).
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    held, seen = visible(cache, layer, positions, lengths, mask)
-    added = None if bias is None else bias(held - positions[:, :, None])  # [B, H, T, R]
+    at, seen = visible(cache, layer, positions, lengths, mask)
+    added = None if bias is None else bias(at - positions[:, :, None])  # [B, H, T, S]
     q, keys, values = rotate_queries(q, keys), dequantize(keys), dequantize(values)
     return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
 
@@ -169,18 +176,18 @@ def visible(
     layer: int,
     positions: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    mask: Bool[Array, "B T R"] | None,
-) -> tuple[Int[Array, "B 1 R"], Bool[Array, "B T R"]]:
+    mask: Bool[Array, "B T S"] | None,
+) -> tuple[Int[Array, "B 1 S"], Bool[Array, "B T S"]]:
     """The position of each row, and which rows each query may see."""
-    base = first_position(cache, layer)
-    held = row_positions(cache.lengths + lengths - base, cache.keys[layer].shape[1])
-    seen = (held >= 0)[:, None, :]
-    held = (held if isinstance(base, int) else held + base[:, None])[:, None, :]  # [B, 1, R]
-    seen = seen & (held <= positions[:, :, None])
+    start = first_position(cache, layer)
+    at = row_positions(cache.lengths + lengths - start, cache.keys[layer].shape[1])
+    seen = (at >= 0)[:, None, :]
+    at = (at if isinstance(start, int) else at + start[:, None])[:, None, :]  # [B, 1, S]
+    seen = seen & (at <= positions[:, :, None])
     window = cache.windows[layer]
     if window is not None:
-        seen = seen & (held > positions[:, :, None] - window)
-    return held, seen if mask is None else seen & mask
+        seen = seen & (at > positions[:, :, None] - window)
+    return at, seen if mask is None else seen & mask
 
 
 def truncate(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
@@ -188,40 +195,42 @@ def truncate(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
 
     Exact as long as no more than the slack is forgotten by a layer with a window.
     """
-    least = lengths if cache.base is None else jnp.maximum(lengths, cache.base)
+    least = lengths if cache.start is None else jnp.maximum(lengths, cache.start)
     return dataclasses.replace(cache, lengths=jnp.minimum(cache.lengths, least))
 
 
-def select(cache: DenseCache, rows: Int[Array, " N"]) -> DenseCache:
-    """The cache of requests `rows`, in that order, with repeats where asked."""
+def select(cache: DenseCache, requests: Int[Array, " N"]) -> DenseCache:
+    """The cache of some requests, in that order, with repeats where asked."""
     B = cache.lengths.shape[0]
-    split = lambda x: x.reshape(B, -1, *x.shape[1:])[rows].reshape(-1, *x.shape[1:])  # noqa: E731
-    keys, values = jax.tree.map(split, (cache.keys, cache.values))
-    base = None if cache.base is None else cache.base[rows]
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths[rows], base=base)
+
+    def of_requests(x):
+        return x.reshape(B, -1, *x.shape[1:])[requests].reshape(-1, *x.shape[1:])
+
+    keys, values = jax.tree.map(of_requests, (cache.keys, cache.values))
+    start = None if cache.start is None else cache.start[requests]
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths[requests], start=start)
 
 
-def room(cache: DenseCache) -> int:
+def max_chunk(cache: DenseCache) -> int:
     """The longest chunk that every layer can take next."""
-    if cache.empty:
-        return cache.rows
+    if cache.is_first_chunk:
+        return cache.capacity
     rings = [
         keys.shape[1] - window + 1
         for keys, window in zip(cache.keys, cache.windows, strict=True)
-        if window is not None and (cache.base is not None or keys.shape[1] < cache.rows)
+        if window is not None and (cache.start is not None or keys.shape[1] < cache.capacity)
     ]
-    return min([cache.rows, *rings])
+    return min([cache.capacity, *rings])
 
 
-def grow(cache: DenseCache, rows: int) -> DenseCache:
-    """A copy with room for `rows` tokens a request; never smaller than the cache given."""
-    more = max(0, rows - cache.rows)
+def with_capacity(cache: DenseCache, capacity: int) -> DenseCache:
+    """A copy with room for `capacity` tokens a request; never smaller than the cache given."""
+    more = max(0, capacity - cache.capacity)
 
     def wider(rows: Rows, window: int | None):
         # a layer that overwrites its oldest rows stays
-        full = window is None or (cache.base is None and rows.shape[1] == cache.rows)
-        pad = lambda x: jnp.pad(x, ((0, 0), (0, more if full else 0), (0, 0)))  # noqa: E731
-        return jax.tree.map(pad, rows)
+        full = window is None or (cache.start is None and rows.shape[1] == cache.capacity)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more if full else 0), (0, 0))), rows)
 
     keys, values = (tuple(map(wider, some, cache.windows)) for some in (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values, rows=cache.rows + more)
+    return dataclasses.replace(cache, keys=keys, values=values, capacity=cache.capacity + more)

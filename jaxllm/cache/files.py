@@ -26,15 +26,6 @@ from jaxllm.storage.metadata import one_line, read_meta, write_meta
 META, ARRAYS, FORMAT, VERSION = "cache.json", "arrays.npz", "jaxllm cache", 4
 FINGERPRINTS = {2: fingerprint_of_first_numbers, 3: fingerprint, VERSION: fingerprint}  # by version
 CLASSES = (DenseCache, PagedCache, Context, QuantizedRows)  # what a file may name
-# What fields are called now, by their names in files of versions 2 and 3.
-RENAMED = {
-    "head": "page_head",
-    "filled": "page_lengths",
-    "first": "page_offsets",
-    "sizes": "context_lengths",
-    "slot": "context_of_request",
-    "readers": "max_readers",
-}
 
 
 def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
@@ -62,29 +53,10 @@ def load(path: str | Path, model) -> DenseCache | PagedCache:
         with np.load(path / ARRAYS) as stored:
             if meta["version"] == 2:
                 return _of_version_2(meta, stored)
-            if meta["version"] == 3:
-                return _of_version_3(meta, stored)
             return build(meta["cache"], "cache", unpack_arrays(stored), CLASSES)
     except (ValueError, KeyError, TypeError, OSError) as error:
         why = one_line(error)
         raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {why}") from error
-
-
-def _of_version_3(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> DenseCache | PagedCache:
-    """The cache of a file that calls fields by older names, in its description and in the names of arrays."""
-    make, before = unpack_arrays(stored), {new: old for old, new in RENAMED.items()}
-
-    def renamed(described: Any) -> Any:
-        if isinstance(described, list):
-            return [renamed(part) for part in described]
-        if not isinstance(described, dict):
-            return described
-        return {RENAMED.get(key, key): renamed(part) for key, part in described.items()}
-
-    def make_renamed(name: str, shape: tuple[int, ...], dtype):
-        return make("/".join(before.get(part, part) for part in name.split("/")), shape, dtype)
-
-    return build(renamed(meta["cache"]), "cache", make_renamed, CLASSES)
 
 
 def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> DenseCache | PagedCache:
@@ -94,16 +66,20 @@ def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> Den
         name: make(name, tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in meta["arrays"].items()
     }
 
+    def made(cls: type, **fields: Any) -> Any:
+        now = FIELDS[cls.__name__]
+        return cls(**{now.get(name, name): value for name, value in fields.items()})
+
     def rows(name: str, coding: dict[str, Any] | None) -> Rows:
         if coding is None:
             return arrays[name]
-        now = FIELDS["QuantizedRows"]
-        options = {now.get(key, key): value for key, value in coding.items()}
-        return QuantizedRows(arrays[f"{name}/words"], **(options | {"dtype": jnp.dtype(options["dtype"])}))
+        words, dtype = arrays[f"{name}/words"], jnp.dtype(coding["dtype"])
+        return made(QuantizedRows, words=words, **(coding | {"dtype": dtype}))
 
     at = "tail/" if meta["paged"] else ""
     layers = range(len(meta["windows"]))
-    tail = DenseCache(
+    tail = made(
+        DenseCache,
         keys=tuple(rows(f"{at}keys/{i}", meta["keys"]) for i in layers),
         values=tuple(rows(f"{at}values/{i}", meta["values"]) for i in layers),
         lengths=arrays[f"{at}lengths"],
@@ -115,10 +91,11 @@ def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> Den
     if not meta["paged"]:
         return tail
     plain = ("positions", "scores", "head", "filled", "first", "sizes", "prefix", "slot")
-    context = Context(
+    context = made(
+        Context,
         keys=rows("context/keys", meta["keys"]),
         values=rows("context/values", meta["values"]),
-        **{RENAMED.get(name, name): arrays[f"context/{name}"] for name in plain},
-        max_readers=meta["readers"],
+        **{name: arrays[f"context/{name}"] for name in plain},
+        readers=meta["readers"],
     )
     return PagedCache(context, tail)

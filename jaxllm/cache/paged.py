@@ -79,7 +79,7 @@ class PagedCache:
         return self.tail.windows
 
     @property
-    def empty(self) -> bool:
+    def is_first_chunk(self) -> bool:
         return False
 
 
@@ -98,18 +98,18 @@ def truncate(cache: PagedCache, lengths: Int[Array, " B"]) -> PagedCache:
     return dataclasses.replace(cache, tail=dense.truncate(cache.tail, lengths))
 
 
-def select(cache: PagedCache, rows: Int[Array, " N"]) -> PagedCache:
+def select(cache: PagedCache, requests: Int[Array, " N"]) -> PagedCache:
     """As `dense.select`; contexts are shared, not copied, and stay even if no request reads them."""
-    of = cache.context.context_of_request[rows]
+    of = cache.context.context_of_request[requests]
     traced = isinstance(of, jax.core.Tracer)
     readers = of.shape[0] if traced else int(np.bincount(np.asarray(of), minlength=1).max(initial=1))
     context = dataclasses.replace(cache.context, context_of_request=of, max_readers=readers)
-    return PagedCache(context, dense.select(cache.tail, rows))
+    return PagedCache(context, dense.select(cache.tail, requests))
 
 
-def grow(cache: PagedCache, rows: int) -> PagedCache:
-    """As `dense.grow`: room for `rows` tokens behind the context."""
-    return dataclasses.replace(cache, tail=dense.grow(cache.tail, rows))
+def with_capacity(cache: PagedCache, capacity: int) -> PagedCache:
+    """As `dense.with_capacity`: room for `capacity` tokens behind the context."""
+    return dataclasses.replace(cache, tail=dense.with_capacity(cache.tail, capacity))
 
 
 def attend(

@@ -34,12 +34,12 @@ def row_table(cache: DenseCache | PagedCache, *, tail: bool) -> RowTable:
     """The rows of a cache, those of a dense one or of the tail included or not."""
     written = _written(cache)
     lengths = np.asarray(written.lengths)
-    base = np.zeros_like(lengths) if written.base is None else np.asarray(written.base)
+    start = np.zeros_like(lengths) if written.start is None else np.asarray(written.start)
     L, B = sum(window is None for window in cache.windows), len(lengths)
     shape = (L, B, written.keys[0].shape[0] // B, tail_size(cache) if tail else 0)
     row = np.arange(shape[-1], dtype=np.int32)
-    real = (row < (lengths - base)[:, None])[None, :, None]
-    positions = np.where(real, (base[:, None] + row)[None, :, None], -1).astype(np.int32)
+    real = (row < (lengths - start)[:, None])[None, :, None]
+    positions = np.where(real, (start[:, None] + row)[None, :, None], -1).astype(np.int32)
     scores = np.where(real, 0, -np.inf).astype(np.float32)
     new = RowTable(*(np.broadcast_to(x, shape) for x in (positions, scores, -1 - row)))
     if not isinstance(cache, PagedCache):
@@ -72,7 +72,7 @@ def _written(cache: DenseCache | PagedCache) -> DenseCache:
 def tail_size(cache: DenseCache | PagedCache) -> int:
     """Tokens of the longest request that a dense cache, or a tail, holds."""
     written = _written(cache)
-    return int((written.lengths - (0 if written.base is None else written.base)).max())
+    return int((written.lengths - (0 if written.start is None else written.start)).max())
 
 
 def copied(tail: DenseCache) -> DenseCache:
@@ -190,21 +190,21 @@ def _copy_layer(
     return jax.lax.while_loop(lambda carry: carry[0] < end, body, (start, pool))[1]
 
 
-def new_tail(cache: DenseCache | PagedCache, rows: int) -> DenseCache:
+def new_tail(cache: DenseCache | PagedCache, capacity: int) -> DenseCache:
     """An empty cache behind all that is held; layers with a window as they are, as rings that can go on."""
     old = _written(cache)
 
     def new_rows(array: Rows, window: int | None) -> Rows:
         if window is None:
-            return jax.tree.map(lambda x: jnp.zeros((x.shape[0], rows, *x.shape[2:]), x.dtype), array)
-        whole = old.base is None and array.shape[1] == old.rows
-        more = max(0, window + min(rows, MAX_SLACK) - array.shape[1]) if whole else 0
+            return jax.tree.map(lambda x: jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype), array)
+        whole = old.start is None and array.shape[1] == old.capacity
+        more = max(0, window + min(capacity, MAX_SLACK) - array.shape[1]) if whole else 0
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0))), array)
 
     keys, values = (tuple(map(new_rows, some, old.windows)) for some in (old.keys, old.values))
-    lengths, base = jnp.array(old.lengths), jnp.array(old.lengths)  # copies: a tail may be given away
-    tail = dataclasses.replace(old, keys=keys, values=values, lengths=lengths, base=base)
-    return dataclasses.replace(tail, rows=rows, empty=False)
+    lengths, start = jnp.array(old.lengths), jnp.array(old.lengths)  # copies: a tail may be given away
+    tail = dataclasses.replace(old, keys=keys, values=values, lengths=lengths, start=start)
+    return dataclasses.replace(tail, capacity=capacity, is_first_chunk=False)
 
 
 def _rounded(n: int) -> int:

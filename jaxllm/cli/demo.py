@@ -204,7 +204,7 @@ def eviction(context: DemoContext) -> Section:
     }
     kept: dict[str, jl.cache.Cache] = {"everything": cache}
     for name, ratio in (("kvzip", 0.3), ("kvzip", 0.1), ("snapkv", 0.3), ("random", 0.3)):
-        left = jl.eviction.evict(cache, scores[name], ratio=ratio, prefix=1, rows=8)
+        left = jl.eviction.evict(cache, scores[name], ratio=ratio, prefix=1, capacity=8)
         kept[f"{methods[name].title}, {ratio:.0%} of the pairs"] = left
     found = []
     for name, small in kept.items():

@@ -169,7 +169,7 @@ class KeptCache:
             method = METHODS[self.kv_method]
             scores = method.score(model, cache, [ids], prefix=prefix, tokenizer=tokenizer)
         # `generate` makes the room
-        small = jl.eviction.evict(cache, scores, ratio=self.kv_ratio, prefix=prefix, rows=1)
+        small = jl.eviction.evict(cache, scores, ratio=self.kv_ratio, prefix=prefix, capacity=1)
         before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
         note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")
         return small

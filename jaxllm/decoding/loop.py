@@ -109,9 +109,9 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
         # 2. What gates say of the new row waits with the others for the budget.
         scores = state.scores
         if scores is not None:
-            assert state.cache.base is not None and new is not None  # it stands behind a context
+            assert state.cache.start is not None and new is not None  # it stands behind a context
             outside = scores.shape[-1]  # dropped
-            at = jnp.where(on, state.cache.lengths - state.cache.base, outside)
+            at = jnp.where(on, state.cache.lengths - state.cache.start, outside)
             rows = jnp.arange(token.shape[0])
             scores = scores.at[:, rows, :, at].set(new[..., 0].swapaxes(0, 1), mode="drop")
         # 3. The next token.

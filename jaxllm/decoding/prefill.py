@@ -26,7 +26,7 @@ from jaxllm.models.inputs import pad_batch, round_up
 def prefill(
     model, tokens: Sequence[Sequence[int]], *, slack: int = 0, bits: int | None = None, chunk: int = 2048
 ) -> DenseCache:
-    """The cache of some texts, rows of token ids; `kv.grow` makes room for more.
+    """The cache of some texts, rows of token ids; `kv.with_capacity` makes room for more.
 
     slack: the longest chunk that layers with a window must take later (KVzip's repetition). bits: of rows in
     codes, 2, 4 or 8. chunk: tokens that are read at once.
@@ -103,14 +103,14 @@ def read_in_pieces(
     last, found, at = None, [], 0
     while at < (tokens.shape[1] if end is None else end):
         # 1. The next piece goes through the model.
-        context, tail = kv.split(cache)
-        piece = tokens[:, at : at + min(chunk, kv.room(tail))]
+        context, tail = kv.split_context(cache)
+        piece = tokens[:, at : at + min(chunk, kv.max_chunk(tail))]
         real = np.clip(lengths - at, 0, piece.shape[1])
         logits, tail, scores = read(model, gates, memory, context, piece, tail, real)
         # 2. The logits of a request are those of the last piece that it has a token in.
         last = logits if last is None else jnp.where((real > 0)[:, None], logits, last)
         # 3. The cache gets smaller again where there is a budget.
-        cache = kv.join(context, tail)
+        cache = kv.with_context(context, tail)
         if budget is not None:
             cache = budget.enforce(cache, scores)
         found.append(scores)
@@ -131,8 +131,10 @@ def forward(
     """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any."""
     tap, inputs = (None, []) if gates is None else gates.capture_inputs(model)
     more = {} if memory is None else {"memory": memory}
-    logits, cache = model(tokens, kv.join(context, tail), lengths=lengths, logits="last", tap=tap, **more)
-    return logits, kv.split(cache)[1], None if gates is None else gates.scores(inputs)
+    logits, cache = model(
+        tokens, kv.with_context(context, tail), lengths=lengths, logits="last", tap=tap, **more
+    )
+    return logits, kv.split_context(cache)[1], None if gates is None else gates.scores(inputs)
 
 
 read = partial(jax.jit, donate_argnames="tail")(forward)

@@ -83,7 +83,7 @@ class GenerationRun:
         logits, cache, _ = read_in_pieces(
             model, tokens, lengths, cache, chunk, memory=memory, budget=self.budget
         )
-        context, tail = kv.split(cache)
+        context, tail = kv.split_context(cache)
         # 5. What stays the same through the run, and each request's first token, of its last logits.
         self.requests = Requests(
             limits=jnp.asarray(limits + [0] * (B - n), jnp.int32),
@@ -112,7 +112,8 @@ class GenerationRun:
         """An empty tail behind a context that holds the budget."""
         assert self.budget is not None
         self.until_enforced = self.budget.buffer
-        context, tail = kv.split(self.budget.enforce(kv.join(self.requests.context, tail), scores))
+        cache = self.budget.enforce(kv.with_context(self.requests.context, tail), scores)
+        context, tail = kv.split_context(cache)
         self.requests = dataclasses.replace(self.requests, context=context)
         return tail
 
@@ -315,6 +316,6 @@ def _own_cache(model, given: CacheOptions, before: list[int], B: int, new: int) 
         return model.make_cache(B, new, bits=given.bits)
     longest = max(before)
     if isinstance(cache, kv.PagedCache):
-        assert cache.tail.base is not None  # it stands behind a context
-        longest -= int(cache.tail.base.min())
-    return kv.grow(cache, bucket(longest) * (longest > 0) + new)
+        assert cache.tail.start is not None  # it stands behind a context
+        longest -= int(cache.tail.start.min())
+    return kv.with_capacity(cache, bucket(longest) * (longest > 0) + new)

@@ -1,6 +1,6 @@
 """How much attention keys receive: what every score of eviction is made of. Exact.
 
-Letters: B requests, T queries, H query heads, K key heads, G = H / K, J = B K, S keys, D head size.
+Letters: B requests, T queries, H query heads, K key heads, G = H / K, J = B K, S keys, E head size.
 """
 
 from typing import Literal
@@ -15,8 +15,8 @@ MIN_QUERIES, MAX_PASSES = 64, 8
 
 
 def attention_per_key(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "J S D"],
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "J S E"],
     seen: Bool[Array, "B T S"],
     *,
     scale: float,
@@ -30,7 +30,7 @@ def attention_per_key(
     of these, a query sees; one that sees none gives nothing. share: weights of each query count so much (1 if
     None). Queries are taken some at a time, each time against the keys that they may see.
     """
-    (B, T, H, D), (J, S, _) = q.shape, k.shape
+    (B, T, H, E), (J, S, _) = q.shape, k.shape
     K, G = J // B, H * B // J
     size = max(MIN_QUERIES, -(-T // MAX_PASSES))
     share = seen.any(-1).astype(jnp.float32) * (1.0 if share is None else share)
@@ -38,7 +38,7 @@ def attention_per_key(
     for start in range(0, T, size):
         end = min(start + size, T)
         n = S - T + end
-        asked = q[:, start:end].reshape(B, end - start, K, G, D).transpose(0, 2, 3, 1, 4).reshape(J, -1, D)
+        asked = q[:, start:end].reshape(B, end - start, K, G, E).transpose(0, 2, 3, 1, 4).reshape(J, -1, E)
         scores = (
             jnp.einsum("jnd,jsd->jns", asked, k[:, :n], **FLOAT32).reshape(B, K, G, end - start, n) * scale
         )

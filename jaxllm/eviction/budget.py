@@ -115,7 +115,7 @@ def evict(
     prefix: int = 0,
     safeguard: float = 0.0,
     strict_threshold: bool = False,
-    rows: int = 64,
+    capacity: int = 64,
     page: int | None = None,
 ) -> PagedCache:
     """The cache with the least of the context's rows gone; the cache given stays as it is.
@@ -125,7 +125,8 @@ def evict(
       the cache was evicted before.
     ratio: of the context's rows that stay, above 0 to 1; or tokens: rows a head on average; at least one row.
       Or threshold: the rows that score at least so much.
-    rows: room for tokens that come later (`grow` makes more); a cache that was evicted before keeps its own.
+    capacity: room for tokens that come later (`with_capacity` makes more); a cache that was evicted before
+      keeps its own.
     page: rows of a page; None takes 16 to 64, the more the more stays, so that little is lost to pages that
       are not full.
 
@@ -140,7 +141,7 @@ def evict(
         safeguard=safeguard,
         strict_threshold=strict_threshold,
     )
-    check_room("evict", rows, 16 if page is None else page)
+    check_room("evict", capacity, 16 if page is None else page)
     if isinstance(cache, PagedCache):
         table = repack.row_table(cache, tail=False)
         s, sizes = _scores_of_paged(cache, table, scores, prefix)
@@ -148,7 +149,7 @@ def evict(
     else:
         table = repack.row_table(cache, tail=True)
         s, sizes = _scores_of_dense(cache, table, scores, prefix)
-        tail = repack.new_tail(cache, rows)
+        tail = repack.new_tail(cache, capacity)
     keep = spent.keep(s, sizes)
     if page is None:
         page = int(np.clip(2 ** np.floor(np.log2(max(keep.sum(-1).mean() / 16, 1))), 16, 64))
@@ -156,16 +157,16 @@ def evict(
     return PagedCache(context, tail)
 
 
-def check_room(who: str, rows: int, page: int) -> None:
-    if min(rows, page) < 1:
-        raise ValueError(f"{who}: rows and page must be at least 1, got {rows=}, {page=}")
+def check_room(who: str, capacity: int, page: int) -> None:
+    if min(capacity, page) < 1:
+        raise ValueError(f"{who}: capacity and page must be at least 1, got {capacity=}, {page=}")
 
 
 def _scores_of_dense(
     cache: DenseCache, table: RowTable, scores: Array | None, prefix: int
 ) -> tuple[Float[np.ndarray, "L B K M"], Int[np.ndarray, " B"]]:
     """Scores of a dense cache's rows, infinite where they always stay, and the contexts' sizes."""
-    if cache.base is not None:
+    if cache.start is not None:
         raise ValueError("evict: the cache must be whole, got the tail of one")
     L, B, K, M = table.positions.shape
     if scores is None:

@@ -146,8 +146,8 @@ def _fit(
             f"{held} + {needed} tokens"
         )
     room = asked + min(chunk, round_up(T))
-    wide = kv.grow(cache, round_up(held) + room)
-    room = min(room, kv.room(wide))
+    wide = kv.with_capacity(cache, round_up(held) + room)
+    room = min(room, kv.max_chunk(wide))
     if room < needed:
         raise ValueError(
             f"kvzip: layers with a window must have slack for a repetition of {needed}, got {room}"
@@ -213,7 +213,7 @@ def score_chunk(
 def _output_norms(w, values: Float[Array, "J m E"], shape) -> Float[Array, "B K G m"]:
     """|W_O v| of each query head's part of the output weight and each value."""
     B, K, G, m = shape
-    rows = w.T if isinstance(w, jax.Array) else w.dequantize_rows(jnp.float32)  # [N, H D]
+    rows = w.T if isinstance(w, jax.Array) else w.dequantize_rows(jnp.float32)  # [D, H E]
     rows = rows.astype(jnp.float32)
     parts = rows.reshape(rows.shape[0], K, G, -1)
     gram = jnp.einsum("nkgd,nkge->kgde", parts, parts, **FLOAT32)
@@ -227,7 +227,7 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
 
     Costs the first layer's keys of the context once more; nothing behind them is computed.
     """
-    if not isinstance(cache, DenseCache) or cache.base is not None:
+    if not isinstance(cache, DenseCache) or cache.start is not None:
         raise ValueError(f"kvzip: the cache must hold every token, got a {type(cache).__name__} of some")
     held = np.asarray(cache.lengths).tolist()
     if held != (prefix + sizes).tolist():

@@ -2,7 +2,7 @@
 
 What was read or written since goes from the tail to the pages, and so many tokens' worth of all rows stay.
 
-Letters: L layers without a window, B requests, K key heads, R rows of the tail.
+Letters: L layers without a window, B requests, K key heads, S tokens of the tail.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from jaxllm.eviction.gates import Gate
 
 def evict_to_budget(
     cache: DenseCache | PagedCache,
-    scores: Float[Array, "L B K R"],
+    scores: Float[Array, "L B K S"],
     *,
     tokens: int,
     recent: int = 0,
     sinks: int = 0,
-    rows: int = 64,
+    capacity: int = 64,
     page: int = 16,
 ) -> PagedCache:
     """The cache with the tail's rows in its pages, and of all rows of a request the best `tokens` L K left.
@@ -33,7 +33,7 @@ def evict_to_budget(
     scores: of the tail's rows, or of all that a `DenseCache` holds; what stands behind a request's end is not
       looked at. Earlier rows have the scores that they were given then.
     recent: the last tokens, and sinks: the first ones, that stay whatever they score; they count as well.
-    rows: room for tokens that come later. How many pages there are follows from `tokens` alone.
+    capacity: room for tokens that come later. How many pages there are follows from `tokens` alone.
 
     Raises ValueError where the scores are not of this cache, tokens are not more than sinks and recent, or
     more rows than the budget has always stay (`evict`'s prefix).
@@ -41,7 +41,7 @@ def evict_to_budget(
     if sinks < 0 or recent < 0 or tokens <= sinks + recent:
         got = f"{tokens=}, {sinks=}, {recent=}"
         raise ValueError(f"evict_to_budget: tokens must be more than sinks and recent together, got {got}")
-    check_room("evict_to_budget", rows, page)
+    check_room("evict_to_budget", capacity, page)
     table = repack.row_table(cache, tail=True)
     L, B, K, M = table.positions.shape
     if not L:
@@ -49,7 +49,7 @@ def evict_to_budget(
     new = repack.tail_size(cache)
     if scores.ndim != 4 or scores.shape[:3] != (L, B, K) or scores.shape[3] < new:
         raise ValueError(
-            f"evict_to_budget: scores must be [L, B, K, R] of {(L, B, K, new)} rows, got {scores.shape}"
+            f"evict_to_budget: scores must be [L, B, K, S] of {(L, B, K, new)} rows, got {scores.shape}"
         )
     s = table.scores.copy()
     real = table.positions >= 0
@@ -67,7 +67,7 @@ def evict_to_budget(
             f"evict_to_budget: tokens must be at least the {most} a head that always stay, got {tokens=}"
         )
     keep = stays | mark_greatest(open_, count).reshape(B, L, K, M).swapaxes(0, 1)
-    tail = repack.new_tail(cache, rows)
+    tail = repack.new_tail(cache, capacity)
     most = tokens * L * K * B
     sizes = np.maximum(lengths - sinks, 0)
     context = repack.build_context(cache, table, s, keep, lengths=sizes, prefix=sinks, page=page, most=most)
@@ -98,10 +98,10 @@ class CacheBudget:
                 f"CacheBudget: tokens must be more than recent and sinks, buffer at least 1, got {got}"
             )
 
-    def enforce(self, cache: DenseCache | PagedCache, scores: Float[Array, "L B K R"] | None) -> PagedCache:
+    def enforce(self, cache: DenseCache | PagedCache, scores: Float[Array, "L B K S"] | None) -> PagedCache:
         """The cache with its tail among the pages, and the budget kept. None: the tail must be empty."""
         if scores is None:
             L, _, K = self.gates.sizes()
             scores = jnp.zeros((L, cache.lengths.shape[0], K, 0), jnp.float32)
         kept = {"tokens": self.tokens, "recent": self.recent, "sinks": self.sinks}
-        return evict_to_budget(cache, scores, rows=self.buffer, **kept)
+        return evict_to_budget(cache, scores, capacity=self.buffer, **kept)

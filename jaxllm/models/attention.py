@@ -47,7 +47,7 @@ def cached_attention(
     """
     if cache is not None:
         cache = kv.append(cache, layer, k, v, lengths)
-        if not cache.empty:  # it is so until advanced: behind the first chunk
+        if not cache.is_first_chunk:  # it is so until advanced: behind the first chunk
             y = kv.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap, bias=bias)
             return y, cache
         k, v = kv.round_trip(cache, layer, k, v)

@@ -57,9 +57,9 @@ class LanguageModel(nnx.Module):
         return [Stage("", self, None, "target", embed_target), *blocks]
 
     def make_cache(
-        self, batch: int, rows: int, *, slack: int = 0, dtype: Any = None, bits: int | None = None
+        self, batch: int, capacity: int, *, slack: int = 0, dtype: Any = None, bits: int | None = None
     ) -> DenseCache:
-        """An empty cache for `rows` tokens a request.
+        """An empty cache for `capacity` tokens a request.
 
         slack: the longest chunk after the first, or rollback, that layers with a window must survive.
         dtype: of keys and values; None is the model's.
@@ -70,7 +70,7 @@ class LanguageModel(nnx.Module):
             windows=self.windows,
             kv_heads=self.config.kv_heads,
             head_dim=self.config.head_dim,
-            rows=rows,
+            capacity=capacity,
             slack=slack,
             dtype=self.dtype if dtype is None else jnp.dtype(dtype),
             bits=bits,

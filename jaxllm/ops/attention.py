@@ -2,7 +2,7 @@
 
 Grouped queries (Ainslie et al., arXiv:2305.13245): query head j reads key head j // G. Scores, softmax and
 the sum over values are accumulated in float32. Letters: B batch, T queries, S keys, H query heads, K key
-heads, G = H / K, J = B K, D head size.
+heads, G = H / K, J = B K, E head size.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,25 @@ MASK_VALUE = -1e30
 
 
 def attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "J S D"],
-    v: Float[Array, "J S D"],
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "J S E"],
+    v: Float[Array, "J S E"],
     mask: Bool[Array, "#B #T S"],
     *,
     scale: float,
     softcap: float | None = None,
     bias: Float[Array, "#B H T S"] | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H E"]:
     """Softmax attention where `mask` says which key each query may see.
 
     k, v: J = B K blocks of rows, one a request and key head, as `heads_first` makes them.
     softcap: scores are bent to it by `soft_cap` (Gemma 2).
     bias: added to the scores (T5's relative positions).
     """
-    B, T, H, D = q.shape
+    B, T, H, E = q.shape
     J, S = k.shape[:2]
     K, G = J // B, H * B // J
-    q = q.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(J, G * T, D)
+    q = q.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(J, G * T, E)
     scores = jnp.einsum("jnd,jsd->jns", q, k, **FLOAT32).reshape(B, K, G, T, S) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32).reshape(-1, K, G, T, S)
@@ -45,7 +45,7 @@ def attention(
     scores = jnp.where(mask[:, None, None], scores, MASK_VALUE)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(J, G * T, S)
     out = jnp.einsum("jns,jsd->jnd", weights, v, **FLOAT32).astype(v.dtype)
-    return out.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return out.reshape(B, K, G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
 def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
@@ -53,29 +53,29 @@ def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def heads_first(x: Float[Array, "B T K D"]) -> Float[Array, "J T D"]:
+def heads_first(x: Float[Array, "B T K E"]) -> Float[Array, "J T E"]:
     """Keys or values as `attention` and the caches hold them: one block of rows a request and head.
 
     subtle: one axis J = B K, not two. With an axis of size 1 XLA:CPU rewrites the product to drop it, fuses
       that with the write into the cache, and then copies the cache at every step.
     """
-    B, T, K, D = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(B * K, T, D)
+    B, T, K, E = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B * K, T, E)
 
 
 FLOAT32 = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 
 
 def causal_attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     bias: DistanceBias | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H E"]:
     """Attention of a chunk to itself: token t sees tokens max(0, t - window + 1) to t.
 
     Queries are taken in at most eight blocks, each against the keys it can see and no others, which saves up

@@ -10,7 +10,16 @@ import re
 FIELDS = {
     "Affine": {"zero": "zero_point", "group": "group_size"},
     "MixedColumns": {"zero": "zero_point", "four_zero": "four_zero_point"},
-    "QuantizedRows": {"group": "group_size"},
+    "QuantizedRows": {"group": "group_size", "size": "head_dim"},
+    "DenseCache": {"rows": "capacity", "base": "start", "empty": "is_first_chunk"},
+    "Context": {
+        "head": "page_head",
+        "filled": "page_lengths",
+        "first": "page_offsets",
+        "sizes": "context_lengths",
+        "slot": "context_of_request",
+        "readers": "max_readers",
+    },
     "HostResidual": {"hint": "selector_state", "select": "selector"},
 }
 

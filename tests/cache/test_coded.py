@@ -15,7 +15,7 @@ from jaxllm.decoding import run
 from jaxllm.models import decoder, gpt, t5
 from jaxllm.models.decoder import TINY, Decoder
 
-B, K, H, D = 2, 2, 4, 16
+B, K, H, E = 2, 2, 4, 16
 ONES = jnp.ones((B,), jnp.int32)
 
 
@@ -71,7 +71,7 @@ def test_a_row_is_its_grid_and_then_its_codes_lowest_first(bits):
 )
 def test_bits_a_number_are_those_of_codes_and_grids(bits, size, group_size, want):
     cache = kv.dense.make(
-        3, windows=(None, 4), kv_heads=2, head_dim=size, rows=20, slack=1,
+        3, windows=(None, 4), kv_heads=2, head_dim=size, capacity=20, slack=1,
         dtype=jnp.bfloat16, bits=bits, group_size=group_size,
     )  # fmt: skip
     numbers = 2 * 3 * 2 * (20 + 5) * size
@@ -88,8 +88,8 @@ def test_rows_that_cannot_be_are_refused_in_one_line(bits, group_size, size):
 
 def test_rotated_keys_score_as_the_keys_themselves():
     keys = jax.random.split(jax.random.key(0), 2)
-    q, k = (jax.random.normal(key, (3, 7, D)) for key in keys)
-    held = rows((3, 7, D), bits=8, rotated=True).quantize(k)
+    q, k = (jax.random.normal(key, (3, 7, E)) for key in keys)
+    held = rows((3, 7, E), bits=8, rotated=True).quantize(k)
     got = jnp.einsum("jtd,jsd->jts", held.rotate_queries(q), held.dequantize())
     plain = held.round_trip(k)
     np.testing.assert_allclose(got, jnp.einsum("jtd,jsd->jts", q, plain), atol=1e-5)
@@ -110,12 +110,12 @@ def test_rotation_saves_keys_with_one_great_channel():
 
 def tokens(T, seed=0):
     rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.normal(size=(B, T, n, D)), jnp.float32) for n in (H, K, K))
+    return tuple(jnp.asarray(rng.normal(size=(B, T, n, E)), jnp.float32) for n in (H, K, K))
 
 
 def make(window=None, size=32, slack=0, **options):
     options = {"bits": 4, "dtype": jnp.float32} | options
-    return kv.dense.make(B, windows=(window,), kv_heads=K, head_dim=D, rows=size, slack=slack, **options)
+    return kv.dense.make(B, windows=(window,), kv_heads=K, head_dim=E, capacity=size, slack=slack, **options)
 
 
 @jax.jit
@@ -146,14 +146,14 @@ def test_attending_reads_what_a_plain_cache_of_the_numbers_read_back_would(windo
         np.testing.assert_allclose(read(coded, q, at), read(plain, q, at), atol=1e-5)
 
 
-def test_truncate_select_and_grow_keep_rows_bit_for_bit():
+def test_truncate_select_and_with_capacity_keep_rows_bit_for_bit():
     _, k, v = tokens(9)
     cache = feed(make(size=12), k, v, jnp.array([9, 5]))
     fork = kv.select(cache, jnp.array([1, 0, 1]))
     assert fork.lengths.tolist() == [5, 9, 5]
     np.testing.assert_array_equal(fork.keys[0].words[K : 2 * K], cache.keys[0].words[:K])
-    wide = kv.dense.grow(cache, 20)
-    assert wide.keys[0].shape == (B * K, 20, D) and wide.rows == 20
+    wide = kv.dense.with_capacity(cache, 20)
+    assert wide.keys[0].shape == (B * K, 20, E) and wide.capacity == 20
     np.testing.assert_array_equal(wide.values[0].words[:, :12], cache.values[0].words)
     again = kv.append(kv.truncate(cache, 4 * ONES), 0, k[:, 4:5], v[:, 4:5], ONES)
     np.testing.assert_array_equal(again.keys[0].words[:, 4], cache.keys[0].words[:, 4])  # rows stand alone
@@ -260,13 +260,13 @@ def test_a_decoding_loop_updates_the_codes_in_place(models, usual_compiler):
     """Neither a copy of the cache nor a float32 one of more than a layer is held beside it."""
     config = dataclasses.replace(TINY, layers=6, head_dim=32, context=1024)
     model = Decoder(config, rngs=nnx.Rngs(0))
-    cache = jax.eval_shape(lambda: dataclasses.replace(model.make_cache(2, 1024, bits=4), empty=False))
+    cache = jax.eval_shape(
+        lambda: dataclasses.replace(model.make_cache(2, 1024, bits=4), is_first_chunk=False)
+    )
 
     def step(model, cache, tokens):
-        body = lambda _, state: model(state[1], state[0], logits="last")[::-1]  # noqa: E731
-
-        def one(i, state):
-            cache, logits = body(i, state)
+        def one(_, state):
+            logits, cache = model(state[1], state[0], logits="last")
             return cache, jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
 
         return jax.lax.fori_loop(0, 8, one, (cache, tokens))

@@ -7,19 +7,19 @@ import pytest
 
 from jaxllm import cache as kv
 
-B, K, H, D = 2, 2, 4, 8
+B, K, H, E = 2, 2, 4, 8
 ONES = jnp.ones((B,), jnp.int32)
 
 
 def tokens(T, seed=0):
     """q, k, v of T tokens for B requests."""
     rng = np.random.default_rng(seed)
-    return tuple(rng.normal(size=(B, T, n, D)).astype(np.float32) for n in (H, K, K))
+    return tuple(rng.normal(size=(B, T, n, E)).astype(np.float32) for n in (H, K, K))
 
 
-def make(window=None, rows=32, slack=0):
+def make(window=None, capacity=32, slack=0):
     return kv.dense.make(
-        B, windows=(window,), kv_heads=K, head_dim=D, rows=rows, slack=slack, dtype=jnp.float32
+        B, windows=(window,), kv_heads=K, head_dim=E, capacity=capacity, slack=slack, dtype=jnp.float32
     )
 
 
@@ -71,8 +71,8 @@ def test_padding_is_never_seen():
 
 def test_a_ring_keeps_window_plus_slack_rows_and_survives_a_rollback_of_the_slack():
     _, k, v = tokens(30)
-    cache = make(window=4, rows=64, slack=5)
-    assert cache.keys[0].shape == (B * K, 9, D)
+    cache = make(window=4, capacity=64, slack=5)
+    assert cache.keys[0].shape == (B * K, 9, E)
     cache = feed(cache, k[:, :20], v[:, :20], 20 * ONES)
     cache = feed(cache, k[:, 20:25], v[:, 20:25], 5 * ONES)
     back = kv.truncate(cache, 20 * ONES)
@@ -82,24 +82,24 @@ def test_a_ring_keeps_window_plus_slack_rows_and_survives_a_rollback_of_the_slac
 
 def test_a_chunk_longer_than_the_slack_allows_is_refused():
     _, k, v = map(jnp.asarray, tokens(7))
-    cache = feed(make(window=4, rows=64, slack=5), k, v, 7 * ONES)
-    assert kv.dense.room(cache) == 6
-    with pytest.raises(ValueError, match="append: a chunk must fit, got T=7 tokens, room=6"):
+    cache = feed(make(window=4, capacity=64, slack=5), k, v, 7 * ONES)
+    assert kv.dense.max_chunk(cache) == 6
+    with pytest.raises(ValueError, match="append: a chunk must fit, got T=7 tokens, max_chunk=6"):
         kv.append(cache, 0, k, v, 7 * ONES)
 
 
-def test_select_forks_requests_and_grow_keeps_them():
+def test_select_forks_requests_and_with_capacity_keeps_them():
     _, k, v = tokens(5)
-    cache = feed(make(rows=8), k, v, jnp.array([5, 2]))
+    cache = feed(make(capacity=8), k, v, jnp.array([5, 2]))
     fork = kv.select(cache, jnp.array([1, 0, 1]))
     assert fork.lengths.tolist() == [2, 5, 2]
     np.testing.assert_array_equal(fork.keys[0][K : 2 * K], cache.keys[0][:K])
-    wide = kv.dense.grow(cache, 20)
-    assert wide.rows == 20 and wide.keys[0].shape[1] == 20
+    wide = kv.dense.with_capacity(cache, 20)
+    assert wide.capacity == 20 and wide.keys[0].shape[1] == 20
     q = tokens(1)[0]
     np.testing.assert_allclose(read(wide, q, cache.lengths - 1), read(cache, q, cache.lengths - 1), atol=1e-6)
 
 
 def test_bytes_are_those_of_the_arrays_held():
-    cache = make(window=4, rows=64, slack=5)
-    assert kv.num_bytes(cache) == 2 * B * K * 9 * D * 4 + 4 * B
+    cache = make(window=4, capacity=64, slack=5)
+    assert kv.num_bytes(cache) == 2 * B * K * 9 * E * 4 + 4 * B

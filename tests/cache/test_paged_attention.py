@@ -19,7 +19,7 @@ def random(shape, seed):
 
 def filled(K, bits=None, windows=(None, 6, None)):
     """A dense cache of three contexts, ragged."""
-    sizes = {"kv_heads": K, "head_dim": E, "rows": CONTEXT + ROOM, "slack": ROOM}
+    sizes = {"kv_heads": K, "head_dim": E, "capacity": CONTEXT + ROOM, "slack": ROOM}
     cache = dense.make(3, windows=windows, dtype=jnp.float32, bits=bits, **sizes)
     return written(cache, K, CONTEXT, LENGTHS, seed=0)
 
@@ -38,7 +38,7 @@ def evicted(cache, K, empty=()):
     scores = np.random.default_rng(1).random((2, 3, K, CONTEXT)).astype(np.float32)
     for head in empty:
         scores[head] = 0
-    return evict(cache, jnp.asarray(scores), threshold=0.66, rows=ROOM, page=4)
+    return evict(cache, jnp.asarray(scores), threshold=0.66, capacity=ROOM, page=4)
 
 
 def both(q, cache, layer, T, lengths, **rule):
@@ -103,3 +103,33 @@ def test_a_layer_with_a_window_is_read_as_before_eviction():
         for cache in (evicted(whole, 2), whole)
     )
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("B, K, T", [(6, 16, 1), (1, 24, 100)])
+def test_many_heads_of_which_most_have_nothing_are_read_as_they_are(B, K, T):
+    rng, rows = np.random.default_rng(0), 40
+    sizes = {"kv_heads": K, "head_dim": E, "capacity": rows, "slack": 0}
+    cache = kv.dense.make(B, windows=(None,), dtype=jnp.float32, **sizes)
+    k, v = (jnp.asarray(rng.normal(size=(B, rows, K, E)), jnp.float32) for _ in range(2))
+    n = jnp.full(B, rows, jnp.int32)
+    cache = kv.advance(kv.append(cache, 0, k, v, n), n)
+    keep = rng.random((1, B, K, rows)) < 0.3
+    keep.reshape(B * K, rows)[3 : B * K - 9] = False  # nearly all heads
+    keep.reshape(B * K, rows)[B * K // 2] = True
+    small = evict(cache, jnp.asarray(keep, jnp.float32), threshold=0.5, capacity=T, page=2)
+    most = max(paged.MIN_PAGES, min(paged.MAX_PAGES, paged.MAX_QUERIES // T))  # pages of a tile
+    assert small.context.page_offsets.shape[1] - 1 > most
+    q, new, more = (jnp.asarray(rng.normal(size=(B, T, K, E)), jnp.float32) for _ in range(3))
+    one = jnp.full(B, T, jnp.int32)
+    small = kv.append(small, 0, new, more, one)
+    positions = jnp.broadcast_to(rows + jnp.arange(T, dtype=jnp.int32), (B, T))
+    got = np.asarray(kv.attend(q, small, 0, positions, one, scale=0.5))
+    for b in range(B):
+        for h in range(K):
+            kept = np.flatnonzero(keep[0, b, h])
+            keys = np.concatenate([np.asarray(k)[b, kept, h], np.asarray(new)[b, :, h]])
+            values = np.concatenate([np.asarray(v)[b, kept, h], np.asarray(more)[b, :, h]])
+            scores = np.asarray(q)[b, :, h] @ keys.T * 0.5
+            scores[:, len(kept) :][~np.tri(T, dtype=bool)] = -np.inf
+            e = np.exp(scores - scores.max(-1, keepdims=True))
+            np.testing.assert_allclose(got[b, :, h], e @ values / e.sum(-1, keepdims=True), atol=1e-5)

@@ -114,7 +114,7 @@ def test_a_given_cache_is_continued_and_left_as_it_was(model):
 
 def test_a_long_prompt_behind_a_cache_is_read_in_pieces_that_fit_the_window(model):
     _, cache = model(jnp.array([[1, 2, 3]]), model.make_cache(1, 40))
-    assert kv.room(cache) == 1
+    assert kv.max_chunk(cache) == 1
     rest = list(range(20, 33))
     out = jl.generate(model, None, [rest], cache=cache, max_new_tokens=5)[0]
     assert out.token_ids == jl.generate(model, None, [[1, 2, 3, *rest]], max_new_tokens=5)[0].token_ids

@@ -26,7 +26,7 @@ def model():
 def test_chunks_of_a_text_fill_the_cache_that_one_pass_fills(model, bits):
     whole, parts = (jl.prefill(model, ROWS, slack=16, bits=bits, chunk=n) for n in (64, 12))
     np.testing.assert_array_equal(whole.lengths, [40, 32])
-    forward = jax.jit(lambda cache: model(jnp.asarray([[8], [9]]), jl.cache.grow(cache, 66))[0])
+    forward = jax.jit(lambda cache: model(jnp.asarray([[8], [9]]), jl.cache.with_capacity(cache, 66))[0])
     np.testing.assert_allclose(forward(parts), forward(whole), atol=2e-2 if bits else 1e-5)
 
 

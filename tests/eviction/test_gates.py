@@ -162,7 +162,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
         real = jnp.clip(jnp.asarray([22, 3], jnp.int32) - at, 0, 8)
         logits, tail, scores = read(model, fast, None, cache.context, piece, cache.tail, real)
         token = jnp.where(real > 0, logits.argmax(-1), 0 if token is None else token)
-        cache = hold.enforce(kv.join(cache.context, tail), scores)
+        cache = hold.enforce(kv.with_context(cache.context, tail), scores)
         sizes.add(kv.num_bytes(cache))
     waiting = []
     for _ in range(60):
@@ -171,7 +171,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
         logits, tail, scores = read(
             model, fast, None, cache.context, token[:, None], cache.tail, jnp.ones(2, jnp.int32)
         )
-        token, cache = logits.argmax(-1), kv.join(cache.context, tail)
+        token, cache = logits.argmax(-1), kv.with_context(cache.context, tail)
         waiting.append(scores)
         if len(waiting) == 8:
             cache, waiting = hold.enforce(cache, jnp.concatenate(waiting, axis=-1)), []

@@ -144,7 +144,7 @@ def test_step_time_work_does_not_grow_with_layers_of_unused_cache(usual_compiler
     token = jnp.zeros((1, 1), jnp.int32)
 
     def temporary(rows):
-        cache = dataclasses.replace(model.make_cache(1, rows), empty=False)
+        cache = dataclasses.replace(model.make_cache(1, rows), is_first_chunk=False)
         step = jax.jit(lambda m, t, c: m(t, c, logits="last"), donate_argnums=2)
         memory = step.lower(model, token, cache).compile(compiler_options=usual_compiler).memory_analysis()
         return memory.temp_size_in_bytes, memory.alias_size_in_bytes, cache

@@ -174,7 +174,7 @@ def test_logits_equal_theirs_in_prefill_and_decode_of_a_ragged_batch(torch, made
     rows = texts()
     want = [their_logits(torch, theirs, row, n) for row, n in zip(rows, LENGTHS, strict=True)]
     lengths = jnp.array(LENGTHS, jnp.int32)
-    cache = ours.make_cache(3, rows=40)
+    cache = ours.make_cache(3, capacity=40)
     logits, cache = forward(ours, jnp.asarray(rows[:, :24], jnp.int32), cache, lengths)
     got = [[np.asarray(logits[b, :n])] for b, n in enumerate(LENGTHS)]
     for step in range(STEPS):

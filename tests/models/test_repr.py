@@ -36,7 +36,9 @@ def test_a_cache_prints_in_a_line_what_it_holds():
     model = decoder.Decoder(decoder.TINY, rngs=nnx.Rngs(0))
     cache = jl.prefill(model, [[1, 2, 3], [4, 5]])
     held = jl.cache.num_bytes(cache)
-    assert repr(cache) == f"DenseCache(tokens [3, 2] of {cache.rows}, 2 layers of float32, {held:,} bytes)"
+    assert (
+        repr(cache) == f"DenseCache(tokens [3, 2] of {cache.capacity}, 2 layers of float32, {held:,} bytes)"
+    )
     small = jl.eviction.evict(cache, jnp.ones((2, 2, 2, 3)), ratio=0.5)
     assert repr(small).startswith("PagedCache(") and "tail=DenseCache(tokens [3, 2]" in repr(small)
     assert "2 layers of 4 bits" in repr(model.make_cache(1, 8, bits=4))

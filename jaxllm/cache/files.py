@@ -23,7 +23,8 @@ from jaxllm.storage.former_names import FIELDS
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
-META, ARRAYS, FORMAT, VERSION = "cache.json", "arrays.npz", "jaxllm cache", 4
+DESCRIPTION, ARRAYS = "cache.json", "arrays.npz"  # files of the directory
+FORMAT, VERSION = "jaxllm cache", 4
 FINGERPRINTS = {2: fingerprint_of_first_numbers, 3: fingerprint, VERSION: fingerprint}  # by version
 CLASSES = (DenseCache, PagedCache, Context, QuantizedRows)  # what a file may name
 
@@ -36,7 +37,7 @@ def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
     meta = {"model": fingerprint(model), "cache": describe(cache, "cache", CLASSES)}
     arrays = dict(arrays_of(cache, "cache", CLASSES))
     with new_directory(path, who="cache.save", num_bytes=sum(x.nbytes for x in arrays.values())) as out:
-        write_meta(out / META, FORMAT, VERSION, meta)
+        write_meta(out / DESCRIPTION, FORMAT, VERSION, meta)
         np.savez(out / ARRAYS, **pack_arrays(arrays))
 
 
@@ -46,7 +47,7 @@ def load(path: str | Path, model) -> DenseCache | PagedCache:
     Raises FileNotFoundError where there is none, ValueError for another model's or one that is damaged.
     """
     path = Path(path)
-    meta = read_meta("cache.load", path / META, FORMAT, *FINGERPRINTS)
+    meta = read_meta("cache.load", path / DESCRIPTION, FORMAT, *FINGERPRINTS)
     try:
         if meta["model"] != FINGERPRINTS[meta["version"]](model):
             raise ValueError("it holds another model's keys")

@@ -14,8 +14,8 @@ how many there are at most follows from the number of rows that stay, so context
 a compilation. Rows are stored rotated, as they were, so new tokens go on at their own positions. Lossless as
 to the rows that are kept. A row's score stays with it, for a second eviction.
 
-Requests may share a context (`select`, many questions to one text).
-`attend_reference` is what `attend` means, and what a kernel over pages must equal.
+Requests may share a context (`select`, many questions to one text). `attend_reference` is what
+`attend` means, and what a kernel over pages must equal.
 
 Letters: B requests, T tokens of a chunk, H query heads, K key heads, G = H / K, E head size, S rows of the
 tail, L layers without a window, J heads of all contexts (or of all requests), P pages, C rows a page, W pages
@@ -42,7 +42,7 @@ MAX_QUERIES = 1024  # W N: of all pages of a tile together
 
 @pytree
 class Context:
-    """The rows that were kept."""
+    """What eviction left of one text or several, in pages; never written."""
 
     keys: Rows  # [P, C, E]
     values: Rows  # [P, C, E]

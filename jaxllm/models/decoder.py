@@ -31,6 +31,7 @@ from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, default_positions, last_token
 from jaxllm.models.rope import Rope, rotate
 from jaxllm.models.taps import Tap, probe, scoped
+from jaxllm.ops.attention import soft_cap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,9 +241,7 @@ class Decoder(LanguageModel):
             logits = self.embedding.logits(x)
         else:
             logits = self.head(x, scoped(tap, "head"), jnp.float32)
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
-        return logits
+        return soft_cap(logits, self.config.logit_softcap)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ the pairing of halves is Hugging Face's; llama2.c's neighbouring pairs are permu
     longrope   one divisor a plane, a short list and a long one (Ding et al., arXiv:2402.13753); which of
                the two is chosen by the length of each request, not by the longest of its batch
 
-Letters: B batch, T tokens, R = rotary / 2 planes, H heads, D head size.
+Letters: B batch, T tokens, R = rotary / 2 planes, H heads, E head size.
 """
 
 import dataclasses
@@ -100,8 +100,8 @@ class Rope:
 
 
 def rotate(
-    x: Float[Array, "B T H D"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]
-) -> Float[Array, "B T H D"]:
+    x: Float[Array, "B T H E"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]
+) -> Float[Array, "B T H E"]:
     """`x` with its first 2R elements turned, computed in float32 and returned in `x`'s type."""
     half = cos.shape[-1]
     a = x[..., :half].astype(jnp.float32)

@@ -141,10 +141,3 @@ def convert(src, dst, to: Layout = "native", *, dtype=None):
         model_type = huggingface.model_type_of(src)
     save(model, dst, tokenizer, to=to, model_type=model_type)
     return model, tokenizer
-
-
-# A weight is an array or a format; a format's fields are arrays, formats or parts, tuples of these, None, or
-# static values.
-
-
-# Static values and configs in JSON: numbers, strings, None, tuples of these, types, configs.

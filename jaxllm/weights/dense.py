@@ -7,7 +7,7 @@ single row on a CPU each output is one contiguous dot product.
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree
@@ -46,8 +46,3 @@ class Dense:
         """Where the leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
         return jax.tree.map(lambda rows: PartitionSpec(N, K), self)
-
-
-def quantize(w: Float[Array, "K N"]) -> Dense:
-    """The weight `w`, unchanged."""
-    return Dense(w.T)

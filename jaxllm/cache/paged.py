@@ -139,7 +139,7 @@ def attend(
     q = rotate_queries(q, keys)
     q = q.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
     rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    of_context = _attend_context(q, cache.context, _context_layer(tail, layer), rule)
+    of_context = _attend_context(q, cache.context, _context_layer(tail, layer), **rule)
     _, seen = dense.visible(tail, layer, positions, lengths, mask)  # [B, T, S]
     seen = jnp.broadcast_to(seen[:, None, None], (B, K, G, T, seen.shape[-1])).reshape(J, G * T, -1)
     of_context = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), of_context)
@@ -164,27 +164,34 @@ def attend_reference(
 
     For a layer without a window; of arrays that are there (not traced), and slow.
     """
-    (B, T, H, _), tail, context = q.shape, cache.tail, cache.context
+    (B, _, H, _), tail = q.shape, cache.tail
     q, K = rotate_queries(q, tail.keys[layer]), tail.keys[layer].shape[0] // B
-    keys, values = dequantize(tail.keys[layer]), dequantize(tail.values[layer])
     _, seen = dense.visible(tail, layer, positions, lengths, mask)
-    out = [[q[b : b + 1, :, h : h + 1] for h in range(H)] for b in range(B)]
-    for b, h in np.ndindex(B, H):
-        k = h * K // H
-        head = int(context.context_of_request[b]) * K + k
-        old_keys, old_values = _rows_of_head(context, _context_layer(tail, layer), head)
-        head_keys = jnp.concatenate([old_keys, keys[b * K + k]])[None]
-        head_values = jnp.concatenate([old_values, values[b * K + k]])[None]
-        sees = jnp.concatenate([jnp.ones((T, len(old_keys)), bool), seen[b]], axis=1)[None]
-        out[b][h] = attention(out[b][h], head_keys, head_values, sees, scale=scale, softcap=softcap)
-    return jnp.concatenate([jnp.concatenate(heads, axis=2) for heads in out])
+
+    def read(b: int, h: int):
+        keys, values, old = _rows_of_head(cache, layer, b, h * K // H)
+        sees = jnp.pad(seen[b], ((0, 0), (old, 0)), constant_values=True)
+        query = q[b : b + 1, :, h : h + 1]
+        return attention(query, keys[None], values[None], sees[None], scale=scale, softcap=softcap)
+
+    return jnp.concatenate([jnp.concatenate([read(b, h) for h in range(H)], axis=2) for b in range(B)])
 
 
-def _rows_of_head(context: Context, layer: int, head: int) -> tuple[Float[Array, "n E"], Float[Array, "n E"]]:
-    """The keys and values of one head, gathered from its pages."""
-    pages = slice(*context.page_offsets[layer, head : head + 2])
-    real = jnp.arange(context.keys.shape[1])[None] < context.page_lengths[pages, None]
-    return dequantize(context.keys)[pages][real], dequantize(context.values)[pages][real]
+def _rows_of_head(
+    cache: PagedCache, layer: int, b: int, k: int
+) -> tuple[Float[Array, "n E"], Float[Array, "n E"], int]:
+    """Keys and values of request b and key head k, those of the context first, and how many these are."""
+    context, tail = cache.context, cache.tail
+    K = tail.keys[layer].shape[0] // len(tail.lengths)
+    head = context.context_of_request[b] * K + k
+    first, end = (context.page_offsets[_context_layer(tail, layer), head + i] for i in (0, 1))
+    real = jnp.arange(context.keys.shape[1])[None] < context.page_lengths[first:end, None]
+
+    def gather(pool: Rows, rows: Rows) -> jax.Array:
+        return jnp.concatenate([dequantize(pool)[first:end][real], dequantize(rows)[b * K + k]])
+
+    keys = gather(context.keys, tail.keys[layer])
+    return keys, gather(context.values, tail.values[layer]), int(real.sum())
 
 
 def _context_layer(tail: DenseCache, layer: int) -> int:
@@ -244,13 +251,15 @@ def _merge_pages(heads: PartialSoftmax, pages: PartialSoftmax, head: Int[Array, 
     return PartialSoftmax(greatest, total, out)
 
 
-def _attend_context(q: Float[Array, "B K n E"], context: Context, layer: int, rule) -> PartialSoftmax:
+def _attend_context(
+    q: Float[Array, "B K n E"], context: Context, layer: int, *, scale: float, softcap: float | None
+) -> PartialSoftmax:
     """The softmax over one layer's context [B, K, n], by a walk over its pages, a tile of W at a time."""
     rank = _rank_of_requests(context)
     queries = _queries_by_head(q, context, rank)
     J, N, E = queries.shape
     W = _pages_of_tile(context.keys.shape[0], J, N)
-    queries = jnp.pad(queries, ((0, W), (0, 0), (0, 0)))  # the last heads of a tile may lie behind the last
+    queries = jnp.pad(queries, ((0, W), (0, 0), (0, 0)))  # a tile may have heads behind the last one
     start, end = context.page_offsets[layer, 0], context.page_offsets[layer, J]
 
     def body(carry):
@@ -261,7 +270,8 @@ def _attend_context(q: Float[Array, "B K n E"], context: Context, layer: int, ru
             return jax.lax.dynamic_slice_in_dim(x, tile.head, W)
 
         asked = of_tile(queries)[jnp.minimum(tile.local, W - 1)]
-        pages = _partial_softmax(asked, tile.keys, tile.values, tile.seen[:, None], **rule)
+        seen = tile.seen[:, None]
+        pages = _partial_softmax(asked, tile.keys, tile.values, seen, scale=scale, softcap=softcap)
         heads = jax.tree.map(
             lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, tile.head, 0),
             heads,

@@ -1,4 +1,4 @@
-"""Selector many residual rows a GPU has time to fetch: DecDEC's tuner (arXiv:2412.20185, section 4.4).
+"""How many residual rows a GPU has time to fetch: DecDEC's tuner (arXiv:2412.20185, section 4.4).
 
     recipe = tune_dec_dec(model, DecDec(base=Rtn(bits=3)), gpu="RTX 4090", slowdown=0.05)
     small = quantize(model, recipe, tokens)

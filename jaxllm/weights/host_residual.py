@@ -3,7 +3,7 @@
     y = x @ base + ((x * M) @ Q) * S        Q: whole codes of it, one row an *input*;  S: one scale an output
 
 M marks the k inputs of greatest |x|, as a calibrated table of thresholds tells them (arXiv:2412.20185,
-sections 4.2 and 4.3). Selector ours differs: `quant/methods/dec_dec.py`.
+sections 4.2 and 4.3). How ours differs: `quant/methods/dec_dec.py`.
 
 Layout: codes q + 2**(bits - 1) packed along N (4 bits: code j of a word at bit 4 j, as in the paper), so that
 what an input needs is one contiguous run; 16 bits are plain float16.
@@ -118,7 +118,7 @@ def spans(K: int, k_chunk: int) -> list[tuple[int, int, int]]:
 
 
 def selected(K: int, k_chunk: int) -> int:
-    """Selector many inputs a token fetches: floor(k_chunk K / 1024)."""
+    """How many inputs a token fetches: floor(k_chunk K / 1024)."""
     return sum(k for _, _, k in spans(K, k_chunk))
 
 

@@ -96,7 +96,7 @@ def compressed(
             yield name, ratio, eviction.evict(cache, scores, ratio=ratio, prefix=1, **options)
 
 
-@partial(jax.jit, static_argnames="rows")
+@partial(jax.jit, static_argnames="capacity")
 def filled(model, tokens, *, capacity: int):
     """The cache of some tokens."""
     return model(tokens, model.make_cache(tokens.shape[0], capacity), logits="last")[1]

@@ -5,7 +5,6 @@ bits as by gain. Letters: K inputs, N outputs, C column groups.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 
 import jaxllm as jl
 from jaxllm.quant.methods.two_bit_fit import column_groups, limits
+from jaxllm.quant.statistics import layer_key
 
 Rule = Callable[..., jax.Array]  # (rows [N, K], hessian_diag [K], key) -> [C]
 
@@ -46,8 +46,7 @@ class ByRule(jl.MixedTwoBit):
     def gains(self, rows, stats, *, name: str = "") -> tuple[np.ndarray, float]:
         """The rule's numbers [C], and the bits that 4 bits cost there."""
         _, cost = super().gains(rows, stats, name=name)
-        key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name.encode()))
-        return np.asarray(self.rule(rows, stats.hessian_diag, key)), cost
+        return np.asarray(self.rule(rows, stats.hessian_diag, layer_key(self.seed, name))), cost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
 from checkpoints_convert.quantized.config import whole_number
 from checkpoints_convert.quantized.words import Shapes, Tensors, on_host, words_of
-from jaxllm.weights.bit_planes import WORD, BitPlanes
+from jaxllm.weights.bit_planes import CODES_PER_WORD, BitPlanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +141,13 @@ def from_cuda_planes(qweight: Int32[Array | np.ndarray, "B N W"], K: int) -> UIn
 
 
 def _cuda_bytes(K: int) -> np.ndarray:
-    """Where the byte of columns 8 q .. 8 q + 7 lies in a row of theirs, for each q."""
-    if K % WORD:
-        raise ValueError(f"any_precision: the CUDA layout needs K divisible by {WORD}, got {K=}")
+    """Where the byte of columns 8 q .. 8 q + 7 lies in a row of theirs, for each q.
+
+    In a tile of 1,024 columns (32 T in a short last one), word t holds columns 8 (t + j T) .. + 7 as its byte
+    j = 0 .. 3 from the high end, each byte mirrored.
+    """
+    if K % CODES_PER_WORD:
+        raise ValueError(f"any_precision: the CUDA layout needs K divisible by {CODES_PER_WORD}, got {K=}")
     q = np.arange(K // 8)
     tile = q // 128
     T = np.minimum(32, (K - 1024 * tile) // 32)

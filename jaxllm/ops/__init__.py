@@ -5,4 +5,5 @@ dot         a dense dot, and weights that wait for their inputs
 gather      some slices of an array, or of packed codes
 hadamard    fast orthogonal transforms of any size
 packing     codes of 1 to 8 bits in 32-bit words
+search      the better of two candidates
 """

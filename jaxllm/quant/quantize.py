@@ -26,7 +26,7 @@ from jaxllm.models.linears import block_of, in_memory, linear_variables, linear_
 from jaxllm.quant.checkpoint import BlockCheckpoint
 from jaxllm.quant.recipe import Recipe, _plan
 from jaxllm.quant.source import CalibrationStream
-from jaxllm.quant.statistics import Allocator, Method, Stats
+from jaxllm.quant.statistics import Allocator, Method, Stats, output_groups_of
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import can_gather_rows
 
@@ -66,8 +66,9 @@ def quantize(
     plan = _plan(method, weights)
     source = CalibrationStream(
         model,
-        {name: [chosen] for name, chosen in plan.items()},
+        {name: chosen.required_stats for name, chosen in plan.items()},
         sequences,
+        output_groups=output_groups_of(*plan.values()),
         sequential=sequential,
         batch=batch,
         sample=sample,

@@ -7,7 +7,7 @@ A layer's cost is a second-order estimate of what its own error adds to the loss
 
     cost = sum_n d_n H d_n^T / tokens,   d = new rows - old rows [N, K]
 
-H is the end-loss-guided Hessian with one group (arXiv:2505.07004, eq. 7) by default; any statistic of `FORMS`
+H is the end-loss-guided Hessian with one group (arXiv:2505.07004, eq. 7) by default; any statistic of `COSTS`
 can stand in its place. Costs of different layers compare only where H knows the loss ("guided_hessian",
 "fisher"): "hessian" weighs an output's square the same everywhere. That costs add up is an assumption.
 
@@ -28,10 +28,10 @@ import numpy as np
 
 from jaxllm.models.linears import block_of, in_memory, linear_weights
 from jaxllm.quant.source import CalibrationStream
-from jaxllm.quant.statistics import Allocator, Method
+from jaxllm.quant.statistics import Allocator, Method, output_groups_of
 from jaxllm.weights.matmul import num_bytes
 
-Form = Literal["guided_hessian", "fisher", "hessian", "hessian_diag"]
+By = Literal["guided_hessian", "fisher", "hessian", "hessian_diag"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def sensitivity(
     methods: Sequence[Method],
     sequences: Any,
     *,
-    by: Form = "guided_hessian",
+    by: By = "guided_hessian",
     layers: str = r"\.",
     batch: int = 8,
     progress: bool = True,
@@ -65,19 +65,20 @@ def sensitivity(
     """
     if not methods:
         raise ValueError("sensitivity: methods must not be empty")
-    if by not in FORMS:
-        raise ValueError(f"sensitivity: by must be one of {', '.join(FORMS)}, got {by=}")
+    if by not in COSTS:
+        raise ValueError(f"sensitivity: by must be one of {', '.join(COSTS)}, got {by=}")
     spenders = [method for method in methods if isinstance(method, Allocator)]
     if spenders:
         raise ValueError(f"sensitivity: {type(spenders[0]).__name__} divides its bits itself")
     weights = {name: w for name, w in linear_weights(model).items() if re.search(layers, name)}
     if not weights:
         raise ValueError(f"sensitivity: layers must match a linear, got {layers!r}")
+    want = frozenset({by}).union(*(method.required_stats for method in methods))
     source = CalibrationStream(
         model,
-        dict.fromkeys(weights, methods),
+        dict.fromkeys(weights, want),
         sequences,
-        also=frozenset({by}),
+        output_groups=output_groups_of(*methods),
         batch=batch,
         progress=progress,
         desc="sensitivity",
@@ -90,7 +91,7 @@ def sensitivity(
             for method in methods:
                 made: Any = method.quantize(rows, stats[name], name=name, dtype=weights[name].dtype)
                 change = made.dequantize_rows(jnp.float32) - rows
-                cost = float(FORMS[by](change, stats[name])) / stats[name].tokens
+                cost = float(COSTS[by](change, stats[name])) / stats[name].tokens
                 table[name].append(Choice(method, 8 * num_bytes(made), rows.size, cost))
         del stats
     return table
@@ -104,7 +105,7 @@ def _quadratic(d: jax.Array, hessians: jax.Array) -> jax.Array:
     return jnp.sum(pulled * parts)
 
 
-FORMS = {
+COSTS = {
     "guided_hessian": lambda d, stats: _quadratic(d, stats.guided_hessian),
     "hessian": lambda d, stats: _quadratic(d, stats.hessian[None]),
     "fisher": lambda d, stats: jnp.sum(stats.fisher * d * d),

@@ -1,6 +1,6 @@
-"""Where the statistics that methods ask for come from: nowhere, a finished calibration, or text.
+"""Where statistics come from: nowhere, a finished calibration, or text.
 
-    source = CalibrationStream(model, {"layers.0.mlp.up": [DashQ()], ...}, tokens)
+    source = CalibrationStream(model, {"layers.0.mlp.up": frozenset({"hessian"}), ...}, tokens)
     for block, stats in source.blocks(): ...                    # stats: {"layers.0.mlp.up": Stats, ...}
 
 Text goes through the blocks as they come, so only one block's statistics are in memory at a time.
@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ from jaxllm.quant import calibrate as measure
 from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
 from jaxllm.quant.stages import linears_by_name
-from jaxllm.quant.statistics import Method, Stats, output_groups_of
+from jaxllm.quant.statistics import Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
 
 
 class CalibrationStream:
-    """Statistics by block, for linears and the methods that will be asked to solve each.
+    """Statistics by block, of linears and what is wanted of each.
 
-    also: statistics wanted of every linear, whatever its methods want. desc: what the bar says.
+    wanted: by the linear's name, names in `statistics.STATISTICS`, or none. output_groups: of guided
+    Hessians. desc: what the bar says.
     sequences, sequential, batch, sample, progress: as for `quantize`.
     Raises ValueError for statistics that are missing, impossible, or another model's.
     """
@@ -39,20 +40,18 @@ class CalibrationStream:
     def __init__(
         self,
         model,
-        methods: Mapping[str, Sequence[Method]],
+        wanted: Mapping[str, frozenset[str]],
         sequences: Any,
         *,
-        also: frozenset[str] = frozenset(),
+        output_groups: int = 1,
         sequential: bool = False,
         batch: int = 8,
         sample: int = 512,
         progress: bool = True,
         desc: str = "quantize",
     ):
-        self.model, self.names, self.sequential, self.sample = model, list(methods), sequential, sample
-        asked = [method for several in methods.values() for method in several]
-        self.want = also.union(*(method.required_stats for method in asked))
-        self.output_groups = max([1, *(output_groups_of(method) for method in asked)])
+        self.model, self.names, self.sequential, self.sample = model, list(wanted), sequential, sample
+        self.want, self.output_groups = frozenset[str]().union(*wanted.values()), output_groups
         bar = partial(tqdm, disable=not progress, file=sys.stderr)
         self.bar = partial(bar, desc=desc, unit="block")
         self.given = sequences if isinstance(sequences, Calibration) else None
@@ -60,7 +59,7 @@ class CalibrationStream:
         self.folder = Path()
         if not self.want:
             return
-        calibrated = [n for n, several in methods.items() if also or any(m.required_stats for m in several)]
+        calibrated = [name for name, names in wanted.items() if names]
         linears = linears_by_name(model)
         outside = [name for name in calibrated if name not in linears]
         if outside:

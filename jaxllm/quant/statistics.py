@@ -17,10 +17,12 @@ in float32 at highest matmul precision:
 Letters: K inputs, N outputs, g groups of outputs.
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jaxtyping import Array, Key
 
 from jaxllm.pytree import pytree, static
 
@@ -97,9 +99,14 @@ class Allocator(Method, Protocol):
         ...
 
 
-def output_groups_of(method: Method) -> int:
-    """Groups of outputs that have a guided Hessian of their own."""
-    return method.output_groups if isinstance(method, Guided) else 1
+def output_groups_of(*methods: Method) -> int:
+    """Groups of outputs that have a guided Hessian of their own: the most that a method asks for."""
+    return max((method.output_groups for method in methods if isinstance(method, Guided)), default=1)
+
+
+def layer_key(seed: int, name: str) -> Key[Array, ""]:
+    """What a method that draws numbers draws them by in the layer called `name`."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def need(stats: Stats, who: str, *names: str) -> None:

@@ -3,6 +3,7 @@
 Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecutive outputs.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxllm.models.stages import Batch, Stage, State
 from jaxllm.models.taps import linear_io
@@ -80,12 +82,22 @@ class StatsAccumulator:
 
 
 def _add(old, new):
-    top = {key: jnp.maximum(old[key], new[key]) for key in old if key == "thresholds"}
-    return {key: old[key] + new[key] for key in old if key != "thresholds"} | top
+    sums = {key: old[key] + new[key] for key in old if key != "thresholds"}
+    return sums | {key: jnp.maximum(old[key], new[key]) for key in old if key == "thresholds"}
 
 
 @partial(jax.jit, static_argnames=("run", "side", "want"))
-def _measure(block, shared, state, batch, saliency, *, run, side: str, want: frozenset[str]):
+def _measure(
+    block,
+    shared,
+    state: State,
+    batch: Batch,
+    saliency: dict[str, Array],
+    *,
+    run: Callable[..., State],
+    side: str,
+    want: frozenset[str],
+):
     """A batch's part of each statistic, by linear; and what linears read, for the sample."""
     seen: dict[str, jax.Array] = {}
     y = run(block, shared, state, batch, linear_io(seen))
@@ -103,24 +115,24 @@ def _measure(block, shared, state, batch, saliency, *, run, side: str, want: fro
     return y, sums, inputs if "sample" in want else {}
 
 
-def _of_input(x, part, want: frozenset[str]) -> dict[str, jax.Array]:
+def _of_input(x: Float[Array, "n K"], part: Int[Array, " n"], want: frozenset[str]) -> dict[str, jax.Array]:
     """What depends on a linear's inputs [n, K] alone."""
     x = jnp.where(part[:, None] != 0, x, 0.0)
     kept = x if "held_out" not in want else jnp.where(part[:, None] > 0, x, 0.0)
-    all = {
+    parts = {
         "hessian_diag": lambda: jnp.sum(x * x, axis=0),
         "mean": lambda: jnp.sum(jnp.abs(x), axis=0),
         "hessian": lambda: _gram(kept),
         "held_out": lambda: _gram(jnp.where(part[:, None] < 0, x, 0.0)),
         "thresholds": lambda: jnp.max(jnp.sort(jnp.abs(x), axis=1)[:, ::-1], axis=0),
     }
-    return {name: make() for name, make in all.items() if name in want}
+    return {name: make() for name, make in parts.items() if name in want}
 
 
-def _guided(x, s):
+def _guided(x: Float[Array, "n K"], s: Float[Array, "n g"]) -> Float[Array, "g K K"]:
     """sum_t s[t, j] x[t] x[t]^T of inputs [n, K] and saliencies [n, g], a group at a time."""
     return jax.lax.map(lambda root: _gram(x * root[:, None]), jnp.sqrt(s).T)
 
 
-def _gram(x):
+def _gram(x: Float[Array, "n K"]) -> Float[Array, "K K"]:
     return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)

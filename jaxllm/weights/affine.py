@@ -127,6 +127,14 @@ def grouped(rows: Float[Array, "N K"], group_size: int) -> tuple[Float[Array, "N
     return jnp.pad(rows, ((0, 0), (0, G * group_size - K)), mode="edge").reshape(N, G, group_size), real
 
 
+def round_to_grid(
+    weights: Float[Array, "*B"], scale: Float[Array, "*S"], zero_point: Float[Array, "*S"], qmax: int
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """The nearest code 0 .. qmax of each weight, and what it stands for: (code - zero_point) * scale."""
+    codes = jnp.clip(jnp.round(weights / scale + zero_point), 0, qmax)
+    return codes, (codes - zero_point) * scale
+
+
 @functools.partial(jax.jit, static_argnames=("bits", "group_size", "integer_zero_point"), inline=True)
 def round_to_storage(
     rows: Float[Array, "N K"],
@@ -219,7 +227,17 @@ def encode(
 @functools.partial(
     jax.jit, static_argnames=("bits", "group_size", "dtype", "integer_zero_point", "scale_bits"), inline=True
 )
-def _encode(rows, scale, zero_point, *, bits, group_size, dtype, integer_zero_point, scale_bits) -> Affine:
+def _encode(
+    rows: Float[Array, "N K"],
+    scale: Float[Array, "N G"],
+    zero_point: Float[Array, "N G"] | None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype,
+    integer_zero_point: bool,
+    scale_bits: int | None,
+) -> Affine:
     scale, used = round_to_storage(
         rows, scale, zero_point, bits=bits, group_size=group_size, integer_zero_point=integer_zero_point
     )
@@ -228,7 +246,7 @@ def _encode(rows, scale, zero_point, *, bits, group_size, dtype, integer_zero_po
         check_scale_bits("affine", scale_bits, zero_point is None or integer_zero_point)
         scale = second.dequantize_rows().T
     g, _ = grouped(rows.astype(jnp.float32), group_size)
-    codes = jnp.clip(jnp.round(g / scale[..., None] + used[..., None]), 0, 2**bits - 1)
+    codes, _ = round_to_grid(g, scale[..., None], used[..., None], 2**bits - 1)
     codes = codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]].astype(jnp.uint8)
     kept = None if zero_point is None else used
     made = from_codes(

@@ -20,7 +20,7 @@ from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree, static
 from jaxllm.weights.codebook import look_up
 
-WORD = 32  # codes a word of a plane
+CODES_PER_WORD = 32  # of a plane
 
 
 @pytree
@@ -69,7 +69,10 @@ class BitPlanes:
 
 def read_at(model, bits: int):
     """The model, or any tree, with its any-precision weights read at another width: the same arrays."""
-    planes = lambda w: isinstance(w, BitPlanes)  # noqa: E731
+
+    def planes(w):
+        return isinstance(w, BitPlanes)
+
     if not any(map(planes, jax.tree.leaves(model, is_leaf=planes))):
         raise ValueError("any_precision: the model must have any-precision weights, got none")
     return jax.tree.map(lambda w: w.at(bits) if planes(w) else w, model, is_leaf=planes)
@@ -79,16 +82,18 @@ def read_at(model, bits: int):
 def pack(codes: Integer[Array, "N K"], bits: int) -> UInt32[Array, "B N W"]:
     """The codes as `bits` planes; the last word is filled up with zeros."""
     N, K = codes.shape
-    wide = jnp.pad(codes.astype(jnp.uint32), ((0, 0), (0, -K % WORD))).reshape(N, -1, WORD)
-    places = jnp.arange(WORD, dtype=jnp.uint32)[None, None]
+    wide = jnp.pad(codes.astype(jnp.uint32), ((0, 0), (0, -K % CODES_PER_WORD))).reshape(
+        N, -1, CODES_PER_WORD
+    )
+    places = jnp.arange(CODES_PER_WORD, dtype=jnp.uint32)[None, None]
     return jnp.stack([(((wide >> b) & 1) << places).sum(-1, dtype=jnp.uint32) for b in reversed(range(bits))])
 
 
 @functools.partial(jax.jit, static_argnames="K", inline=True)
 def unpack(planes: UInt32[Array, "B N W"], K: int) -> UInt8[Array, "N K"]:
     """The codes of as many bits as there are planes."""
-    places = jnp.arange(WORD, dtype=jnp.uint32)[None, None]
-    codes = jnp.zeros((*planes.shape[1:], WORD), jnp.uint32)
+    places = jnp.arange(CODES_PER_WORD, dtype=jnp.uint32)[None, None]
+    codes = jnp.zeros((*planes.shape[1:], CODES_PER_WORD), jnp.uint32)
     for plane in planes:
         codes = (codes << 1) | ((plane[:, :, None] >> places) & 1)
     return codes.reshape(planes.shape[1], -1)[:, :K].astype(jnp.uint8)

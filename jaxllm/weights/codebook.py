@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from jaxllm.ops.gather import gather, gather_codes
 from jaxllm.ops.packing import Packed, pack, unpack
+from jaxllm.ops.search import better
 from jaxllm.pytree import pytree, static
 
 
@@ -66,9 +67,8 @@ def nearest(rows: Float[Array, "N K"], table: Float[Array, "N m"]) -> Integer[Ar
     """The code of each weight's nearest level; the lowest code of those equally near."""
 
     def closer(i, best):
-        distance, code = best
-        here = jnp.abs(rows - jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1))
-        return jnp.minimum(distance, here), jnp.where(here < distance, i.astype(jnp.int32), code)
+        distance = jnp.abs(rows - jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1))
+        return better((distance, i.astype(jnp.int32)), best)
 
     start = jnp.full(rows.shape, jnp.inf, rows.dtype), jnp.zeros(rows.shape, jnp.int32)
     return jax.lax.fori_loop(0, table.shape[1], closer, start)[1]

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Integer
 
 from jaxllm.ops.packing import Packed, pack, unpack
+from jaxllm.ops.search import better
 from jaxllm.pytree import pytree, static
 
 INPUTS_PER_CHUNK = 1024  # one selection is made among so many
@@ -74,10 +75,9 @@ def residual_scale(rest: Float[Array, "N K"], *, bits: int) -> Float[Array, " N"
     top = jnp.abs(rest).max(axis=1) / (2 ** (bits - 1) - 1)
 
     def closer(i, best):
-        error, scale = best
         trial = top * ((i + 1).astype(jnp.float32) / SCALES_TRIED)
         here = jnp.square(rest - residual_codes(rest, trial, bits=bits) * trial[:, None]).sum(axis=1)
-        return jnp.minimum(error, here), jnp.where(here < error, trial, scale)
+        return better((here, trial), best)
 
     start = jnp.full(top.shape, jnp.inf, jnp.float32), top
     return jax.lax.fori_loop(0, SCALES_TRIED, closer, start)[1]

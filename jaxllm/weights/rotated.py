@@ -80,6 +80,9 @@ def whole_product(codes: Float[Array, "*B K"], w: Affine) -> Float[Array, "*B N"
         q, weights, (((q.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32
     )
     total = jnp.sum(q, axis=-1, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    flat = lambda v: jnp.expand_dims(v[0], range(y.ndim - 1))  # noqa: E731
+
+    def flat(v):  # of the one group, for all tokens
+        return jnp.expand_dims(v[0], range(y.ndim - 1))
+
     shifted = y.astype(jnp.float32) - total * flat(affine.zero_points(w) - half)
     return shifted * flat(affine.scales(w))

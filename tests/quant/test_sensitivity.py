@@ -14,7 +14,7 @@ from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.models.linears import linear_weights
 from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.recipe import Budget, read_recipe
-from jaxllm.quant.sensitivity import FORMS, Choice, allocate_bits, sensitivity
+from jaxllm.quant.sensitivity import COSTS, Choice, allocate_bits, sensitivity
 
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [30, 60, 90, 120, 3, 3]]
 METHODS = [jl.Rtn(bits=bits, group_size=16) for bits in (2, 3, 5)]
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def stats(model):
-    return calibrate(model, ROWS, want=frozenset(FORMS), progress=False)
+    return calibrate(model, ROWS, want=frozenset(COSTS), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def table(model):
     return sensitivity(model, METHODS, ROWS, progress=False)
 
 
-@pytest.mark.parametrize("by", FORMS)
+@pytest.mark.parametrize("by", COSTS)
 def test_a_cost_is_the_error_weighed_by_the_curvature(model, stats, by):
     name = "layers.1.mlp.down"
     w, known = linear_weights(model)[name], stats[name]

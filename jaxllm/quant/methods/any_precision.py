@@ -32,7 +32,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Float, Int32, Integer, Key
 
 from jaxllm.quant.methods.curvature import curvature, damped, importance
 from jaxllm.quant.methods.k_means import k_means, row_keys
@@ -44,8 +44,7 @@ AT_ONCE = 2**20  # numbers of [rows at once, K] while cutting clusters
 DAMPING = 1e-4  # of the mean of the curvature's diagonal, as for the LNQ seed
 
 
-# The order of bits in the authors' files and kernel: in a tile of 1,024 columns (32 T in a short last one),
-# word t holds columns 8 (t + j T) .. + 7 as its byte j = 0 .. 3 from the high end, each byte mirrored.
+Grown = tuple[Integer[Array, "N K"], tuple[Float[Array, "N _"], ...]]  # codes, and a table a width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,36 +95,42 @@ class AnyPrecision:
         return frozenset({"fisher" if self.seeder == "squeeze_llm" else "guided_hessian"})
 
     def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> BitPlanes:
-        N = rows.shape[0]
-        if self.seeder == "lnq":
-            hessians = curvature(
-                stats, "AnyPrecision", guided=True, output_groups=self.output_groups, shape=(N, rows.shape[1])
-            )
-            hessian_diag = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
-            weights = importance(rows, jnp.repeat(hessian_diag, N // self.output_groups, axis=0))
-        else:
-            need(stats, "AnyPrecision", "fisher")
-            assert stats.fisher is not None
-            weights = importance(rows, stats.fisher)
-        keys = row_keys(self.seed, name, N)
-        codes, table = k_means(
+        """The rows in planes, and a table of levels a width."""
+        grow = self._from_lnq if self.seeder == "lnq" else self._from_k_means
+        codes, tables = grow(rows, stats, row_keys(self.seed, name, rows.shape[0]))
+        return from_codes(codes, tables, bits=self.first_bits, dtype=dtype)
+
+    def _from_k_means(self, rows: Float[Array, "N K"], stats: Stats, keys: Key[Array, " N"]) -> Grown:
+        need(stats, "AnyPrecision", "fisher")
+        assert stats.fisher is not None
+        weights = importance(rows, stats.fisher)
+        codes, table = self._seed(rows, weights, keys)
+        codes, tables = upscale(rows, weights, codes, table, to=self.parent_bits, split=self.split)
+        return codes, (table, *tables)
+
+    def _from_lnq(self, rows: Float[Array, "N K"], stats: Stats, keys: Key[Array, " N"]) -> Grown:
+        g = self.output_groups
+        hessians = curvature(stats, "AnyPrecision", guided=True, output_groups=g, shape=rows.shape)
+        hessian_diag = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
+        weights = importance(rows, jnp.repeat(hessian_diag, len(rows) // g, axis=0))
+        codes, _ = self._seed(rows, weights, keys)
+        codes, table = ascending(*lnq(rows, hessians, codes, bits=self.seed_bits))
+        codes, tables = guided_upscale(
+            rows,
+            weights,
+            codes,
+            table,
+            hessians=hessians,
+            to=self.parent_bits,
+            split=self.split,
+            turns=self.turns,
+        )
+        return codes, (table, *tables)
+
+    def _seed(self, rows, weights, keys):
+        return k_means(
             rows, weights, keys, bits=self.seed_bits, restarts=self.restarts, exact=self.exact_seed
         )
-        if self.seeder == "lnq":
-            codes, table = ascending(*lnq(rows, hessians, codes, bits=self.seed_bits))
-            codes, tables = guided_upscale(
-                rows,
-                weights,
-                codes,
-                table,
-                hessians=hessians,
-                to=self.parent_bits,
-                split=self.split,
-                turns=self.turns,
-            )
-        else:
-            codes, tables = upscale(rows, weights, codes, table, to=self.parent_bits, split=self.split)
-        return from_codes(codes, (table, *tables), bits=self.first_bits, dtype=dtype)
 
 
 def ascending(
@@ -185,7 +190,17 @@ def guided_upscale(
     return jnp.concatenate(parents), joined
 
 
-def _guided(hessian, rows, weights, codes, table, *, to, split, turns):
+def _guided(
+    hessian: Float[Array, "K K"],
+    rows: Float[Array, "n K"],
+    weights: Float[Array, "n K"],
+    codes: Integer[Array, "n K"],
+    table: Float[Array, "n m"],
+    *,
+    to: int,
+    split: str,
+    turns: int,
+) -> tuple[Int32[Array, "n K"], list[Float[Array, "n _"]]]:
     """The rows of one group."""
     pull = hessian / jnp.diag(hessian)[:, None]
     pull = pull.at[jnp.arange(len(pull)), jnp.arange(len(pull))].set(0.0)
@@ -236,7 +251,16 @@ def choose_halves(
 # What follows is of one row, sorted by code, then value: a cluster is an interval of places.
 
 
-def _upscale(row, weight, codes, table, *, seed, to, split):
+def _upscale(
+    row: Float[Array, " K"],
+    weight: Float[Array, " K"],
+    codes: Int32[Array, " K"],
+    table: Float[Array, " m"],
+    *,
+    seed: int,
+    to: int,
+    split: str,
+) -> tuple[Int32[Array, " K"], Float[Array, "widths M"]]:
     K, M = row.shape[0], 2**to
     codes, x, f, order = jax.lax.sort((codes, row, weight, jnp.arange(K, dtype=jnp.int32)), num_keys=2)
 
@@ -286,7 +310,9 @@ def cut_clusters(
     return cut, lower, upper
 
 
-def _paper_cut(x, border, codes, M):
+def _paper_cut(
+    x: Float[Array, " K"], border: Float[Array, " K"], codes: Int32[Array, " K"], M: int
+) -> Int32[Array, " M"]:
     """A place where the midpoint of both means lies between the two parts, by bisection."""
     K = x.shape[0]
     ends = jnp.searchsorted(codes, jnp.arange(M + 1, dtype=jnp.int32)).astype(jnp.int32)

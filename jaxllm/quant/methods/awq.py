@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops.search import better
 from jaxllm.quant.methods.rtn import check_grid
 from jaxllm.quant.statistics import Stats, need
 from jaxllm.weights import affine
@@ -107,33 +108,25 @@ def _search(method: Awq, rows, mean, sample):
 
 def _clipped(method: Awq, rows, second):
     """Scale and zero point after the clip search: of each group, least e (X^T X) e^T of its own inputs."""
-    best = _grid(method, rows, 1.0)
     if not method.clip:
-        return best
+        return _grid(method, rows, 1.0)
     K = rows.shape[1]
     group_size = min(method.group_size, K)
     G = -(-K // group_size)
     full = jnp.pad(second, (0, G * group_size - K)).reshape(G, group_size, G, group_size)
     blocks = full[jnp.arange(G), :, jnp.arange(G)]  # [G, group_size, group_size]
 
-    def loss(scale, zero_point):
+    def candidate(clip_ratio):
+        scale, zero_point = _grid(method, rows, clip_ratio)
         error = jnp.pad(rows - _round(method, rows, scale, zero_point), ((0, 0), (0, G * group_size - K)))
         error = error.reshape(-1, G, group_size)
         pushed = jnp.einsum("nga,gab->ngb", error, blocks, precision=HIGHEST)
-        return (pushed * error).sum(-1)
+        return (pushed * error).sum(-1), scale, zero_point
 
-    def closer(i, state):
-        least, scale, zero_point = state
-        new_scale, new_zero = _grid(method, rows, jnp.asarray(CLIP_RATIOS, jnp.float32)[i])
-        error = loss(new_scale, new_zero)
-        better = error < least
-        return (
-            jnp.where(better, error, least),
-            jnp.where(better, new_scale, scale),
-            jnp.where(better, new_zero, zero_point),
-        )
-
-    return jax.lax.fori_loop(1, len(CLIP_RATIOS), closer, (loss(*best), *best))[1:]
+    ratios = jnp.asarray(CLIP_RATIOS, jnp.float32)
+    return jax.lax.fori_loop(
+        1, len(CLIP_RATIOS), lambda i, best: better(candidate(ratios[i]), best), candidate(1.0)
+    )[1:]
 
 
 def _grid(method: Awq, rows, clip_ratio):
@@ -148,6 +141,5 @@ def _round(method: Awq, rows, scale, zero_point):
     """Each weight's nearest grid point."""
     N, K = rows.shape
     g, _ = affine.grouped(rows, min(method.group_size, K))
-    scale, zero_point = scale[..., None], zero_point[..., None]
-    codes = jnp.clip(jnp.round(g / scale + zero_point), 0, 2**method.bits - 1)
-    return ((codes - zero_point) * scale).reshape(N, -1)[:, :K]
+    _, values = affine.round_to_grid(g, scale[..., None], zero_point[..., None], 2**method.bits - 1)
+    return values.reshape(N, -1)[:, :K]

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float
 
 from jaxllm.quant.statistics import Stats, need
 
+MIN_IMPORTANCE = 2.0**-30  # of a place, in units of its row's mean
+MAX_FLOAT16 = 65504.0  # tables hold no more
+
 
 def curvature(
     stats: Stats, who: str, *, guided: bool, output_groups: int, shape: tuple[int, ...]
@@ -58,12 +61,6 @@ def check_curvature(who: str, damping: float, guided: bool, output_groups: int) 
         )
 
 
-FLOOR = 2.0**-30  # least weight of a place, in units of its row's mean
-
-
-LARGEST = 65504.0  # of a float16, the type of the tables
-
-
 def importance(rows: Float[Array, "N K"], fisher: Float[Array, "_ _"]) -> Float[Array, "N K"]:
     """Weights of the places, of mean 1 a row: the Fisher information of those that are not zero.
 
@@ -72,11 +69,11 @@ def importance(rows: Float[Array, "N K"], fisher: Float[Array, "_ _"]) -> Float[
     if fisher.shape != rows.shape:
         raise ValueError(f"squeeze_llm: fisher must be as the weight, got {fisher.shape=}, {rows.shape=}")
     if not isinstance(rows, jax.core.Tracer):
-        if not bool((jnp.abs(rows) <= LARGEST).all()):
-            raise ValueError(f"squeeze_llm: weights must be finite and at most {LARGEST:.0f} in size")
+        if not bool((jnp.abs(rows) <= MAX_FLOAT16).all()):
+            raise ValueError(f"squeeze_llm: weights must be finite and at most {MAX_FLOAT16:.0f} in size")
         if not bool((jnp.isfinite(fisher) & (fisher >= 0)).all()):
             raise ValueError("squeeze_llm: fisher must be finite and not negative")
     f = jnp.where(rows != 0, fisher.astype(jnp.float32), 0.0)
     greatest = f.max(1, keepdims=True)
     f = jnp.where(greatest > 0, f / jnp.where(greatest > 0, greatest, 1.0), 1.0)  # else a mean may overflow
-    return jnp.maximum(f / f.mean(1, keepdims=True), FLOOR)
+    return jnp.maximum(f / f.mean(1, keepdims=True), MIN_IMPORTANCE)

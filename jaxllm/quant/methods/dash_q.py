@@ -32,8 +32,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
+from jaxllm.ops.search import better
 from jaxllm.quant.methods.gptq import feedback
 from jaxllm.quant.statistics import Stats, need
 from jaxllm.weights import affine
@@ -42,9 +43,15 @@ from jaxllm.weights.affine import Affine, check_rows
 ROWS = 256  # rows solved at a time: their working arrays stay in cache
 UNROLL = 64  # places of a group in one fused loop
 GROUPS = {2: 32, 3: 64, 4: 128}  # the paper's; other widths take the nearest
-RANGES, SHIFTS, TRY, POLISH = 10, 3, 2, 2
+RANGES, SHIFTS = 10, 3  # starts: so many shares of the range, each at so many shifts
+STEPS_PER_START = 2
+STEPS_AS_STORED = 2  # at the end, each from the grid before it as stored
 MIN_TRIAL_SCALE = 1e-8  # least scale while solving
-RHOS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+RHOS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)  # shares of the curvature off the diagonal that "auto" tries
+
+Places = Float[Array, "C G U n"]  # weights of n rows: G groups of C * U places
+Shares = Float[Array, "C G U 1"]  # what each place weighs, 1 in all a group
+PerGroup = Float[Array, "G n"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +109,10 @@ class DashQ:
         extra = {"hessian"} if self.feedback else set()
         return frozenset({"hessian_diag"} | extra | ({"held_out"} if self.shrinkage == "auto" else set()))
 
+    def group_size_of(self, K: int) -> int:
+        """Of a weight of K inputs."""
+        return min(self.group_size or GROUPS[min(max(self.bits, 2), 4)], K)
+
     def quantize(self, rows: Float[Array, "N K"], stats: Stats, *, name: str, dtype) -> Affine:
         """The rows in affine codes."""
         need(stats, "dash_q", *sorted(self.required_stats))
@@ -113,25 +124,14 @@ class DashQ:
         check_rows(f"dash_q: {name}", rows)
         if not bool((jnp.isfinite(hessian_diag) & (hessian_diag >= 0)).all()):
             raise ValueError(f"dash_q: hessian_diag must be finite and not negative, got another in {name=}")
-        sizes = {"bits": self.bits, "group_size": min(self.group_size or _paper_group(self.bits), K)}
-        scale, zero_point = fit(
-            rows,
-            hessian_diag,
-            **sizes,
-            mode=self.mode,
-            iterations=self.iterations,
-            damping=self.damping,
-            ridge=self.ridge,
-            h_power=self.h_power,
-            integer_zero_point=self.integer_zero_point,
-        )
+        scale, zero_point = fit(self, rows, hessian_diag)
+        sizes = {"bits": self.bits, "group_size": self.group_size_of(K)}
         if not self.feedback:
             return affine.encode(
                 rows,
                 scale,
                 zero_point,
-                bits=self.bits,
-                group_size=sizes["group_size"],
+                **sizes,
                 dtype=dtype,
                 integer_zero_point=self.integer_zero_point,
                 scale_bits=self.scale_bits,
@@ -146,61 +146,34 @@ class DashQ:
         )
 
 
-def _paper_group(bits: int) -> int:
-    return GROUPS[min(max(bits, 2), 4)]
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "bits",
-        "group_size",
-        "mode",
-        "iterations",
-        "damping",
-        "ridge",
-        "h_power",
-        "integer_zero_point",
-    ),
-)
+@functools.partial(jax.jit, static_argnums=0)
 def fit(
-    rows: Float[Array, "N K"],
-    hessian_diag: Float[Array, " K"],
-    *,
-    bits: int,
-    group_size: int,
-    mode: str = "search",
-    iterations: int = 9,
-    damping: float = 0.5,
-    ridge: float = 1e-2,
-    h_power: float = 1.0,
-    integer_zero_point: bool = False,
+    method: DashQ, rows: Float[Array, "N K"], hessian_diag: Float[Array, " K"]
 ) -> tuple[Float[Array, "N G"], Float[Array, "N G"]]:
     """Scale and zero point (in codes) of every group; of a search, as they will be stored."""
-    N, qmax = rows.shape[0], 2**bits - 1
+    N, K = rows.shape
+    group_size = method.group_size_of(K)
     blocks = -(-N // ROWS)
     n = -(-N // (16 * blocks)) * 16  # whole vectors
-    h = _weights(hessian_diag, group_size, h_power)
+    h = _weights(hessian_diag, group_size, method.h_power)
 
     def block(rows):
         w = _cut(rows, group_size)
-        if mode == "paper":
-            s, low = descend(
-                w, h, *_range(w, qmax), qmax=qmax, steps=iterations, damping=damping, ridge=ridge
-            )
+        if method.mode == "paper":
+            qmax, of = 2**method.bits - 1, {"damping": method.damping, "ridge": method.ridge}
+            s, low = descend(w, h, *_range(w, qmax), qmax=qmax, steps=method.iterations, **of)
             return s, -low / s
-        s, zero_point = search(w, h, qmax=qmax, iterations=iterations, integer_zero_point=integer_zero_point)
-        return _polish(
-            rows, w, h, s, zero_point, bits=bits, group_size=group_size, integer_zero_point=integer_zero_point
-        )
+        return polish(method, rows, w, h, *search(method, w, h))
+
+    def by_row(x):
+        return x.transpose(0, 2, 1).reshape(blocks * n, -1)[:N]
 
     padded = jnp.pad(rows.astype(jnp.float32), ((0, blocks * n - N), (0, 0)))
     scale, zero_point = jax.lax.map(block, padded.reshape(blocks, n, -1))  # [blocks, G, n]
-    back = lambda x: x.transpose(0, 2, 1).reshape(blocks * n, -1)[:N]  # noqa: E731
-    return back(scale), back(zero_point)
+    return by_row(scale), by_row(zero_point)
 
 
-def _weights(hessian_diag, group_size: int, power: float):
+def _weights(hessian_diag: Float[Array, " K"], group_size: int, power: float) -> Shares:
     """What the places of each group weigh, [C, G, U, 1], together 1; a group of zeros: all alike."""
     h, real = affine.grouped(hessian_diag[None].astype(jnp.float32), group_size)
     # subtle: powers of large or small sums may leave float32; relative to the greatest they do not
@@ -211,7 +184,7 @@ def _weights(hessian_diag, group_size: int, power: float):
     return jnp.pad(h, ((0, 0), (0, C * U - group_size))).reshape(-1, C, U, 1).transpose(1, 0, 2, 3)
 
 
-def _cut(rows, group_size: int):
+def _cut(rows: Float[Array, "n K"], group_size: int) -> Places:
     """Rows [n, K] in the layout of the sums, [C, G, U, n]; places that fill up repeat the last weight."""
     C, U = _places(group_size)
     w = affine.grouped(rows, group_size)[0]
@@ -224,7 +197,7 @@ def _places(group_size: int) -> tuple[int, int]:
     return C, -(-group_size // C)
 
 
-def _range(w, qmax: int, integer_zero_point: bool = False):
+def _range(w: Places, qmax: int, integer_zero_point: bool = False) -> tuple[PerGroup, PerGroup]:
     """Scale and low end of the grid from the least to the greatest weight (equation 12), perhaps with 0."""
     low, high = w.min((0, 2)), w.max((0, 2))
     if integer_zero_point:
@@ -232,7 +205,7 @@ def _range(w, qmax: int, integer_zero_point: bool = False):
     return jnp.maximum((high - low) / qmax, MIN_TRIAL_SCALE), low
 
 
-def _sum(w, h, start, add):
+def _sum(w: Places, h: Shares, start, add):
     """`add(sums, weight, its h)` over all places of each group."""
 
     def some(sums, part):
@@ -246,7 +219,9 @@ def _sum(w, h, start, add):
     return jax.lax.scan(some, start, (w, h))[0]
 
 
-def moments(w, h, s, low, *, qmax: int):
+def moments(
+    w: Places, h: Shares, s: PerGroup, low: PerGroup, *, qmax: int
+) -> tuple[PerGroup, PerGroup, PerGroup]:
     """sum h q, sum h q^2, sum h q w of each group, q the codes nearest to w under (s, low) (equation 1)."""
     inverse, zero_point = 1 / s, jnp.zeros_like(s)
 
@@ -258,7 +233,9 @@ def moments(w, h, s, low, *, qmax: int):
     return _sum(w, h, (zero_point, zero_point, zero_point), add)
 
 
-def refit(w, h, s, low, *, qmax: int, ridge=0.0):
+def refit(
+    w: Places, h: Shares, s: PerGroup, low: PerGroup, *, qmax: int, ridge=0.0
+) -> tuple[PerGroup, PerGroup, PerGroup]:
     """One step, undamped: codes by rounding, then (s, low) by regression on them (equations 10, 11).
 
     Returns F of these codes with the new s and low, less sum h w^2; then s, low. sum h w of every group must
@@ -271,7 +248,9 @@ def refit(w, h, s, low, *, qmax: int, ridge=0.0):
     return s * (s * var - 2 * cross), s, -s * mean
 
 
-def refit_code(w, h, total, s, low, *, qmax: int):
+def refit_code(
+    w: Places, h: Shares, total: PerGroup, s: PerGroup, low: PerGroup, *, qmax: int
+) -> tuple[PerGroup, PerGroup, PerGroup]:
     """The same where low = -zero_point * s whole, which stays; sum h w is `total`, whatever it be."""
     mean, square, cross = moments(w, h, s, low, qmax=qmax)
     zero_point = jnp.round(-low / s)
@@ -282,21 +261,22 @@ def refit_code(w, h, total, s, low, *, qmax: int):
     return s * (s * var - 2 * cross), s, -zero_point * s
 
 
-def _mean(w, h):
+def _mean(w: Places, h: Shares) -> PerGroup:
     return _sum(w, h, jnp.zeros((w.shape[1], w.shape[3])), lambda total, w, h: total + h * w)
 
 
-def error(w, h, s, zero_point, *, qmax: int):
+def error(w: Places, h: Shares, s: PerGroup, zero_point: PerGroup, *, qmax: int) -> PerGroup:
     """F of each group on the grid (code - zero_point) * s, codes nearest."""
 
     def add(total, w, h):
-        q = jnp.clip(jnp.round(w / s + zero_point), 0, qmax)
-        return total + h * (w - (q - zero_point) * s) ** 2
+        return total + h * (w - affine.round_to_grid(w, s, zero_point, qmax)[1]) ** 2
 
     return _sum(w, h, jnp.zeros_like(s), add)
 
 
-def descend(w, h, s, low, *, qmax: int, steps, damping, ridge):
+def descend(
+    w: Places, h: Shares, s: PerGroup, low: PerGroup, *, qmax: int, steps, damping, ridge
+) -> tuple[PerGroup, PerGroup]:
     """The paper's loop: (s, low) after `steps` damped steps."""
     mean = _mean(w, h)
     centred = w - mean[None, :, None]
@@ -310,72 +290,85 @@ def descend(w, h, s, low, *, qmax: int, steps, damping, ridge):
     return s, low + mean
 
 
-def search(w, h, *, qmax: int, iterations: int, integer_zero_point: bool):
+def search(method: DashQ, w: Places, h: Shares) -> tuple[PerGroup, PerGroup]:
     """Scale and zero point (in codes) of the best of many starts, refined."""
-    step, w, centre = _stepper(w, h, qmax, integer_zero_point)
-    whole, low = _range(w, qmax, integer_zero_point)
+    qmax = 2**method.bits - 1
+    step, w, centre = _stepper(method, w, h)
+    whole, low = _range(w, qmax, method.integer_zero_point)
     middle = low + whole * (qmax / 2)
 
-    def begin(i):
+    def start(i):
         part = 0.3 + 0.7 * (i // SHIFTS).astype(jnp.float32) / (RANGES - 1)
         shift = (i % SHIFTS - SHIFTS // 2).astype(jnp.float32)
         s = jnp.maximum(part * whole, MIN_TRIAL_SCALE)
         low = middle - s * (qmax / 2)
-        if integer_zero_point:
+        if method.integer_zero_point:
             return s, -s * jnp.clip(jnp.round(-low / s) + shift, 0, qmax)
         return s, low + s * (shift / SHIFTS)
 
-    def attempt(i, best):
-        last = i == RANGES * SHIFTS  # all starts tried: on with the best
-        s, low = (jnp.where(last, b, a) for a, b in zip(begin(i), best[1:], strict=True))
-        start = jnp.full_like(s, jnp.inf), s, low
-        return _least(
-            best, jax.lax.fori_loop(0, jnp.where(last, iterations, TRY), lambda _, at: step(*at[1:]), start)
-        )
+    def refined(grid, steps: int):
+        return jax.lax.fori_loop(0, steps, lambda _, at: step(*at[1:]), (none, *grid))
 
-    start = jnp.full_like(whole, jnp.inf), whole, low
-    _, s, low = jax.lax.fori_loop(0, RANGES * SHIFTS + 1, attempt, start)
+    none = jnp.full_like(whole, jnp.inf)
+    best = none, whole, low
+    best = jax.lax.fori_loop(
+        0, RANGES * SHIFTS, lambda i, best: better(refined(start(i), STEPS_PER_START), best), best
+    )
+    _, s, low = better(refined(best[1:], method.iterations), best)
     return s, -(low + centre) / s
 
 
-def _stepper(w, h, qmax: int, integer_zero_point: bool):
+def _stepper(method: DashQ, w: Places, h: Shares):
     """The undamped step, the weights it is for, and what was taken from them."""
+    qmax = 2**method.bits - 1
     mean = _mean(w, h)
-    if integer_zero_point:
+    if method.integer_zero_point:
         return functools.partial(refit_code, w, h, mean, qmax=qmax), w, jnp.zeros_like(mean)
     centred = w - mean[None, :, None]
     return functools.partial(refit, centred, h, qmax=qmax), centred, mean
 
 
-def _polish(rows, w, h, s, zero_point, *, bits: int, group_size: int, integer_zero_point: bool):
+def polish(
+    method: DashQ, rows: Float[Array, "n K"], w: Places, h: Shares, s: PerGroup, zero_point: PerGroup
+) -> tuple[PerGroup, PerGroup]:
     """Grid as stored: the best of round to nearest, one mean a group, (s, zero_point) and its refits."""
-    qmax = 2**bits - 1
-    step, _, centre = _stepper(w, h, qmax, integer_zero_point)
+    qmax, integer_zero_point = 2**method.bits - 1, method.integer_zero_point
+    sizes = {"bits": method.bits, "group_size": method.group_size_of(rows.shape[1])}
+    step, _, centre = _stepper(method, w, h)
     whole, low = _range(w, qmax, integer_zero_point)
 
-    def attempt(i, state):
-        best, new_s, new_zero = state
-        new = affine.round_to_storage(
-            rows, new_s.T, new_zero.T, bits=bits, group_size=group_size, integer_zero_point=integer_zero_point
+    def candidate(s, zero_point):
+        stored = affine.round_to_storage(
+            rows, s.T, zero_point.T, **sizes, integer_zero_point=integer_zero_point
         )
-        new_s, new_zero = (x.T for x in new)
-        best = _least(best, (error(w, h, new_s, new_zero, qmax=qmax), new_s, new_zero))
-        _, new_s, low = step(new_s, -new_s * new_zero - centre)
-        after = new_s, -(low + centre) / new_s
-        mean = s, jnp.full_like(zero_point, jnp.inf)  # one that no grid has: stored as the mean
-        turn = lambda *of: jax.lax.select_n(jnp.minimum(i, 2), *of)  # noqa: E731
-        return best, *(turn(*of) for of in zip(mean, (s, zero_point), after, strict=True))
+        s, zero_point = (x.T for x in stored)
+        return error(w, h, s, zero_point, qmax=qmax), s, zero_point
 
-    start = (jnp.full_like(s, jnp.inf), s, zero_point), whole, -low / whole
-    return jax.lax.fori_loop(0, 3 + POLISH, attempt, start)[0][1:]
+    def refit_as_stored(_, state):
+        best, (_, s, zero_point) = state
+        _, s, low = step(s, -s * zero_point - centre)
+        new = candidate(s, -(low + centre) / s)
+        return better(new, best), new
+
+    mean = jnp.full_like(zero_point, jnp.inf)  # one that no grid has: stored as the mean
+    best = jnp.full_like(s, jnp.inf), s, zero_point
+    for grid in ((whole, -low / whole), (s, mean), (s, zero_point)):
+        new = candidate(*grid)
+        best = better(new, best)
+    best, _ = jax.lax.fori_loop(0, STEPS_AS_STORED, refit_as_stored, (best, new))
+    return best[1:]
 
 
-def _least(best, other):
-    """Of two (error, ...) the one with the smaller error, group by group; the first of equals."""
-    return tuple(jnp.where(other[0] < best[0], b, a) for a, b in zip(best, other, strict=True))
-
-
-def _fed_back(rows, scale, zero_point, stats: Stats, rhos, *, bits: int, group_size: int):
+def _fed_back(
+    rows: Float[Array, "N K"],
+    scale: Float[Array, "N G"],
+    zero_point: Float[Array, "N G"],
+    stats: Stats,
+    rhos: tuple[float, ...],
+    *,
+    bits: int,
+    group_size: int,
+):
     """Codes by GPTQ's loop under the H_rho whose error on held-out inputs is least (one rho: no choice)."""
     assert stats.hessian is not None
     best, least = None, float("inf")
@@ -392,7 +385,13 @@ def _fed_back(rows, scale, zero_point, stats: Stats, rhos, *, bits: int, group_s
 
 
 @jax.jit
-def _loss(rows, codes, scale, zero_point, hessian):
+def _loss(
+    rows: Float[Array, "N K"],
+    codes: UInt8[Array, "N K"],
+    scale: Float[Array, "N K"],
+    zero_point: Float[Array, "N K"],
+    hessian: Float[Array, "K K"],
+) -> Float[Array, ""]:
     """tr(E H E^T), E the error of the rows."""
     off = rows - (codes.astype(jnp.float32) - zero_point) * scale
     return (jnp.matmul(off, hessian, precision=jax.lax.Precision.HIGHEST) * off).sum()

@@ -25,14 +25,13 @@ Letters: K inputs, N outputs, k inputs fetched a token, R tokens, *B any leading
 """
 
 import dataclasses
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.quant.statistics import Method, Stats, need, output_groups_of
+from jaxllm.quant.statistics import Method, Stats, layer_key, need, output_groups_of
 from jaxllm.weights.host_residual import (
     INPUTS_PER_CHUNK,
     RESIDUAL_BITS,
@@ -101,7 +100,6 @@ class DecDec:
                 need(stats, "DecDec", "hessian_diag")
                 return stats.hessian_diag
             case "random":
-                key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name.encode()))
-                return jax.random.uniform(key, (K,))
+                return jax.random.uniform(layer_key(self.seed, name), (K,))
             case _:
                 return None

@@ -33,8 +33,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from jaxllm.ops.search import better
 from jaxllm.quant.methods.curvature import check_curvature, curvature, damped
 from jaxllm.quant.methods.rtn import Rtn, check_grid
 from jaxllm.quant.statistics import Stats
@@ -107,14 +108,12 @@ class Gptq:
         upper, pivots = _factored(hessian, order, self.damping)
         scale, zero_point = grid.grid(rows, pivots)
         codes, loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
-        best = codes, scale, zero_point
+        best = loss, codes, scale, zero_point
         for _ in range(self.rounds - 1):
             scale, zero_point = grid.grid(target, pivots)
-            codes, new_loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
-            better = (new_loss < loss)[:, None]
-            best = jax.tree.map(functools.partial(jnp.where, better), (codes, scale, zero_point), best)
-            loss = jnp.minimum(loss, new_loss)
-        return best
+            codes, loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
+            best = better((loss, codes, scale, zero_point), best)
+        return best[1:]
 
 
 def feedback(
@@ -171,7 +170,17 @@ def _factor(hessian, order):
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))
-def _given(rows, upper, pivots, order, scale, zero_point, *, bits: int, group_size: int):
+def _given(
+    rows: Float[Array, "N K"],
+    upper: Float[Array, "K K"],
+    pivots: Float[Array, " K"],
+    order: Int[Array, " K"],
+    scale: Float[Array, "N G"],
+    zero_point: Float[Array, "N G"],
+    *,
+    bits: int,
+    group_size: int,
+) -> tuple[UInt8[Array, "N K"], Float[Array, " N"], Float[Array, "N K"]]:
     """Codes on grids given, and of those tr(E H E^T) of each row [N] and the weights as corrected [N, K]."""
     K = rows.shape[1]
     columns, upper = _pad(rows.T.astype(jnp.float32)[order], upper, INPUTS_PER_PRODUCT)
@@ -235,15 +244,29 @@ def _pad(columns, upper, block: int):
     return jnp.pad(columns, ((0, more), (0, 0))), jnp.pad(upper, (0, more))
 
 
-def _corrected(columns, upper, errors, b, size: int):
+def _corrected(
+    columns: Float[Array, "K N"], upper: Float[Array, "K K"], errors: Float[Array, "K N"], b, size: int
+) -> Float[Array, "B N"]:
     """A block's weights [size, N] with the corrections from all blocks before it."""
     here = jax.lax.dynamic_slice_in_dim(columns, b * size, size)
     into = jax.lax.dynamic_slice_in_dim(upper, b * size, size, axis=1)  # [K, size]
     return here + jnp.matmul(into.T, errors, precision=HIGHEST)
 
 
-def _block(columns, upper, start, grid, errors, codes, b, qmax: int):
-    """Rounds a block input by input; `errors` and `codes` [K, N] with its rows filled in."""
+def _block(
+    columns: Float[Array, "K N"],
+    upper: Float[Array, "K K"],
+    start: Float[Array, "B N"],
+    grid: tuple[Float[Array, "G N"], Float[Array, "G N"], Int[Array, " B"]],
+    errors: Float[Array, "K N"],
+    codes: UInt8[Array, "K N"],
+    b,
+    qmax: int,
+) -> tuple[Float[Array, "K N"], UInt8[Array, "K N"]]:
+    """Rounds block `b` input by input; `errors` and `codes` with its rows filled in.
+
+    start: its weights, corrected for the blocks before. grid: scales, zero points, which one each input has.
+    """
     size = len(start)
     scale, zero_point, of = grid
     weights = jax.lax.dynamic_slice_in_dim(columns, b * size, size)
@@ -253,8 +276,8 @@ def _block(columns, upper, start, grid, errors, codes, b, qmax: int):
         made, code = state  # errors of the block's inputs so far, 0 for those to come
         w = start[j] + jnp.matmul(within[j], made, precision=HIGHEST)
         s, z = scale[of[j]], zero_point[of[j]]
-        c = jnp.clip(jnp.round(w / s + z), 0, qmax)
-        return made.at[j].set(weights[j] - (c - z) * s), code.at[j].set(c.astype(jnp.uint8))
+        c, value = affine.round_to_grid(w, s, z, qmax)
+        return made.at[j].set(weights[j] - value), code.at[j].set(c.astype(jnp.uint8))
 
     state = jnp.zeros_like(start), jnp.zeros(start.shape, jnp.uint8)
     made, code = jax.lax.fori_loop(0, size, column, state)

@@ -2,22 +2,20 @@
 
 import functools
 import math
-import zlib
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
-LLOYD = 300  # steps at most; a hundred are rare
+from jaxllm.quant.statistics import layer_key
 
-
+MAX_LLOYD_STEPS = 300  # a hundred are rare
 AT_ONCE = 2**22  # numbers of [rows at once, restarts, K], or of [rows at once, m, K] if exact
 
 
 def row_keys(seed: int, name: str, N: int) -> Key[Array, " N"]:
     """One random key a row of the layer called `name`."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
+    return jax.vmap(jax.random.fold_in, (None, 0))(layer_key(seed, name), jnp.arange(N))
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "restarts", "exact"))
@@ -42,7 +40,15 @@ def k_means(
     return jax.lax.map(lambda row: solve(*row), given, batch_size=max(1, size))
 
 
-def _solve(row, weight, key, *, m, restarts, exact):
+def _solve(
+    row: Float[Array, " K"],
+    weight: Float[Array, " K"],
+    key: Key[Array, ""],
+    *,
+    m: int,
+    restarts: int,
+    exact: bool,
+) -> tuple[Int32[Array, " K"], Float[Array, " m"]]:
     centre = (row * weight).sum() / weight.sum()
     scale = jnp.abs(row - centre).max()
     scale = jnp.where(scale > 0, scale, 1.0)
@@ -115,7 +121,7 @@ def lloyd(x: Float[Array, " K"], sums: Float[Array, "4 K+1"], c: Float[Array, " 
 
     def moves(state):
         i, before, c = state
-        return (i < LLOYD) & (before != c).any()
+        return (i < MAX_LLOYD_STEPS) & (before != c).any()
 
     return jax.lax.while_loop(moves, step, (0, c, lloyd_step(x, sums, c)))[2]
 

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, UInt8
 
+from jaxllm.ops.search import better
 from jaxllm.quant.methods.curvature import check_curvature, curvature, damped, importance
 from jaxllm.quant.methods.k_means import k_means, row_keys
 from jaxllm.quant.statistics import Stats
@@ -120,24 +121,16 @@ def lnq(
 def _alternate(rows, hessian, codes, m: int, iterations: int, cycles: int):
     """The turns, for rows that share one H."""
     table = refit(rows, hessian, codes, means(rows, jnp.diag(hessian), codes, m=m))
-    best = codes, table
-    least = objective(rows, hessian, codes, table)
+    best = objective(rows, hessian, codes, table), codes, table
     for _ in range(iterations):
         codes = descend(rows, hessian, codes, table, cycles=cycles)
         table = refit(rows, hessian, codes, table)
-        loss = objective(rows, hessian, codes, table)
-        best = _choose(loss < least, (codes, table), best)
-        least = jnp.minimum(loss, least)
-    codes, table = best
+        best = better((objective(rows, hessian, codes, table), codes, table), best)
+    _, codes, table = best
     table = table.astype(jnp.float16).astype(jnp.float32)
     swept = descend(rows, hessian, codes, table, cycles=1 if cycles else 0)
-    better = objective(rows, hessian, swept, table) < objective(rows, hessian, codes, table)
-    return _choose(better, swept, codes), table.astype(jnp.float16)
-
-
-def _choose(which, new, old):
-    """Rows of `new` where `which` says so, else of `old`."""
-    return jax.tree.map(lambda a, b: jnp.where(which[:, None], a, b), new, old)
+    before, after = ((objective(rows, hessian, c, table), c) for c in (codes, swept))
+    return better(after, before)[1], table.astype(jnp.float16)
 
 
 @jax.jit
@@ -249,14 +242,7 @@ def _nearest(u: Float[Array, " N"], levels: Float[Array, "m N"]):
     """The nearest level of each row's target, and its code."""
 
     def closer(c, best):
-        distance, level, code = best
-        here = jnp.abs(u - levels[c])
-        near = here < distance
-        return (
-            jnp.where(near, here, distance),
-            jnp.where(near, levels[c], level),
-            jnp.where(near, c.astype(jnp.uint8), code),
-        )
+        return better((jnp.abs(u - levels[c]), levels[c], c.astype(jnp.uint8)), best)
 
     start = jnp.full(u.shape, jnp.inf), jnp.zeros_like(u), jnp.zeros(u.shape, jnp.uint8)
     _, level, code = jax.lax.fori_loop(0, len(levels), closer, start, unroll=min(len(levels), 16))

@@ -38,7 +38,7 @@ from jaxllm.quant.methods.gptq import Gptq
 from jaxllm.quant.statistics import Method, Stats, need, output_groups_of
 from jaxllm.weights.rotated import Rotated
 
-FIXED = frozenset({"mean", "thresholds", "fisher"})  # of one input each: they do not turn with the inputs
+PER_INPUT = frozenset({"mean", "thresholds", "fisher"})  # of one input each: they do not turn with the inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Rotate:
             raise ValueError(f"rotate: activation_bits must be 4, 8 or 16, got {self.activation_bits}")
         if not 0 < self.clip <= 1:
             raise ValueError(f"rotate: clip must lie in (0, 1], got clip={self.clip}")
-        fixed = self.base.required_stats & FIXED
+        fixed = self.base.required_stats & PER_INPUT
         if fixed:
             raise ValueError(f"rotate: the base must not want what cannot be rotated, got {sorted(fixed)}")
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops.search import better
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine
@@ -97,16 +98,14 @@ def clip_error(
     """sum_k weight_k (w_k - its nearest grid point)^2 of each group."""
     g, real = affine.grouped(rows, group_size)
     h = affine.grouped(weight[None], group_size)[0][0] * real
-    scale, zero_point = scale[..., None], zero_point[..., None]
-    codes = jnp.clip(jnp.round(g / scale + zero_point), 0, 2**bits - 1)
-    return (h[None] * (g - (codes - zero_point) * scale) ** 2).sum(-1)
+    _, values = affine.round_to_grid(g, scale[..., None], zero_point[..., None], 2**bits - 1)
+    return (h[None] * (g - values) ** 2).sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _grid(method: Rtn, rows, weight):
     rows = rows.astype(jnp.float32)
     sizes = {"bits": method.bits, "group_size": min(method.group_size, rows.shape[1])}
-
     qmax = 2**method.bits - 1
 
     def at(stretch, move=0):
@@ -121,20 +120,18 @@ def _grid(method: Rtn, rows, weight):
     # subtle: a group of dead inputs only would take any range; with equal weights it takes a sensible one
     weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny) + 1e-6
 
-    def tried(best, stretch, move):
-        """The better of what was best (error, stretch, scale, zero_point) and one more grid."""
+    def candidate(stretch, move=0):
         scale, zero_point = at(stretch, move)
         error = clip_error(rows, scale, zero_point, weight, **sizes)
-        one = error, jnp.broadcast_to(stretch, error.shape), scale, zero_point
-        return tuple(jnp.where(error < best[0], new, old) for new, old in zip(one, best, strict=True))
+        return error, jnp.broadcast_to(stretch, error.shape), scale, zero_point
 
-    scale, zero_point = at(1.0)
-    error = clip_error(rows, scale, zero_point, weight, **sizes)
-    best = error, jnp.ones_like(error), scale, zero_point
     coarse = jnp.asarray(COARSE, jnp.float32)
-    best = jax.lax.fori_loop(0, len(COARSE), lambda i, best: tried(best, coarse[i], 0), best)
+    best = jax.lax.fori_loop(
+        0, len(COARSE), lambda i, best: better(candidate(coarse[i]), best), candidate(1.0)
+    )
     centre = best[1]
     moves = [one for one in FINE if not (method.symmetric and one[1])]
     step, move = (jnp.asarray(part, jnp.float32) for part in zip(*moves, strict=True))
-    finer = lambda i, best: tried(best, centre + step[i], move[i])  # noqa: E731
-    return jax.lax.fori_loop(0, len(moves), finer, best)[2:]
+    return jax.lax.fori_loop(
+        0, len(moves), lambda i, best: better(candidate(centre + step[i], move[i]), best), best
+    )[2:]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxllm.ops.search import better
 from jaxllm.pytree import pytree
 from jaxllm.weights.mixed_columns import INPUTS_PER_GROUP, OUTPUTS_PER_BLOCK
 
@@ -78,15 +79,15 @@ def _search_scale(g: Groups, h: Moments, live: Live) -> PerGroup:
     low, high = limits(g, live)
 
     def closer(i, best):
-        error, scale = best
         zero_point = (i % 4).astype(jnp.float32)
         # the least scale whose codes below and above the zero point reach the range's ends
         below = jnp.where(zero_point > 0, -low / jnp.maximum(zero_point, 1), 0.0)
         above = jnp.where(zero_point < 3, high / jnp.maximum(3 - zero_point, 1), 0.0)
         share = 1.0 - 0.06 * (i // 4).astype(jnp.float32)
         trial = jnp.maximum(jnp.maximum(below, above) * share, MIN_STEP_SCALE)
-        here = squared_error(g, h, live, trial, jnp.broadcast_to(zero_point, trial.shape), 3)
-        return jnp.minimum(error, here), jnp.where(here < error, trial, scale)
+        return better(
+            (squared_error(g, h, live, trial, jnp.broadcast_to(zero_point, trial.shape), 3), trial), best
+        )
 
     start = jnp.full(low.shape, jnp.inf), jnp.zeros(low.shape)
     return jax.lax.fori_loop(0, 48, closer, start)[1]
@@ -118,10 +119,7 @@ def _search_steps(
     def closer(i, best):
         step, zero_point = (i // 4).astype(jnp.float32), (i % 4).astype(jnp.float32)
         here = squared_error(g, h, live, (step + base) * unit, jnp.broadcast_to(zero_point, base.shape), 3)
-        better = (here < best[0]) & (step <= top)
-        return tuple(
-            jnp.where(better, new, old) for new, old in zip((here, step, zero_point), best, strict=True)
-        )
+        return better((jnp.where(step <= top, here, jnp.inf), step, zero_point), best)
 
     start = jnp.full(base.shape, jnp.inf), jnp.zeros(base.shape), jnp.zeros(base.shape)
     error, step, zero_point = jax.lax.fori_loop(0, 64, closer, start)
@@ -237,11 +235,7 @@ def fit_four(
         share = 1.0 - 0.03 * i.astype(jnp.float32)
         scale = _half((high - low) / 15 * share)
         zero_point = jnp.clip(jnp.round(-low * share / scale), 0, 15)
-        here = squared_error(wide, weight, real, scale, zero_point, 15)
-        better = here < best[0]
-        return tuple(
-            jnp.where(better, new, old) for new, old in zip((here, scale, zero_point), best, strict=True)
-        )
+        return better((squared_error(wide, weight, real, scale, zero_point, 15), scale, zero_point), best)
 
     start = jnp.full(low.shape, jnp.inf), jnp.ones(low.shape), jnp.zeros(low.shape)
     _, scale, zero_point = jax.lax.fori_loop(0, 16 if fit == "search" else 1, closer, start)

@@ -191,7 +191,7 @@ def test_no_group_ends_above_round_to_nearest(bits, integer_zero_point):
 @pytest.mark.parametrize("mode", ["search", "paper"])
 def test_units_of_energies_and_weights_and_the_order_of_inputs_do_not_matter(mode):
     rows, h = problem()
-    fit = partial(dash_q.fit, bits=2, group_size=8, mode=mode)
+    fit = partial(dash_q.fit, DashQ(bits=2, group_size=8, mode=mode))
     codes = lambda rows, h: unpack(solved(rows, h, group_size=8, mode=mode).codes)  # noqa: E731
     scale, zero_point = fit(rows, h)
     for unit in (2.0**-90, 2.0**70):

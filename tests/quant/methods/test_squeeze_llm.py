@@ -171,7 +171,7 @@ def test_fisher_counts_only_up_to_a_factor():
 def test_pruned_weights_do_not_count():
     rows = jnp.where(jnp.arange(K) % 3 == 0, 0.0, example()[0])
     weights = importance(rows, jnp.ones_like(rows))
-    assert (weights[:, ::3] == curvature.FLOOR).all()
+    assert (weights[:, ::3] == curvature.MIN_IMPORTANCE).all()
 
 
 @pytest.mark.parametrize("k", [1, 5])

@@ -344,18 +344,19 @@ def polish(
         s, zero_point = (x.T for x in stored)
         return error(w, h, s, zero_point, qmax=qmax), s, zero_point
 
-    def refit_as_stored(_, state):
-        best, (_, s, zero_point) = state
-        _, s, low = step(s, -s * zero_point - centre)
-        new = candidate(s, -(low + centre) / s)
-        return better(new, best), new
+    # Three grids given (a zero point that no grid has is stored as the mean), then refits of the last.
+    scales = jnp.stack([whole, s, s])
+    zero_points = jnp.stack([-low / whole, jnp.full_like(zero_point, jnp.inf), zero_point])
 
-    mean = jnp.full_like(zero_point, jnp.inf)  # one that no grid has: stored as the mean
-    best = jnp.full_like(s, jnp.inf), s, zero_point
-    for grid in ((whole, -low / whole), (s, mean), (s, zero_point)):
-        new = candidate(*grid)
-        best = better(new, best)
-    best, _ = jax.lax.fori_loop(0, STEPS_AS_STORED, refit_as_stored, (best, new))
+    def compare(i, state):
+        best, grid = state
+        given = scales[i], zero_points[i]
+        new = candidate(*(jnp.where(i < len(scales), a, b) for a, b in zip(given, grid, strict=True)))
+        _, s, low = step(new[1], -new[1] * new[2] - centre)
+        return better(new, best), (s, -(low + centre) / s)
+
+    start = (jnp.full_like(s, jnp.inf), s, zero_point), (s, zero_point)
+    best, _ = jax.lax.fori_loop(0, len(scales) + STEPS_AS_STORED, compare, start)
     return best[1:]
 
 

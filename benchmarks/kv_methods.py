@@ -42,8 +42,8 @@ def _kvzip(model, tokenizer) -> Methods:
         return eviction.broadcast_head_scores(heads, cache, prefix=1)
 
     return {
-        "kvzip": _by_name("kvzip", model, tokenizer, tokenizer=tokenizer, chunk=CHUNK),
-        "kvzip+": _by_name("kvzip+", model, tokenizer, tokenizer=tokenizer, chunk=CHUNK),
+        "kvzip": _by_name("kvzip", model, tokenizer, chunk=CHUNK),
+        "kvzip+": _by_name("kvzip+", model, tokenizer, chunk=CHUNK),
         "kvzip, heads": (by_heads, {"budget": "whole_heads"}),
     }
 
@@ -51,7 +51,7 @@ def _kvzip(model, tokenizer) -> Methods:
 def _by_name(name: str, model, tokenizer, **options) -> tuple[Scorer, dict[str, Any]]:
     def of(cache, row, asked, seed):
         tokens = [[tokenizer.bos_token_id, *row]]
-        return eviction.METHODS[name].score(model, cache, tokens, prefix=1, **options)
+        return eviction.METHODS[name].score(model, cache, tokens, prefix=1, tokenizer=tokenizer, **options)
 
     return of, {}
 

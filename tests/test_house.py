@@ -101,6 +101,31 @@ def test_no_modules_import_each_other_in_a_loop(root):
         walk(module, ())
 
 
+def test_no_file_imports_anothers_private_names(root):
+    private = [
+        f"{name}: {alias.name}"
+        for name, path in modules(root).items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not private
+
+
+def test_no_lambda_is_bound_to_a_name(root):
+    folders = (*PACKAGES, "tests", "benchmarks")
+    bound = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for folder in folders
+        for path in sorted((root / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)
+        if any(isinstance(target, ast.Name) for target in node.targets)
+    ]
+    assert not bound
+
+
 def test_no_folder_is_above_16_files_and_no_file_above_450_lines(root):
     packages = (*PACKAGES, "tests", "benchmarks")
     folders = [path for name in packages for path in (root / name, *(root / name).rglob("*/"))]

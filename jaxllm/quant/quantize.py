@@ -24,7 +24,7 @@ from flax import nnx
 from jaxllm.models.layers import Embedding
 from jaxllm.models.linears import block_of, in_memory, linear_variables, linear_weights, replace_weights
 from jaxllm.quant.checkpoint import BlockCheckpoint
-from jaxllm.quant.recipe import Recipe, _plan
+from jaxllm.quant.recipe import Recipe, methods_by_linear
 from jaxllm.quant.source import CalibrationStream
 from jaxllm.quant.statistics import Allocator, Method, Stats, output_groups_of
 from jaxllm.weights.dense import Dense
@@ -63,7 +63,7 @@ def quantize(
 
         (model, _), consume = load(model, mapped=True), True
     weights = linear_weights(model)
-    plan = _plan(method, weights)
+    plan = methods_by_linear(method, weights)
     source = CalibrationStream(
         model,
         {name: chosen.required_stats for name, chosen in plan.items()},

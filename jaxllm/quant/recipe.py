@@ -62,7 +62,7 @@ def _options(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 Recipe = Method | Sequence[tuple[str, Method | None]]
 
 
-def _plan(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
+def methods_by_linear(method: Recipe, weights: dict[str, Any]) -> dict[str, Method]:
     """What each linear is quantized by, in the model's order."""
     recipe = list(method) if isinstance(method, Sequence) else [(r"\.", method)]
     used = [False] * len(recipe)

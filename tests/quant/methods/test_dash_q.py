@@ -77,7 +77,10 @@ def steps():
     rows, h = problem()
     w, weights = dash_q._cut(rows, 8), dash_q._weights(h, 8, 1.0)
     run = jax.jit(partial(dash_q.descend, w, weights, *dash_q._range(w, 3), qmax=3))
-    places = lambda x: np.broadcast_to(x, w.shape)[0].transpose(0, 2, 1).astype(np.float64)  # noqa: E731
+
+    def places(x):
+        return np.broadcast_to(x, w.shape)[0].transpose(0, 2, 1).astype(np.float64)
+
     return lambda *of: [np.asarray(x, np.float64) for x in run(**of[0])], places(w), places(weights)
 
 
@@ -86,8 +89,13 @@ def steps():
 def test_no_half_step_raises_the_regularized_objective(steps, damping, ridge):
     run, w, h = steps  # [G, n, g]
     options = {"damping": jnp.float32(damping), "ridge": jnp.float32(ridge)}
-    value = lambda q, s, low: (h * (w - low[..., None] - s[..., None] * q) ** 2).sum(-1) + ridge * s * s  # noqa: E731
-    rounded = lambda s, low: np.clip(np.rint((w - low[..., None]) / s[..., None]), 0, 3)  # noqa: E731
+
+    def value(q, s, low):
+        return (h * (w - low[..., None] - s[..., None] * q) ** 2).sum(-1) + ridge * s * s
+
+    def rounded(s, low):
+        return np.clip(np.rint((w - low[..., None]) / s[..., None]), 0, 3)
+
     at = run({**options, "steps": 0})
     q = rounded(*at)
     trace = [value(q, *at)]
@@ -192,7 +200,10 @@ def test_no_group_ends_above_round_to_nearest(bits, integer_zero_point):
 def test_units_of_energies_and_weights_and_the_order_of_inputs_do_not_matter(mode):
     rows, h = problem()
     fit = partial(dash_q.fit, DashQ(bits=2, group_size=8, mode=mode))
-    codes = lambda rows, h: unpack(solved(rows, h, group_size=8, mode=mode).codes)  # noqa: E731
+
+    def codes(rows, h):
+        return unpack(solved(rows, h, group_size=8, mode=mode).codes)
+
     scale, zero_point = fit(rows, h)
     for unit in (2.0**-90, 2.0**70):
         for got, want in zip(fit(rows, h * unit), (scale, zero_point), strict=True):
@@ -299,7 +310,10 @@ def loss(w, rows, hessian):
 
 def test_feedback_is_gptq_on_the_fitted_grids_and_pays_with_many_tokens():
     rows, stats = problem()[0], gaussian()
-    run = lambda **of: DashQ(group_size=8, **of).quantize(rows, stats, name="up", dtype=jnp.float32)  # noqa: E731
+
+    def run(**of):
+        return DashQ(group_size=8, **of).quantize(rows, stats, name="up", dtype=jnp.float32)
+
     plain, fed = run(), run(feedback=True)
     assert (fed.scale == plain.scale).all() and (fed.zero_point == plain.zero_point).all()
     grid = fed.scale.astype(jnp.float32).T, fed.zero_point.astype(jnp.float32).T
@@ -315,9 +329,11 @@ def test_the_shrinkage_chosen_has_the_least_held_out_error(tokens):
     rows, true = problem()[0], gaussian()
     few = gaussian(tokens=tokens)
     stats = Stats(hessian_diag=few.hessian_diag, hessian=few.hessian, held_out=true.held_out)
-    run = lambda rho: DashQ(group_size=8, feedback=True, shrinkage=rho).quantize(  # noqa: E731
-        rows, stats, name="up", dtype=jnp.float32
-    )
+
+    def run(rho):
+        method = DashQ(group_size=8, feedback=True, shrinkage=rho)
+        return method.quantize(rows, stats, name="up", dtype=jnp.float32)
+
     each = [loss(run(rho), rows, stats.held_out) for rho in dash_q.RHOS]
     assert np.isclose(loss(run("auto"), rows, stats.held_out), min(each), rtol=1e-5)
     assert (np.argmin(each) < len(each) - 1) or tokens == 4096  # with few tokens, not all of H

@@ -201,7 +201,10 @@ def test_the_solver_works_on_turned_curvature(layer):
     method = Rotate(base=base, activation_bits=16)
     assert method.required_stats == base.required_stats and method.output_groups == base.output_groups
     w, plain = solve(method, rows, stats), solve(Rotate(base=jl.Rtn(bits=3), activation_bits=16), rows)
-    loss = lambda w: float(jnp.sum(((w.dequantize_rows() - rows) @ x.T) ** 2))  # noqa: E731
+
+    def loss(w):
+        return float(jnp.sum(((w.dequantize_rows() - rows) @ x.T) ** 2))
+
     assert loss(w) < 0.6 * loss(plain)
 
 
@@ -260,6 +263,9 @@ def test_a_model_in_four_bits_throughout_predicts_nearly_as_well():
     text = np.asarray(jax.random.randint(jax.random.key(0), (6, 32), 0, 128))
     small = jl.quantize(model, Rotate(base=jl.Gptq(bits=4, group_size=32, guided=True)), text, progress=False)
     assert isinstance(small.layers[0].mlp.down.w.get_value(), Rotated)
-    measure = lambda model, **more: jl.perplexity(model, text.ravel(), context=32, **more).nll_per_token  # noqa: E731
+
+    def measure(model, **more):
+        return jl.perplexity(model, text.ravel(), context=32, **more).nll_per_token
+
     want, got = measure(model), measure(small, cache=jl.CacheOptions(bits=4))
     assert want != got and abs(got - want) < 0.15

@@ -32,7 +32,7 @@ KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in
 @click.option("--context", type=click.Path(path_type=Path), help="UTF-8 file that all prompts follow.")
 @click.option("--kv-ratio", type=float, help="Keep this part of the context's keys and values only.")
 @click.option("--kv-method", type=click.Choice(list(METHODS)), default="kvzip", help=KV_METHOD_HELP)
-@click.option("--kv-hold", type=int, help="Keep about so many tokens, however long the text grows.")
+@click.option("--kv-budget", type=int, help="Keep about so many tokens, however long the text grows.")
 @click.option("--kv-gates", type=click.Path(path_type=Path), help="Gates of the model. [default: pico's]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
@@ -60,7 +60,7 @@ def generate(
     if stream and (as_json or chat or logprobs or len(prompts) > 1):
         raise click.UsageError("generate: --stream takes one prompt and no --json, --chat, --logprobs")
     of_cache = {name: more.pop(name) for name in list(more) if name.startswith("kv_")}
-    kept = KeptCache(**of_cache, behind_context=context is not None)
+    kept = KvOptions(**of_cache, behind_context=context is not None)
     if context is not None and chat:
         raise click.UsageError("generate: --context takes plain prompts, no --chat")
     sampler = jl.Sampler(**more)
@@ -103,36 +103,36 @@ def generate(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeptCache:
+class KvOptions:
     """The options that say what is kept of keys and values; the command's help tells them."""
 
     kv_bits: int | None
     kv_ratio: float | None
     kv_method: str
-    kv_hold: int | None
+    kv_budget: int | None
     kv_gates: Path | None
     behind_context: bool  # whether a text is read first
 
     def __post_init__(self):
         if not self.behind_context and self.kv_ratio is not None:
             raise click.UsageError("generate: --kv-ratio is of a --context, which must be given")
-        if self.kv_hold is not None and self.kv_method not in ("kvzip", *GATES):
+        if self.kv_budget is not None and self.kv_method not in ("kvzip", *GATES):
             got = f"got --kv-method {self.kv_method}"
-            raise click.UsageError(f"generate: --kv-hold goes with kvzip and gates, {got}")
-        if self.kv_method in GATES and self.kv_ratio is None and self.kv_hold is None:
+            raise click.UsageError(f"generate: --kv-budget goes with kvzip and gates, {got}")
+        if self.kv_method in GATES and self.kv_ratio is None and self.kv_budget is None:
             raise click.UsageError(
-                f"generate: --kv-method {self.kv_method} goes with --kv-ratio or --kv-hold"
+                f"generate: --kv-method {self.kv_method} goes with --kv-ratio or --kv-budget"
             )
-        if self.kv_gates is not None and self.kv_hold is None and self.kv_method not in GATES:
+        if self.kv_gates is not None and self.kv_budget is None and self.kv_method not in GATES:
             gated = " or ".join(GATES)
-            raise click.UsageError(f"generate: --kv-gates goes with --kv-hold or --kv-method {gated}")
+            raise click.UsageError(f"generate: --kv-gates goes with --kv-budget or --kv-method {gated}")
 
     def options(self, model, tokenizer, text: str | None) -> jl.CacheOptions:
         """What the run's cache is, with the text read into it."""
         gates = self.gates()
         budget = None
-        if gates is not None and self.kv_hold is not None:
-            budget = jl.eviction.CacheBudget(gates=gates, tokens=self.kv_hold)
+        if gates is not None and self.kv_budget is not None:
+            budget = jl.eviction.CacheBudget(gates=gates, tokens=self.kv_budget)
         if text is None:
             return jl.CacheOptions(bits=self.kv_bits, budget=budget)
         if tokenizer is None:
@@ -141,7 +141,7 @@ class KeptCache:
 
     def gates(self) -> jl.eviction.Gate | None:
         """Those that were asked for, or pico's where some are needed."""
-        if self.kv_hold is None and self.kv_method not in GATES:
+        if self.kv_budget is None and self.kv_method not in GATES:
             return None
         shipped = METHODS[self.kv_method if self.kv_method in GATES else "fast-kvzip"].scorer
         return shipped() if self.kv_gates is None else jl.eviction.load_gates(self.kv_gates)

@@ -156,15 +156,15 @@ def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tiny_checkpoi
     before, after = (int(number.replace(",", "")) for number in told.groups())
     assert after < before  # although the text is short: room for what follows is not counted
     assert_refused(generate("--kv-ratio", "0.3", "--prompt", "x"), "--kv-ratio is of a --context")
-    held = generate(*asked, "--kv-hold", "40")
+    held = generate(*asked, "--kv-budget", "40")
     assert_refused(held, "gates: layers without a window, width and key heads must be")  # they are pico's
     gates = tmp_path.with_name("gates")
     jl.eviction.save_gates(new_gates(jl.load(tiny_checkpoint)[0], "fast"), gates)
     own = ("--kv-gates", gates)
-    for more in (("--kv-hold", "40"), ("--kv-ratio", "0.3", "--kv-method", "fast-kvzip")):
+    for more in (("--kv-budget", "40"), ("--kv-ratio", "0.3", "--kv-method", "fast-kvzip")):
         done = generate(*asked, *more, *own)
         assert done.status == 0 and [len(c["token_ids"]) for c in done.json["prompts"]] == [6, 6], done.err
     assert_refused(
-        generate(*asked, *own, "--kv-hold", "40", "--kv-method", "h2o"), "goes with kvzip and gates"
+        generate(*asked, *own, "--kv-budget", "40", "--kv-method", "h2o"), "goes with kvzip and gates"
     )
     assert_refused(generate(*asked, "--kv-ratio", "2"), "ratio must lie above 0 and be at most 1, got 2.0")

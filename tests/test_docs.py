@@ -44,18 +44,17 @@ ENTRIES = (
 )
 
 
-SLOW = ("kv_cache", "quantization")  # they compile most
+LONG = ("kv_cache", "quantization")  # they compile most
 PAGES = [
     DOCS / "index.md",
     *(page for page in sorted((DOCS / "guides").glob("*.md")) if page.stem != "index"),
 ]
 
 
-@pytest.mark.parametrize(
-    "slow", [pytest.param(False, id="quick"), pytest.param(True, id="slow", marks=pytest.mark.slow)]
-)
-def test_examples_of_the_guides_run_from_top_to_bottom(slow, tmp_path):
-    pages = [str(page) for page in PAGES if (page.stem in SLOW) == slow]
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_examples_of_the_guides_run_from_top_to_bottom(long, tmp_path):
+    pages = [str(page) for page in PAGES if (page.stem in LONG) == long]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *pages], capture_output=True, text=True, timeout=900, cwd=tmp_path
     )

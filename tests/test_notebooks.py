@@ -7,15 +7,14 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-QUICK = "01_quickstart"  # the others take minutes
-RUNS = [pytest.param(path, marks=[] if path.stem == QUICK else pytest.mark.slow) for path in NOTEBOOKS]
 
 
 def read(path: Path):
     return nbformat.read(path, as_version=4)
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(read(path), timeout=600, resources=resources).execute()

@@ -74,6 +74,7 @@ def test_the_target_repeats_and_looks_up_what_it_was_never_trained_on(shipped):
     assert np.mean(right[:8]) > 0.9 and np.mean(right[8:]) > 0.9
 
 
+@pytest.mark.slow
 def test_eval_begins_every_window_with_the_begin_token(shipped, tmp_path):
     model, tokenizer = shipped["draft"]
     text = "The old man sat by the sea and looked at the boats. " * 12

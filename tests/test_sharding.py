@@ -58,6 +58,7 @@ def test_what_cannot_be_split_evenly_is_refused():
         shardings(model, make_mesh(model=4))
 
 
+@pytest.mark.slow
 def test_a_70b_layout_is_checked_without_memory():
     config = Config(
         layers=80, width=8192, heads=64, kv_heads=8, head_dim=128, ffn=28672, vocab=128256,

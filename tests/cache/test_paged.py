@@ -411,6 +411,7 @@ def test_scores_of_another_cache_or_not_numbers_or_none_are_refused(filled):
         evict(cache, ratio=0.5)
 
 
+@pytest.mark.slow
 def test_a_tensor_parallel_model_evicts_and_answers_as_one_device_does():
     config = dataclasses.replace(CONFIG, width=64, heads=8, kv_heads=4, context=256)
     model = Decoder(config, rngs=nnx.Rngs(0))

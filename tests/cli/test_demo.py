@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from command_line import assert_refused
 from tiny_llama import TINY, write_checkpoint
 
@@ -10,6 +11,7 @@ import jaxllm as jl
 from jaxllm.cli import demo
 
 
+@pytest.mark.slow
 def test_demo_writes_report_and_figure_and_no_second_time(jaxllm, monkeypatch, tmp_path_factory):
     longer = {**TINY, "max_position_embeddings": 2048}
     tiny = write_checkpoint(tmp_path_factory.mktemp("demo") / "tiny", config=longer)

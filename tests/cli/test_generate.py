@@ -140,6 +140,7 @@ def test_missing_model_is_refused(jaxllm):
     assert_refused(done, "no/such/model.bin")
 
 
+@pytest.mark.slow
 def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tiny_checkpoint, tmp_path):
     file = tmp_path.with_name("context.txt")
     file.write_text("Once upon a time there was a dog.")

@@ -90,6 +90,7 @@ def test_a_text_is_read_once_and_its_cache_is_that_of_prefill(model, gates):
     assert evict(parts, again, ratio=0.3).lengths.tolist() == [40, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_training_lowers_the_loss_and_learns_the_ranks(model, form, monkeypatch):
     monkeypatch.setattr(training, "TEXTS_AT_ONCE", 3)  # the last ones are fewer
@@ -146,6 +147,7 @@ def fast(model):
     return new_gates(model, "fast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(model, fast, bits):
     hold = running_budget.CacheBudget(gates=fast, tokens=20, buffer=8, recent=3, sinks=2)
@@ -197,6 +199,7 @@ def test_a_budget_that_holds_everything_changes_nothing(model, fast):
     assert streamed == free[1].token_ids
 
 
+@pytest.mark.slow
 def test_a_held_cache_goes_on_from_an_evicted_one_and_from_a_text_read_within_the_budget(model, fast):
     hold = running_budget.CacheBudget(gates=fast, tokens=16, buffer=8, recent=2)
     read = prefill.prefill_within_budget(model, ROWS, hold)

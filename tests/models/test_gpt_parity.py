@@ -154,6 +154,7 @@ def greedy(theirs, ours, torch, tokens, once: bool):
     return np.stack(got, 1).tolist(), want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("once", [False, True])
 def test_greedy_tokens_are_theirs(torch, case, tokens, once):
     _, _, theirs, ours = case

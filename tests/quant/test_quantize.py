@@ -247,6 +247,7 @@ def test_memory_is_what_was_given_what_is_finished_and_one_block(quick_gc, consu
         assert max(held) <= given + done + statistics
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_quantized_without_ever_being_in_memory(tmp_path, quick_gc):
     config = dataclasses.replace(TINY, layers=12)
     whole = Decoder(config, rngs=nnx.Rngs(0))

@@ -83,6 +83,8 @@ FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), a
     rows, Stats(), name="w", dtype=jnp.float32
 )
 FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
+# a model of these takes a quarter of a minute
+SLOW_TO_MAKE = {"mixed_two_bit", "any_precision"}
 # what these multiply by depends on x: their own tests say how
 OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
 # an embedding can be stored so
@@ -193,7 +195,10 @@ def models():
     return make
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW_TO_MAKE else []) for n in FORMS],
+)
 def test_a_quantized_model_comes_back_from_disk_bit_for_bit(models, tmp_path, name):
     model = models(name)
     jl.save(model, tmp_path / "out")

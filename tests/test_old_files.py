@@ -21,6 +21,7 @@ from jaxllm import eviction
 from jaxllm.models.linears import linear_weights
 from jaxllm.quant.calibrate import Calibration, calibrate
 from jaxllm.quant.recipe import Budget, read_recipe
+from jaxllm.storage import former_names
 from jaxllm.training.trainer import train
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.bit_planes import BitPlanes
@@ -203,6 +204,33 @@ def test_recipes_may_say_options_by_their_former_names(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps([rule]))
     want = jl.DecDec(base=jl.Rtn(group_size=16), selector="exact")
     assert read_recipe(tmp_path / "recipe.json") == [(".", want)]
+
+
+@pytest.mark.parametrize("metadata, narrow", [("4", False), ("334", True)])
+def test_a_stopped_run_of_mixed_columns_is_known_again_unless_it_did_something_else(metadata, narrow):
+    said = (  # by 0.1.0, in run.json
+        "MixedTwoBit(target_bits=2.91, outliers=0.002, where='exclusive', selection='gain', fit='search', "
+        f"metadata='{metadata}', per_block=False, group4=128, seed=0)"
+    )
+    now = former_names.method(repr(jl.MixedTwoBit(narrow_steps=narrow)))
+    assert former_names.method(said) == now
+    for other in (("'gain'", "'range'"), ("per_block=False", "per_block=True"), ("seed=0", "seed=1")):
+        assert former_names.method(said.replace(*other)) != now
+
+
+def test_recipes_may_say_the_former_options_of_mixed_columns(tmp_path):
+    rule = {
+        "pattern": ".",
+        "method": "mixed-two-bit",
+        "metadata": "334",
+        "selection": "gain",
+        "per_block": False,
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps([rule]))
+    assert read_recipe(tmp_path / "recipe.json") == [(".", jl.MixedTwoBit(narrow_steps=True))]
+    (tmp_path / "recipe.json").write_text(json.dumps([rule | {"per_block": True}]))
+    with pytest.raises(ValueError, match="per_block"):
+        read_recipe(tmp_path / "recipe.json")
 
 
 def test_a_training_run_goes_on(known, tmp_path):

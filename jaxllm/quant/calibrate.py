@@ -191,4 +191,4 @@ def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
 def _names_of_today(meta: Any) -> Any:
     """What an earlier version wrote: 0.1.0 neither format nor version, and both other names of options."""
     meta = meta if "version" in meta else {"format": FORMAT, "version": 1} | meta
-    return {former_names.option(name): value for name, value in meta.items()}
+    return former_names.options(meta.items())

@@ -37,7 +37,7 @@ def read_recipe(path: Path) -> list[tuple[str, Method | None]] | Budget:
         return None if name is None else make_method(name, options)
 
     try:
-        rules = json.loads(path.read_text("utf-8"), object_pairs_hook=_options)
+        rules = json.loads(path.read_text("utf-8"), object_pairs_hook=former_names.options)
         if isinstance(rules, dict):
             chosen = [make(dict(rule)) for rule in rules.pop("methods")]
             if None in chosen or not isinstance(rules["bits"], int | float) or len(rules) > 1:
@@ -52,11 +52,6 @@ def read_recipe(path: Path) -> list[tuple[str, Method | None]] | Budget:
             f"got {str(path)!r}: {error}"
         ) from error
     return recipe
-
-
-def _options(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object with the options' names of today."""
-    return {former_names.option(name): value for name, value in pairs}
 
 
 Recipe = Method | Sequence[tuple[str, Method | None]]

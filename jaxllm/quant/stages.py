@@ -22,7 +22,7 @@ class LinearInfo:
     K: int
     N: int
 
-    def below(self, prefix: str) -> "LinearInfo":
+    def scoped(self, prefix: str) -> "LinearInfo":
         """As seen from the whole model."""
         return dataclasses.replace(self, source=f"{prefix}.{self.source}")
 
@@ -63,7 +63,7 @@ def linears_of(model, stage: Stage) -> dict[str, LinearInfo]:
 def linears_by_name(model) -> dict[str, LinearInfo]:
     """The linears of all stages by their full names, in the order in which they run."""
     return {
-        f"{stage.name}.{name}": linear.below(stage.name)
+        f"{stage.name}.{name}": linear.scoped(stage.name)
         for stage in model.stages()
         for name, linear in linears_of(model, stage).items()
     }

@@ -1,10 +1,12 @@
 """What files of earlier versions call things, and what these are called now. Read, never written.
 
 former_names.FIELDS["Affine"]["zero"]                       # "zero_point": of a class in a manifest
-former_names.OPTIONS["group"]                               # "group_size": of a method or a calibration
+former_names.options([("group", 32)])                       # {"group_size": 32}: of a method or a calibration
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 # By class: a field's name in 0.1.0, and now.
 FIELDS = {
@@ -31,19 +33,24 @@ OPTIONS = {
     "select": "selector",
 }
 
-# Options that came later, at the value that means what was done before.
-LATER = ("narrow_steps=False",)
+# Options that one version has and another has not, at the value that means the same as none.
+IDLE = {"selection": "gain", "metadata": "4", "per_block": False, "narrow_steps": False}
 
 
-def option(name: str) -> str:
-    """An option's name now."""
-    return OPTIONS.get(name, name)
+def options(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The options of a JSON object, by what they are called now."""
+    named = {OPTIONS.get(name, name): value for name, value in pairs}
+    if named.get("metadata") == "334":
+        named["narrow_steps"] = bool(named.pop("metadata"))
+    return {name: value for name, value in named.items() if name not in IDLE or value != IDLE[name]}
 
 
 def method(text: str) -> str:
-    """A method's `repr`, then or now, in the names of now and without later options that change nothing."""
-    text = re.sub(r"\w+(?==)", lambda match: option(match[0]), text)
-    return re.sub(rf", ({'|'.join(LATER)})\b", "", text)
+    """A method's `repr`, then or now, in the names of now and without options that change nothing."""
+    text = re.sub(r"\w+(?==)", lambda match: OPTIONS.get(match[0], match[0]), text)
+    text = text.replace("metadata='334'", "narrow_steps=True")
+    idle = "|".join(re.escape(f"{name}={value!r}") for name, value in IDLE.items())
+    return re.sub(rf", (?:{idle})(?=[,)])", "", text)
 
 
 def path_in_0_1_0(path: str) -> str:

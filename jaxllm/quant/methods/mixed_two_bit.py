@@ -125,8 +125,8 @@ class MixedTwoBit:
     outliers: float = 0.002
     where: Outliers = "exclusive"
     fit: Fit = "search"
-    group4: int = 128
     narrow_steps: bool = False
+    group4: int = 128
     seed: int = 0
 
     def __post_init__(self):

@@ -34,16 +34,13 @@ def build_model(
 
     Raises ValueError, listing names, when tensors are missing or left over, or of another shape.
     """
-
-    def make() -> nnx.Module:
-        return family.model(config, rngs=nnx.Rngs(0))
-
-    leaves = named_leaves(nnx.eval_shape(make))
+    model = family.model(config, rngs=None)  # shapes only
+    leaves = named_leaves(model)
     wanted = tensors_of(family, leaves)
     if scheme is None:
         found = with_usual_names(family, found, [tensor.theirs for tensor in wanted])
         check_names(family, found, wanted)
-        return materialize(make, reader(found, wanted, leaves), dtype=dtype, mesh=mesh, mapped=mapped)
+        return materialize(model, reader(found, wanted, leaves), dtype=dtype, mesh=mesh, mapped=mapped)
     names = [tensor.theirs for tensor in wanted] + possible_names(scheme, wanted)
     found = with_usual_names(family, found, names)
     dense, linears = split(scheme, wanted, found)
@@ -53,7 +50,7 @@ def build_model(
     table = next(tensor for tensor in dense if "embedding.table" in tensor.ours)
     kind = read(table.ours[0], leaves[table.ours[0]].shape).dtype if dtype is None else np.dtype(dtype)
     formats = read_linears(scheme, linears, found, leaves, kind)
-    return materialize(make, read, dtype=dtype, mesh=mesh, mapped=mapped, formats=formats)
+    return materialize(model, read, dtype=dtype, mesh=mesh, mapped=mapped, formats=formats)
 
 
 def with_usual_names(family: Family, found: dict, wanted: list[str]) -> dict:

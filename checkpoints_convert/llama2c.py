@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from checkpoints_convert.llama2c_tokenizer import load_tokenizer
 from checkpoints_convert.materialize import materialize
@@ -60,7 +59,7 @@ def load(path, *, tokenizer=None, dtype=None, mesh=None):
     quantized = int(data[:4].view("<u4")[0]) == MAGIC
     config, tensors = (_int8 if quantized else _float)(path.name, data)
     model = materialize(
-        lambda: Decoder(config, rngs=nnx.Rngs(0)),
+        Decoder(config, rngs=None),
         lambda name, shape: tensors[name](),
         dtype=dtype,
         mesh=mesh,

@@ -1,6 +1,6 @@
 """A model whose leaves come from somewhere else, one at a time: what every converter ends in.
 
-The model is first made without memory (shapes only); each leaf is then read, cast and put where its
+The model is given without memory (shapes only); each leaf is then read, cast and put where its
 sharding says, so that the host never holds more than the model and one tensor (weights of other
 formats wait on the host, each until it is placed). A leaf is named by its path in the model:
 "layers.3.attention.q.w", "norm.scale".
@@ -40,7 +40,7 @@ def named_weights(model: nnx.Module) -> dict[str, Any]:
 
 
 def materialize(
-    make: Callable[[], nnx.Module],
+    model: nnx.Module,
     read: Read,
     *,
     dtype=None,
@@ -48,15 +48,16 @@ def materialize(
     mapped: bool = False,
     formats: dict[str, Any] | None = None,
 ) -> nnx.Module:
-    """The model that `make` would make, with `read(name, shape)` at every leaf.
+    """An abstract model with `read(name, shape)` at every leaf.
 
+    model: its leaves are shapes, as those of a model made with `rngs=None` are.
     dtype: of all leaves that are read; None keeps what is read.
     mesh: the model is sharded over it by its own table.
     mapped: what is read in its own type stays what `read` gave, a view of a mapped file.
     formats: weights by the names of the dense leaves whose place they take, in host memory; emptied, so that
       each is freed when it has been copied to its place.
     """
-    graph, state = nnx.split(nnx.eval_shape(make))
+    graph, state = nnx.split(model)
     if formats:
         state = with_formats(state, formats)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)

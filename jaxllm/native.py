@@ -82,7 +82,7 @@ def load_native(path, *, dtype=None, mesh=None):
     manifest = _read_manifest(path)
     model_class, config_class = models()[manifest["model"]]
     config = from_json(manifest["config"], (config_class, Rope))
-    graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(model_class(config, rngs=None))
     weights = manifest["weights"]
     _check_weights(dict(_variables(state)), weights)
 

@@ -47,6 +47,27 @@ from tiny_llama import write_checkpoint  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# JAX keeps the MLIR of what it has lowered, a megabyte a program. With a thousand of them alive each further
+# one takes four times as long, and a worker's 5 GB would go on growing.
+PROGRAMS_KEPT = 900
+lowered = 0
+
+
+def count_lowered(event: str, seconds: float, **_) -> None:
+    global lowered
+    lowered += event.endswith("jaxpr_to_mlir_module_duration")
+
+
+jax.monitoring.register_event_duration_secs_listener(count_lowered)
+
+
+def pytest_runtest_teardown():
+    global lowered
+    if lowered > PROGRAMS_KEPT:
+        jax.clear_caches()
+        lowered = 0
+
+
 NO_TORCH = "parity tests need torch, which the `test` extra installs on Python 3.11 only"
 
 

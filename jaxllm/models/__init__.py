@@ -8,6 +8,7 @@ attention       self-attention of a chunk with what a cache holds before it
 layers          linear, embedding, norms
 taps            what a method sees of a forward pass, and may change
 stages          the way of text through a model, stage by stage
+relative_bias   T5's positions: a number for each bucket of distances
 rope            rotary positions and their published extensions
 inputs          token ids checked, filled up and rounded up before a model reads them
 linears         a model's linears by name

@@ -93,14 +93,14 @@ SHARDING = (
 class Attention(nnx.Module):
     """Grouped-query attention of one layer, with its rotation and its window."""
 
-    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs | None, dtype):
         c = config
 
         def linear(K: int, N: int, bias: bool) -> Linear:
             return Linear(K, N, bias=bias, std=K**-0.5, rngs=rngs, dtype=dtype)
 
         def norm() -> RmsNorm:
-            return RmsNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset, dtype=dtype)
+            return RmsNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset, rngs=rngs, dtype=dtype)
 
         self.q = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -151,7 +151,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """The gated feed-forward part of one layer (arXiv:2002.05202)."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype):
 
         def linear(K: int, N: int) -> Linear:
             return Linear(K, N, bias=config.mlp_bias, std=K**-0.5, rngs=rngs, dtype=dtype)
@@ -169,10 +169,11 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer."""
 
-    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs | None, dtype):
 
         def norm() -> RmsNorm:
-            return RmsNorm(config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+            c = config
+            return RmsNorm(c.width, eps=c.norm_eps, offset=c.norm_offset, rngs=rngs, dtype=dtype)
 
         self.attention_norm = norm()
         self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
@@ -205,22 +206,24 @@ class Block(nnx.Module):
 
 
 class Decoder(LanguageModel):
-    """A language model of the Llama line: a pytree whose leaves are its weights."""
+    """A language model of the Llama line: a pytree whose leaves are its weights.
+
+    rngs: where the first weights are drawn from; None: they are shapes (`jax.ShapeDtypeStruct`), and no
+    memory is taken.
+    """
 
     SHARDING = SHARDING
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
+        self.config = c = config
 
         def head() -> Linear:
-            return Linear(config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype)
+            return Linear(c.width, c.vocab, std=c.width**-0.5, rngs=rngs, dtype=dtype)
 
-        self.config = config
-        self.embedding = Embedding(config.vocab, config.width, std=config.width**-0.5, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List(
-            [Block(config, config.window(i), rngs=rngs, dtype=dtype) for i in range(config.layers)]
-        )
-        self.norm = RmsNorm(config.width, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
-        self.head = None if config.tied else head()
+        self.embedding = Embedding(c.vocab, c.width, std=c.width**-0.5, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List([Block(c, c.window(i), rngs=rngs, dtype=dtype) for i in range(c.layers)])
+        self.norm = RmsNorm(c.width, eps=c.norm_eps, offset=c.norm_offset, rngs=rngs, dtype=dtype)
+        self.head = None if c.tied else head()
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -144,7 +144,7 @@ SHARDING = (
 class Attention(nnx.Module):
     """Attention of one layer; each head has its own keys and values."""
 
-    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs | None, dtype):
         c = config
 
         def linear() -> Linear:
@@ -174,7 +174,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """The feed-forward part of one layer."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype):
 
         def linear(K: int, N: int) -> Linear:
             return Linear(K, N, bias=config.bias, std=K**-0.5, rngs=rngs, dtype=dtype)
@@ -191,10 +191,10 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer."""
 
-    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs, dtype):
-        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, dtype=dtype)
+    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs | None, dtype):
+        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
         self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
-        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
         self.norm_first = config.norm_first
 
@@ -223,11 +223,15 @@ class Block(nnx.Module):
 
 
 class Gpt(LanguageModel):
-    """A language model of the GPT line: a pytree whose leaves are its weights."""
+    """A language model of the GPT line: a pytree whose leaves are its weights.
+
+    rngs: where the first weights are drawn from; None: they are shapes (`jax.ShapeDtypeStruct`), and no
+    memory is taken.
+    """
 
     SHARDING = SHARDING
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
         self.config = config
         width = config.width
         narrow = width if config.embedding_width is None else config.embedding_width
@@ -241,7 +245,8 @@ class Gpt(LanguageModel):
 
         self.project_in = None if config.embedding_width is None else linear(narrow, width)
         self.layers = nnx.List([Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.layers)])
-        self.norm = LayerNorm(width, eps=config.norm_eps, dtype=dtype) if config.final_norm else None
+        norm = LayerNorm(width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
+        self.norm = norm if config.final_norm else None
         self.project_out = None if config.embedding_width is None else linear(width, narrow)
         self.head = None if config.tied else linear(narrow, config.vocab)
 

@@ -21,12 +21,10 @@ V vocabulary.
 """
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -36,6 +34,7 @@ from jaxllm.cache import DenseCache
 from jaxllm.models.attention import cached_attention, split_heads
 from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, default_positions, last_token
+from jaxllm.models.relative_bias import RelativeBias
 from jaxllm.models.stages import Stage, State
 from jaxllm.models.taps import Tap, probe, scoped
 from jaxllm.ops.attention import DistanceBias, attention, heads_first
@@ -129,43 +128,10 @@ class CrossKV:
     lengths: jax.Array  # [B] int32
 
 
-def buckets(config: Config, *, causal: bool) -> np.ndarray:
-    """The bucket of each distance, key position - query position, from -max_distance on.
-
-    Half of a direction's buckets are for one distance each, the others grow with its logarithm.
-    """
-    count = config.buckets if causal else config.buckets // 2
-    exact = count // 2
-    distance = np.arange(config.max_distance + 1, dtype=np.float32)
-    # in float32, as whoever trained the tables computed it
-    grown = np.log(np.maximum(distance, 1) / np.float32(exact))
-    grown = grown / np.float32(math.log(config.max_distance / exact)) * np.float32(count - exact)
-    bucket = np.where(distance < exact, distance, np.minimum(exact + np.trunc(grown), count - 1))
-    behind, ahead = bucket[:0:-1], bucket[1:]
-    ahead = np.zeros_like(ahead) if causal else ahead + count
-    return np.concatenate([behind, bucket[:1], ahead]).astype(np.int32)
-
-
-class RelativeBias(nnx.Module):
-    """A number for each bucket of distances and each head, looked up by distance."""
-
-    def __init__(self, config: Config, *, causal: bool, rngs: nnx.Rngs, dtype):
-        table = jax.random.normal(rngs.params(), (config.buckets, config.heads), jnp.float32)
-        self.table = nnx.Param((config.width**-0.5 * table).astype(dtype))
-        self.config, self.causal = config, causal
-
-    def __call__(self, distance: Int[Array, "*B T S"]) -> Float[Array, "*B H T S"]:
-        """Float32 numbers to add to scores, for distances key position - query position."""
-        far = self.config.max_distance
-        of_distance = self.table.get_value()[buckets(self.config, causal=self.causal)]
-        bias = of_distance.astype(jnp.float32)[jnp.clip(distance, -far, far) + far]  # [.., T, S, H]
-        return jnp.moveaxis(bias, -1, -3)
-
-
 class Attention(nnx.Module):
     """The four linears of self-attention or cross-attention; scores are not scaled."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype):
         c, inner = config, config.heads * config.head_dim
 
         def linear(K: int, N: int, std: float) -> Linear:
@@ -197,7 +163,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """The feed-forward part of one layer, with a gate or without."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype):
 
         def linear(K: int, N: int) -> Linear:
             return Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)
@@ -224,6 +190,12 @@ def residual_add(x: Float[Array, "B T D"], h: Float[Array, "B T D"]) -> Float[Ar
     return x
 
 
+def relative_bias(config: Config, *, causal: bool, rngs: nnx.Rngs | None, dtype) -> RelativeBias:
+    """Of one of the two stacks, shared by its layers."""
+    c, std = config, config.width**-0.5
+    return RelativeBias(c.buckets, c.max_distance, c.heads, causal=causal, std=std, rngs=rngs, dtype=dtype)
+
+
 def encoder_mask_and_bias(
     relative: RelativeBias, S: int, lengths: Int[Array, " B"]
 ) -> tuple[Bool[Array, "B 1 S"], Float[Array, "1 H S S"]]:
@@ -235,10 +207,10 @@ def encoder_mask_and_bias(
 class EncoderBlock(nnx.Module):
     """One layer of the encoder."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
-        self.attention_norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype):
+        self.attention_norm = RmsNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp_norm = RmsNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
 
     def __call__(
@@ -260,12 +232,12 @@ class EncoderBlock(nnx.Module):
 class Encoder(nnx.Module):
     """All layers of the encoder, their shared bias and the final norm."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
-        self.relative = RelativeBias(config, causal=False, rngs=rngs, dtype=dtype)
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype):
+        self.relative = relative_bias(config, causal=False, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
             [EncoderBlock(config, rngs=rngs, dtype=dtype) for _ in range(config.encoder_layers)]
         )
-        self.norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.norm = RmsNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "B S D"], lengths: Int[Array, " B"], tap: Tap | None = None
@@ -279,10 +251,10 @@ class Encoder(nnx.Module):
 class Block(nnx.Module):
     """One layer of the decoder."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype):
 
         def norm() -> RmsNorm:
-            return RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+            return RmsNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
 
         self.attention_norm = norm()
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
@@ -327,12 +299,16 @@ class Block(nnx.Module):
 
 
 class T5(LanguageModel):
-    """An encoder and a decoder, whose are `layers` and the cache: a pytree of weights."""
+    """An encoder and a decoder, whose are `layers` and the cache: a pytree of weights.
+
+    rngs: where the first weights are drawn from; None: they are shapes (`jax.ShapeDtypeStruct`), and no
+    memory is taken.
+    """
 
     SHARDING = SHARDING
     sides = ("source", "target")
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs | None, dtype=jnp.float32):
 
         def head() -> Linear:
             return Linear(config.width, config.vocab, std=config.width**-0.5, rngs=rngs, dtype=dtype)
@@ -340,9 +316,9 @@ class T5(LanguageModel):
         self.config = config
         self.embedding = Embedding(config.vocab, config.width, std=1.0, rngs=rngs, dtype=dtype)
         self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
-        self.relative = RelativeBias(config, causal=True, rngs=rngs, dtype=dtype)
+        self.relative = relative_bias(config, causal=True, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)])
-        self.norm = RmsNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.norm = RmsNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
         self.head = None if config.tied else head()
 
     def encode(

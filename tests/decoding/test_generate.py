@@ -182,7 +182,7 @@ def test_what_cannot_be_generated_is_refused(model, prompts, options, message):
 def test_the_compiled_loop_holds_no_second_copy_of_the_weights(dtype, usual_compiler):
     """XLA:CPU likes to take conversions of weights out of the loop, and then holds the model twice."""
     config = dataclasses.replace(TINY, width=256, ffn=512, vocab=8192, heads=8, head_dim=32)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = Decoder(config, rngs=None, dtype=dtype)
     request, state = jax.eval_shape(_started, model)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     memory = (

@@ -344,8 +344,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--tokens", type=int, default=8192, help="of the text that is judged, at most")
     add("--sequences", type=int, default=64, help="calibration pieces of --length tokens")
     add("--length", type=int, default=256)
-    tiny = {"what": ["methods", "curve"], "bits": [2], "seeds": [0], "curve": [2], "sequences": 4}
-    tiny |= {"length": 16, "context": 32, "tokens": 64, "only": ["RTN", "DASH-Q", "SqueezeLLM"]}
+    tiny = {"what": ["methods", "curve"], "bits": [2], "seeds": [0], "curve": [2], "sequences": 8}
+    tiny |= {"length": 16, "context": 32, "tokens": 64, "only": ["RTN", "GPTQ", "SqueezeLLM"]}
     args = parse(made, argv, tiny=tiny)
     if (args.calibration is None) != (args.text is None and args.lines is None) or (args.text and args.lines):
         made.error("--calibration must come with one of --text and --lines")

@@ -6,6 +6,7 @@ where the folder is absent), `torch` (parity tests), `usual_compiler` (tests of 
 `root`, `tiny_checkpoint` (of `tiny_llama.py`).
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -46,6 +47,10 @@ from tiny_llama import write_checkpoint  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A tenth of the time went into looking for cycles among objects of which few are ever garbage.
+gc.freeze()
+gc.set_threshold(100_000, 20, 100)
 
 # JAX keeps the MLIR of what it has lowered, a megabyte a program. With a thousand of them alive each further
 # one takes four times as long, and a worker's 5 GB would go on growing.

@@ -23,6 +23,7 @@ of a tile, n = G T queries of a request and key head, M most requests of a conte
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -160,38 +161,37 @@ def attend_reference(
     softcap: float | None = None,
     mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T H E"]:
-    """What `attend` means, and a kernel over pages must equal: one softmax over each head's rows, gathered.
+    """What `attend` means, and a kernel over pages must equal: one softmax over each head's own rows.
 
-    For a layer without a window; of arrays that are there (not traced), and slow.
+    For a layer without a window; slow, as every head looks at every page.
     """
-    (B, _, H, _), tail = q.shape, cache.tail
-    q, K = rotate_queries(q, tail.keys[layer]), tail.keys[layer].shape[0] // B
-    _, seen = dense.visible(tail, layer, positions, lengths, mask)
+    (B, T, H, E), tail, context = q.shape, cache.tail, cache.context
+    K = tail.keys[layer].shape[0] // B
+    q = rotate_queries(q, tail.keys[layer]).reshape(B, T, K, H // K, E)
+    own = _own_rows(context, _context_layer(tail, layer), K)[:, :, None]  # [B, K, 1, P C]
+    seen = dense.visible(tail, layer, positions, lengths, mask)[1][:, None]  # [B, 1, T, S]
+    sees = [jnp.broadcast_to(mask, (B, K, T, mask.shape[-1])) for mask in (own, seen)]
 
-    def read(b: int, h: int):
-        keys, values, old = _rows_of_head(cache, layer, b, h * K // H)
-        sees = jnp.pad(seen[b], ((0, 0), (old, 0)), constant_values=True)
-        query = q[b : b + 1, :, h : h + 1]
-        return attention(query, keys[None], values[None], sees[None], scale=scale, softcap=softcap)
+    def rows(pool: Rows, tail: Rows) -> Float[Array, "B K n E"]:
+        """Every row of the context, then those of the tail."""
+        of_context = jnp.broadcast_to(dequantize(pool).reshape(-1, E), (B, K, own.shape[-1], E))
+        return jnp.concatenate([of_context, dequantize(tail).reshape(B, K, -1, E)], axis=2)
 
-    return jnp.concatenate([jnp.concatenate([read(b, h) for h in range(H)], axis=2) for b in range(B)])
+    keys, values = rows(context.keys, tail.keys[layer]), rows(context.values, tail.values[layer])
+    of_head = partial(attention, scale=scale, softcap=softcap)
+    of_heads = jax.vmap(of_head, in_axes=(2, 1, 1, 1), out_axes=2)
+    return of_heads(q, keys, values, jnp.concatenate(sees, axis=-1)).reshape(B, T, H, E)
 
 
-def _rows_of_head(
-    cache: PagedCache, layer: int, b: int, k: int
-) -> tuple[Float[Array, "n E"], Float[Array, "n E"], int]:
-    """Keys and values of request b and key head k, those of the context first, and how many these are."""
-    context, tail = cache.context, cache.tail
-    K = tail.keys[layer].shape[0] // len(tail.lengths)
-    head = context.context_of_request[b] * K + k
-    first, end = (context.page_offsets[_context_layer(tail, layer), head + i] for i in (0, 1))
-    real = jnp.arange(context.keys.shape[1])[None] < context.page_lengths[first:end, None]
-
-    def gather(pool: Rows, rows: Rows) -> jax.Array:
-        return jnp.concatenate([dequantize(pool)[first:end][real], dequantize(rows)[b * K + k]])
-
-    keys = gather(context.keys, tail.keys[layer])
-    return keys, gather(context.values, tail.values[layer]), int(real.sum())
+def _own_rows(context: Context, layer: int, K: int) -> Bool[Array, "B K n"]:
+    """Which rows of the context, all pages one after the other, each request's key heads have."""
+    P, C = context.positions.shape
+    head = context.context_of_request[:, None] * K + jnp.arange(K)[None]
+    first, end = (context.page_offsets[layer][head + i][..., None] for i in (0, 1))  # [B, K, 1]
+    page = jnp.arange(P)[None, None]
+    own = (first <= page) & (page < end)  # [B, K, P]
+    real = jnp.arange(C)[None] < context.page_lengths[:, None]  # [P, C]
+    return (own[..., None] & real[None, None]).reshape(*own.shape[:2], P * C)
 
 
 def _context_layer(tail: DenseCache, layer: int) -> int:

@@ -28,7 +28,7 @@ USUAL: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
 QUICK = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):  # newer ones do not know the flag, which ends the process
     USUAL["xla_cpu_use_fusion_emitters"] = True
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
+    QUICK += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in flags:
     flags += f" {QUICK}"
 os.environ["XLA_FLAGS"] = flags.strip()

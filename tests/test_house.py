@@ -188,6 +188,7 @@ def test_readme_and_ci_name_the_same_two_commands(root):
         assert command in shell
 
 
+@pytest.mark.slow
 def test_python_of_the_readme_runs(root, tmp_path):
     blocks = fenced((root / "README.md").read_text("utf-8"), "python")
     assert len(blocks) == 2

@@ -76,7 +76,7 @@ def test_theirs_leaves_a_file_open():
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_warnings_of_ours_fail_a_run_and_those_of_others_are_reported(root, tmp_path, workers):
     (tmp_path / "test_inner.py").write_text(PROGRAM)
     options = ["-c", str(root / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]

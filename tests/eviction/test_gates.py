@@ -188,6 +188,7 @@ def test_a_long_generation_stays_within_its_budget_and_equals_the_loop_by_hand(m
     assert len(sizes) == 1  # from the first token to the last
 
 
+@pytest.mark.slow
 def test_a_budget_that_holds_everything_changes_nothing(model, fast):
     hold = running_budget.CacheBudget(gates=fast, tokens=100, buffer=16, recent=3)
     prompts = [[5, 6, 7, 8], list(range(20, 50))]

@@ -148,6 +148,7 @@ def language_run(batches, folder):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_gives_the_same_weights_bit_for_bit(tmp_path):
     here = Path(__file__).parent
     folder = tmp_path / "killed"

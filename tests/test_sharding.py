@@ -24,7 +24,7 @@ def single():
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (4, 20), 0, CONFIG.vocab)
     outs = jl.generate(model, None, PROMPTS, max_new_tokens=12)
-    return model, tokens, model(tokens)[0], [o.token_ids for o in outs]
+    return model, tokens, jax.jit(model)(tokens)[0], [o.token_ids for o in outs]
 
 
 @pytest.mark.parametrize("data, parts", [(2, 4), (1, 8)])

@@ -45,7 +45,7 @@ def test_a_document_is_scored_as_the_model_scores_it(tiny):
     ids[0] = 0
     rows = list(pico.windows(ids, 20, 10))
     logp, best = pico.read_through(model, rows, pico.tqdm(disable=True))
-    logits, _ = model(jnp.asarray(ids[None, :20], jnp.int32))
+    logits, _ = jax.jit(model)(jnp.asarray(ids[None, :20], jnp.int32))
     want = np.asarray(jax.nn.log_softmax(logits[0]))
     np.testing.assert_allclose(logp[:20], want[np.arange(20), ids[1:21]], rtol=1e-4, atol=1e-4)
     assert (best[:20] == want.argmax(-1)).all() and len(logp) == len(best) == 29

@@ -207,6 +207,7 @@ def test_chunks_tokens_and_the_whole_text_give_the_same_logits(models, name, bit
         assert_same_but_for_rounding(jnp.concatenate(got, axis=1), want, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["windows"])
 def test_generation_streams_continues_and_does_not_depend_on_the_batch(models, name):
     model = models[name]
@@ -226,6 +227,7 @@ def test_generation_streams_continues_and_does_not_depend_on_the_batch(models, n
         jl.CacheOptions(start=cache, bits=4)
 
 
+@pytest.mark.slow
 def test_every_model_takes_a_cache_in_codes():
     small = gpt.Gpt(gpt.TINY, rngs=nnx.Rngs(0))
     text = jnp.array([[1, 2, 3, 4, 5, 6]])
@@ -241,6 +243,7 @@ def test_every_model_takes_a_cache_in_codes():
     assert len(out[0].token_ids) == 4
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_cached_model(models):
     model = models["full"]
     text = np.asarray(jax.random.randint(jax.random.key(1), (60,), 0, 128))

@@ -1,6 +1,7 @@
 """An evicted cache attends as a dense one whose evicted rows are hidden, and their bytes are gone."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxllm.eviction import kvzip, running_budget
 from jaxllm.eviction.budget import ContextBudget, evict
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.ops.attention import attention
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 T = 40
 LENGTHS = [40, 29, 33]
@@ -86,7 +89,7 @@ def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
         return jax.jit(lambda: model(tokens, cache, lengths=lengths))()
 
 
-@pytest.mark.parametrize("bits, page", [(None, 2), (None, 64), (8, 4)])
+@pytest.mark.parametrize("bits, page", [slow(None, 2), (None, 64), slow(8, 4)])
 def test_evicted_equals_masked_for_chunks_ragged_heads_and_batches(model, filled, bits, page):
     cache = filled(bits=bits)
     scores = drawn().at[0, 1, 1].set(-1.0)  # a head of request 1 keeps nothing
@@ -175,6 +178,7 @@ def test_evicted_twice_is_evicted_once_by_the_smaller_ratio(filled, budget, bits
             evict(once, ratio=0.5, budget=budget, strict_threshold=True)
 
 
+@pytest.mark.slow
 def test_a_second_eviction_leaves_what_was_asked_since(model, filled):
     cache = filled()
     small = evict(cache, drawn(), ratio=0.5, page=4)
@@ -210,7 +214,7 @@ def test_a_threshold_keeps_what_reaches_it(filled):
                 np.testing.assert_array_equal(rows[b][head], want)
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [slow(None), 8])
 def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(model, filled, bits):
     cache = filled(bits=bits)
     scores = drawn(8)
@@ -273,6 +277,7 @@ def chosen_rows(small):
     return keep
 
 
+@pytest.mark.slow
 def test_questions_share_a_context_and_do_not_see_each_other(model, filled):
     small = evict(filled(), drawn(), ratio=0.3, page=4)
     prompts = [[5, 6, 7], [9], [11, 12], [5, 6, 7]]

@@ -11,6 +11,8 @@ from jaxllm.eviction.budget import evict
 
 E, CONTEXT, ROOM = 8, 30, 16
 LENGTHS = [30, 17, 24]
+append = jax.jit(kv.append, static_argnums=1)
+attend = jax.jit(kv.attend, static_argnums=2, static_argnames="scale")
 
 
 def random(shape, seed):
@@ -29,7 +31,7 @@ def written(cache, K, T, lengths, seed):
     lengths = jnp.asarray(lengths, jnp.int32)
     for layer in range(len(cache.windows)):
         k, v = (random((len(lengths), T, K, E), (seed, layer, i)) for i in range(2))
-        cache = kv.append(cache, layer, k, v, lengths)
+        cache = append(cache, layer, k, v, lengths)
     return kv.advance(cache, lengths)
 
 
@@ -50,7 +52,7 @@ def both(q, cache, layer, T, lengths, **rule):
     @jax.jit
     def run(q, cache):
         ways = kv.attend, paged.attend_reference
-        return [attend(q, cache, layer, positions, lengths, **rule) for attend in ways]
+        return [way(q, cache, layer, positions, lengths, **rule) for way in ways]
 
     return [np.asarray(x)[real] for x in run(q, cache)]
 
@@ -71,7 +73,7 @@ def test_attending_equals_the_reference(K, G, T, bits, softcap):
     lengths = [T, max(1, T - 2), T]
     layer = 2  # the context's second: pages of another come before
     k, v = (random((3, T, K, E), (2, i)) for i in range(2))
-    seen = kv.append(cache, layer, k, v, jnp.asarray(lengths, jnp.int32))
+    seen = append(cache, layer, k, v, jnp.asarray(lengths, jnp.int32))
     q = random((3, T, K * G, E), 3)
     np.testing.assert_allclose(*both(q, seen, layer, T, lengths, scale=0.4, softcap=softcap), atol=2e-6)
 
@@ -82,7 +84,7 @@ def test_requests_that_share_contexts_each_read_their_own():
     shared = written(shared, 2, 3, [3, 1, 2, 3, 0], seed=4)
     T, lengths = 2, [2, 2, 1, 2, 2]
     k, v = (random((5, T, 2, E), (5, i)) for i in range(2))
-    shared = kv.append(shared, 0, k, v, jnp.asarray(lengths, jnp.int32))
+    shared = append(shared, 0, k, v, jnp.asarray(lengths, jnp.int32))
     np.testing.assert_allclose(*both(random((5, T, 4, E), 6), shared, 0, T, lengths, scale=0.4), atol=2e-6)
 
 
@@ -90,7 +92,7 @@ def test_a_mask_hides_rows_of_the_tail_and_none_of_the_context():
     small = evicted(filled(2), 2)
     T = 3
     k, v = (random((3, T, 2, E), (7, i)) for i in range(2))
-    small = kv.append(small, 2, k, v, jnp.full(3, T, jnp.int32))
+    small = append(small, 2, k, v, jnp.full(3, T, jnp.int32))
     mask = jnp.asarray(np.random.default_rng(8).random((3, T, ROOM)) < 0.5)
     got, want = both(random((3, T, 4, E), 9), small, 2, T, [T] * 3, scale=0.4, mask=mask)
     np.testing.assert_allclose(got, want, atol=2e-6)
@@ -102,7 +104,7 @@ def test_a_layer_with_a_window_is_read_as_before_eviction():
     positions = whole.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     q, k, v = (random((3, T, n, E), (10, i)) for i, n in enumerate((4, 2, 2)))
     got, want = (
-        kv.attend(q, kv.append(cache, 1, k, v, lengths), 1, positions, lengths, scale=0.4)
+        kv.attend(q, append(cache, 1, k, v, lengths), 1, positions, lengths, scale=0.4)
         for cache in (evicted(whole, 2), whole)
     )
     np.testing.assert_array_equal(got, want)
@@ -115,7 +117,7 @@ def test_many_heads_of_which_most_have_nothing_are_read_as_they_are(B, K, T):
     cache = kv.dense.make(B, windows=(None,), dtype=jnp.float32, **sizes)
     k, v = (jnp.asarray(rng.normal(size=(B, rows, K, E)), jnp.float32) for _ in range(2))
     n = jnp.full(B, rows, jnp.int32)
-    cache = kv.advance(kv.append(cache, 0, k, v, n), n)
+    cache = kv.advance(append(cache, 0, k, v, n), n)
     keep = rng.random((1, B, K, rows)) < 0.3
     keep.reshape(B * K, rows)[3 : B * K - 9] = False  # nearly all heads
     keep.reshape(B * K, rows)[B * K // 2] = True
@@ -124,9 +126,9 @@ def test_many_heads_of_which_most_have_nothing_are_read_as_they_are(B, K, T):
     assert small.context.page_offsets.shape[1] - 1 > most
     q, new, more = (jnp.asarray(rng.normal(size=(B, T, K, E)), jnp.float32) for _ in range(3))
     one = jnp.full(B, T, jnp.int32)
-    small = kv.append(small, 0, new, more, one)
+    small = append(small, 0, new, more, one)
     positions = jnp.broadcast_to(rows + jnp.arange(T, dtype=jnp.int32), (B, T))
-    got = np.asarray(kv.attend(q, small, 0, positions, one, scale=0.5))
+    got = np.asarray(attend(q, small, 0, positions, one, scale=0.5))
     for b in range(B):
         for h in range(K):
             kept = np.flatnonzero(keep[0, b, h])

@@ -112,7 +112,10 @@ def hard_texts() -> list[str]:
 
 @pytest.mark.parametrize(
     ("file", "vocab"),
-    [("stories260K/tok512.bin", 512), ("llama2_tokenizer/tokenizer.bin", 32_000)],
+    [
+        ("stories260K/tok512.bin", 512),
+        pytest.param("llama2_tokenizer/tokenizer.bin", 32_000, marks=pytest.mark.slow),
+    ],
 )
 def test_tokenizer_encodes_by_the_book_and_decodes_back(shared_data, file, vocab):
     path = shared_data / "models" / file

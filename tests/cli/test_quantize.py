@@ -26,6 +26,7 @@ def test_quantize_writes_a_model_that_eval_reads(jaxllm, tiny_checkpoint):
     assert again.status == 0 and again.json["weight_bytes"] == done.json["weight_bytes"]
 
 
+@pytest.mark.slow
 def test_quantize_spends_a_budget(jaxllm, tiny_checkpoint):
     Path("text.txt").write_text("Once upon a time there was a little dog. " * 40, "utf-8")
     choices = [{"method": "rtn", "bits": bits, "group_size": 16} for bits in (2, 6)]

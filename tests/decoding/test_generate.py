@@ -104,7 +104,7 @@ def test_a_stop_string_ends_text_and_tokens_where_it_stands(model, tokenizer):
 
 
 def test_a_given_cache_is_continued_and_left_as_it_was(model):
-    _, cache = model(jnp.array([[1, 2, 3]]), model.make_cache(1, 8))
+    _, cache = jax.jit(model)(jnp.array([[1, 2, 3]]), model.make_cache(1, 8))
     before = jax.tree.map(np.array, cache)
     outs = jl.generate(model, None, [[4, 5], [9]], cache=cache, max_new_tokens=12)
     whole = jl.generate(model, None, [[1, 2, 3, 4, 5], [1, 2, 3, 9]], max_new_tokens=12)

@@ -22,7 +22,7 @@ def model():
     return Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_chunks_of_a_text_fill_the_cache_that_one_pass_fills(model, bits):
     whole, parts = (jl.prefill(model, ROWS, slack=16, bits=bits, chunk=n) for n in (64, 12))
     np.testing.assert_array_equal(whole.lengths, [40, 32])
@@ -31,7 +31,7 @@ def test_chunks_of_a_text_fill_the_cache_that_one_pass_fills(model, bits):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("ratio", [None, 0.3])
+@pytest.mark.parametrize("ratio", [pytest.param(None, marks=pytest.mark.slow), 0.3])
 def test_a_saved_cache_comes_back_bit_for_bit(model, tmp_path, bits, ratio):
     cache = jl.prefill(model, ROWS, slack=16, bits=bits)
     if ratio is not None:

@@ -152,6 +152,7 @@ def test_another_model_family_is_scored_too():
     assert got.shape[0] == len(model.layers) and float(got.max()) <= 1.0 and float(got[:, 0].min()) > 0
 
 
+@pytest.mark.slow
 def test_many_queries_at_once_give_what_all_of_them_give(monkeypatch):
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 11, 4, 8), (4, 16, 8)))

@@ -115,6 +115,7 @@ def test_sixteen_bit_models_follow_the_float32_one_and_give_float32_logits(case,
     assert np.abs(np.asarray(got - want)).max() < 0.1 * np.abs(np.asarray(want)).max()
 
 
+@pytest.mark.slow
 def test_tensor_parallel_forward_and_generate_equal_one_device():
     model = Gpt(dataclasses.replace(TINY, heads=8, vocab=129), rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 129)

@@ -172,6 +172,7 @@ def greedy(theirs, ours, torch, sources, once: bool):
     return np.stack(got, 1).tolist(), want.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("once", [False, True])
 def test_greedy_tokens_are_theirs(torch, case, tokens, once):
     _, _, theirs, ours = case

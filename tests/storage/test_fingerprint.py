@@ -50,7 +50,9 @@ def neighbours(model):
             yield jax.tree.unflatten(tree, other)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "encoder", "quantized"])
+@pytest.mark.parametrize(
+    "name", ["float32", "bfloat16", pytest.param("encoder", marks=pytest.mark.slow), "quantized"]
+)
 def test_one_bit_of_one_number_anywhere_gives_another_fingerprint(name, models):
     found = [fingerprint(models[name]), *map(fingerprint, neighbours(models[name]))]
     assert len(found) > 80 and len(set(found)) == len(found)

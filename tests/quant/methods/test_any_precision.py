@@ -304,6 +304,7 @@ def guided():
     return rows, jnp.matmul(x.swapaxes(1, 2), x, precision=jax.lax.Precision.HIGHEST) / 256
 
 
+@pytest.mark.slow
 def test_a_guided_parent_errs_less_with_every_bit_by_the_whole_curvature(guided):
     rows, hessians = guided
     method = AnyPrecision(seeder="lnq", seed_bits=2, parent_bits=4, output_groups=2)

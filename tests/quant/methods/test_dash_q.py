@@ -283,6 +283,7 @@ def test_any_shape_works_and_rows_do_not_depend_on_one_another(shape):
     assert (more.dequantize_rows()[: len(rows)] == w.dequantize_rows()).all()
 
 
+@pytest.mark.slow
 def test_groups_longer_than_a_loop_and_more_rows_than_a_block_are_cut_up(monkeypatch):
     rows, h = problem(N=40, K=30)
     want = solved(rows, h, group_size=10).dequantize_rows()
@@ -324,7 +325,7 @@ def test_feedback_is_gptq_on_the_fitted_grids_and_pays_with_many_tokens():
     assert (unpack(diagonal.codes) == unpack(plain.codes)).all()
 
 
-@pytest.mark.parametrize("tokens", [24, 4096])
+@pytest.mark.parametrize("tokens", [pytest.param(24, marks=pytest.mark.slow), 4096])
 def test_the_shrinkage_chosen_has_the_least_held_out_error(tokens):
     rows, true = problem()[0], gaussian()
     few = gaussian(tokens=tokens)

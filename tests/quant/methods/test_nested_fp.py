@@ -267,6 +267,7 @@ def test_it_survives_tree_map_vmap_and_has_specs():
     assert (spec.upper, spec.lower, spec.switch) == (P("b", "a"), P("b", "a"), P())
 
 
+@pytest.mark.slow
 def test_switching_amid_a_generation_changes_only_the_steps_in_between(monkeypatch):
     def either(x, w, out_dtype=None):
         if isinstance(w, NestedFloat):

@@ -172,7 +172,7 @@ def test_the_product_is_that_of_rounded_inputs_and_the_stored_weight(layer, grou
     np.testing.assert_allclose(got, want, atol=3e-6 * float(jnp.abs(want).max()))
     broken = jax.jit(matmul)(x.at[3, 3].set(jnp.nan), w)
     assert jnp.isnan(broken[3]).all() and jnp.isfinite(broken[4]).all()
-    half = matmul(x.astype(jnp.bfloat16), w)
+    half = jax.jit(matmul)(x.astype(jnp.bfloat16), w)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), want, atol=0.1 * float(jnp.abs(want).max()))
 

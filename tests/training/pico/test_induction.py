@@ -22,6 +22,7 @@ def repeated_tokens_right(model, T=50):
     return float((guess[:, T + 1 : -1] == tokens[:, T + 2 :]).mean())
 
 
+@pytest.mark.slow
 def test_a_wired_target_copies_before_training():
     plain = Decoder(pico.MEMBERS["target"], rngs=nnx.Rngs(0))
     assert repeated_tokens_right(plain) < 0.02

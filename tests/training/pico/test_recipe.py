@@ -72,6 +72,7 @@ def test_a_run_that_is_complete_writes_the_same_weights_again(train, draft):
     assert (again / "tokenizer.json").read_bytes() == (draft / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_a_directory_and_learn_from_a_teacher(train, draft):
     taught = train(draft.with_name("taught"), "--init", str(draft), "--teacher", str(draft),
                    "--steps", "3", "--stop", "1", "--note", "A word more.")  # fmt: skip
@@ -116,7 +117,7 @@ def test_transformers_computes_the_same_logits(draft, torch):
 
     other = AutoModelForCausalLM.from_pretrained(str(draft), dtype=torch.float32).eval()
     ids = np.random.default_rng(0).integers(3, 1024, (2, 24)).astype(np.int32)
-    logits, _ = jl.load(draft, dtype="float32")[0](jnp.asarray(ids))
+    logits, _ = jax.jit(jl.load(draft, dtype="float32")[0])(jnp.asarray(ids))
     with torch.no_grad():
         want = other(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     assert np.abs(np.asarray(logits) - want).max() < 1e-4 * np.abs(want).max()

@@ -82,6 +82,8 @@ def torch_is_excused() -> bool:
 
 
 def pytest_collection_modifyitems(items):
+    # Notebooks and guides take minutes: first, so that no worker is left alone with one at the end.
+    items.sort(key=lambda item: item.path.name not in ("test_notebooks.py", "test_docs.py"))
     if torch_is_excused():
         for item in items:
             if item.get_closest_marker("parity"):

@@ -133,6 +133,7 @@ def test_stories260k_becomes_a_hugging_face_directory_that_says_the_same(shared_
     assert other.decode(other.encode(text), skip_special_tokens=True) == text
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reads_the_same_bits(tmp_path):
     model = make(jnp.bfloat16)
     save(model, tmp_path / "out")

@@ -132,6 +132,7 @@ def test_gates_and_heads_score_as_they_did(decoder, gpt, known):
     np.testing.assert_array_equal(eviction.load_heads(OLD / "heads", model=decoder), known["heads"])
 
 
+@pytest.mark.slow
 def test_a_calibration_is_of_its_model_and_is_not_measured_again(gpt, known, tmp_path):
     want = ("hessian_diag", "hessian", "guided_hessian", "sample")
     folder = shutil.copytree(OLD / "calibration", tmp_path / "calibration")
@@ -176,6 +177,7 @@ def test_recipes_say_what_they_said():
     )
 
 
+@pytest.mark.slow
 def test_files_of_other_names_of_options_are_what_they_were(gpt, tmp_path):
     with np.load(BETWEEN / "known.npz") as arrays:
         known = dict(arrays)

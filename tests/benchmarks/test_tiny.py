@@ -10,7 +10,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 # Parts of others, and what needs torch (test_decode.py).
 LEFT_OUT = {"common", "kv_methods", "mixed_ablations", "quantization_methods", "quantization_tables"}
 LEFT_OUT |= {"decode"}
-QUICK = {"gpu_decode_memory", "quantization_speed", "witten_bell"}  # others compile for ten seconds
+QUICK = {"gpu_decode_memory", "witten_bell"}  # others compile for ten seconds
 NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
 
 

@@ -294,6 +294,7 @@ def test_questions_share_a_context_and_do_not_see_each_other(model, filled):
     assert both[1].token_ids == alone[1].token_ids and both[2].token_ids == alone[2].token_ids
 
 
+@pytest.mark.slow
 def test_rows_of_later_turns_survive_a_question_that_is_taken_back(model, filled):
     small = evict(filled(), drawn(), ratio=0.3, page=4)
     forward = jax.jit(lambda cache, tokens: model(tokens, cache))
@@ -321,6 +322,7 @@ def test_what_is_written_may_be_given_away_and_the_cache_it_came_from_stays(mode
     assert not any(x.is_deleted() for x in jax.tree.leaves((context, cache)))
 
 
+@pytest.mark.slow
 def test_a_longer_answer_than_there_is_room_for_is_given_room(model, filled):
     small = evict(filled(), drawn(), ratio=0.3, capacity=8)
     out = jl.generate(model, None, [[5], [6], [7]], max_new_tokens=30, cache=small)

@@ -90,6 +90,7 @@ def test_eval_refuses_a_context_longer_than_the_model_s(jaxllm, tiny_checkpoint,
     assert_refused(done, "context=500", left=[Path("text.txt")])
 
 
+@pytest.mark.slow
 def test_keys_and_values_in_eight_bits_change_little(jaxllm, generate, tiny_checkpoint):
     text = Path("text.txt")
     text.write_text("the man in the field " * 8, "utf-8")

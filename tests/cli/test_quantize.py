@@ -52,6 +52,7 @@ def test_quantize_follows_a_recipe_and_lists_its_methods(jaxllm, tiny_checkpoint
     assert {"rtn", "lnq", "nested-fp"} <= jaxllm("quantize", "--list", "--json").json.keys()
 
 
+@pytest.mark.slow
 def test_quantize_tunes_what_is_fetched_for_a_gpu_and_says_so(jaxllm, tiny_checkpoint):
     base = 'base={"method": "rtn", "bits": 3, "group_size": 32}'
     options = ("--method", "dec-dec", "--option", base, "--option", "selector=exact")

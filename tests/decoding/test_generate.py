@@ -71,6 +71,7 @@ def test_a_stream_gives_the_same_tokens_one_at_a_time(model, greedy):
     np.testing.assert_allclose([t.logprob for t in tokens], greedy[0].logprobs, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_request_with_its_own_seed_does_not_depend_on_its_batch(model):
     options = {"max_new_tokens": 12, "sampler": DRAWN}
     batch = jl.generate(model, None, PROMPTS, seed=[1, 2, 3], **options)
@@ -112,6 +113,7 @@ def test_a_given_cache_is_continued_and_left_as_it_was(model):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, cache))
 
 
+@pytest.mark.slow
 def test_a_long_prompt_behind_a_cache_is_read_in_pieces_that_fit_the_window(model):
     _, cache = model(jnp.array([[1, 2, 3]]), model.make_cache(1, 40))
     assert kv.max_chunk(cache) == 1

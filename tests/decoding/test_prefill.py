@@ -30,7 +30,7 @@ def test_chunks_of_a_text_fill_the_cache_that_one_pass_fills(model, bits):
     np.testing.assert_allclose(forward(parts), forward(whole), atol=2e-2 if bits else 1e-5)
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("ratio", [pytest.param(None, marks=pytest.mark.slow), 0.3])
 def test_a_saved_cache_comes_back_bit_for_bit(model, tmp_path, bits, ratio):
     cache = jl.prefill(model, ROWS, slack=16, bits=bits)

@@ -24,6 +24,7 @@ def model():
     return Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_heads_learnt_from_one_text_keep_all_or_nothing_of_another(model, tmp_path):
     sample = kvzip.kvzip_scores(model, prefill.prefill(model, ROWS, slack=64), ROWS)
     heads = head_scores(sample)

@@ -125,6 +125,7 @@ def test_prefill_and_steps_through_the_cache_give_their_logits(torch, case, toke
         at += 1
 
 
+@pytest.mark.slow
 def test_switching_a_feature_off_moves_the_logits(case, tokens):
     name, _, _, ours = case
     sources, targets = (jnp.asarray(x, jnp.int32) for x in tokens)

@@ -76,6 +76,7 @@ def test_a_recipe_gives_each_linear_its_first_match(model):
     assert bits["layers.1.attention.v"] == 2 and bits["head"] == 6
 
 
+@pytest.mark.slow
 def test_embedding_and_head_are_quantized_when_their_names_are_spelt(model):
     left = quantize(model, [(".*", Rtn(bits=4, group_size=16))], progress=False)
     assert all(isinstance(linear_weights(left)[name], Dense) for name in ("embedding", "head"))

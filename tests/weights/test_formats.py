@@ -228,16 +228,10 @@ def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path
         assert "\n" not in str(caught.value)
 
 
-QUICK = ("affine4",)  # the others with the slow tests
-
-
-def some_slow(*names):
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    some_slow(
+    [
         "affine4",
         "nested_fp",
         "any_precision",
@@ -246,7 +240,7 @@ def some_slow(*names):
         "codebook3",
         "rotated",
         "rotated, whole",
-    ),
+    ],
 )
 def test_tensor_parallel_generation_gives_the_tokens_of_one_device(models, name):
     model = models(name)
@@ -269,7 +263,9 @@ def test_what_a_mesh_cannot_split_is_one_line():
         jl.shard(model, jl.make_mesh(model=4))
 
 
-@pytest.mark.parametrize("name", some_slow(*FORMS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "affine4" else pytest.mark.slow) for name in FORMS]
+)
 def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
     """XLA:CPU would take dequantization out of the loop and hold every layer in float32."""
     blocks = []

@@ -204,6 +204,7 @@ def test_every_width_has_no_more_error_than_the_one_before(grown):
         assert (narrow <= wide).all()
 
 
+@pytest.mark.slow
 def test_no_width_beats_the_exact_optimum():
     rows, stats = example(4, 64)
     weights, keys = importance(rows, stats.fisher), row_keys(0, "", 4)

@@ -243,6 +243,7 @@ def test_constant_groups_are_stored_exactly(mode):
         assert np.isfinite(w.scale).all() and np.isfinite(w.zero_point).all()
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_counted_to_the_bit():
     rows, h = problem()
     w = solved(rows, h, group_size=8)

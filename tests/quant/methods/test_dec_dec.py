@@ -217,6 +217,7 @@ def test_each_scale_is_the_best_of_thirty_two_and_none_where_nothing_is_left():
         assert error(n, scale[n]) <= min(tried) * 1.0001 <= tried[-1] * 1.0001
 
 
+@pytest.mark.slow
 def test_fused_layers_are_layers_fused():
     parts = [jax.random.normal(jax.random.key(i), (n, 70)) for i, n in enumerate((24, 40, 13))]
     for bits in (4, 16):
@@ -297,6 +298,7 @@ def test_only_rows_move_from_the_host_also_inside_a_loop(usual_compiler):
     assert (program(w, x) == same(device, x)).all()
 
 
+@pytest.mark.slow
 def test_a_models_residuals_lie_in_host_memory_also_when_loaded_and_on_a_mesh(tmp_path):
     config = dataclasses.replace(TINY, width=128, heads=4, kv_heads=4, head_dim=32, ffn=256)
     model = Decoder(config, rngs=nnx.Rngs(0))

@@ -110,6 +110,7 @@ def test_a_light_cluster_behind_a_heavy_one_keeps_its_mean():
     assert abs(float(plain[-1] - plain[47]) / want[0] - 1) > 0.1  # what the pairs are for
 
 
+@pytest.mark.slow
 def test_a_row_depends_neither_on_the_rows_beside_it_nor_on_how_many_go_at_once(solved, monkeypatch):
     rows, weights, keys, (codes, table) = solved
     monkeypatch.setattr(k_means_module, "AT_ONCE", 2 * 8 * K)

@@ -53,7 +53,7 @@ gc.freeze()
 gc.set_threshold(100_000, 20, 100)
 
 # JAX keeps the MLIR of what it has lowered, a megabyte a program. With a thousand of them alive each further
-# one takes four times as long, and a worker's 5 GB would go on growing.
+# one takes several times as long, and a worker would grow to 5 GB.
 PROGRAMS_KEPT = 900
 lowered = 0
 

@@ -243,10 +243,12 @@ class Gpt(LanguageModel):
         def linear(K: int, N: int) -> Linear:
             return Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)
 
+        def norm() -> LayerNorm:
+            return LayerNorm(width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
+
         self.project_in = None if config.embedding_width is None else linear(narrow, width)
         self.layers = nnx.List([Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.layers)])
-        norm = LayerNorm(width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
-        self.norm = norm if config.final_norm else None
+        self.norm = norm() if config.final_norm else None
         self.project_out = None if config.embedding_width is None else linear(width, narrow)
         self.head = None if config.tied else linear(narrow, config.vocab)
 

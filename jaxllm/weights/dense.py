@@ -5,8 +5,6 @@ output: the order of every checkpoint, so that a file is mapped and never transp
 single row on a CPU each output is one contiguous dot product.
 """
 
-from typing import Any
-
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
@@ -22,7 +20,7 @@ class Dense:
     holds: rows.shape == (N, K); rows.dtype == dtype
     """
 
-    rows: Any  # [N, K] array; in a model without numbers its shape
+    rows: jax.Array  # [N, K]
 
     @property
     def shape(self) -> tuple[int, int]:

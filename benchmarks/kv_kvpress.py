@@ -41,7 +41,7 @@ METHODS = ("kvzip", "kvzip+", "snapkv", "expected", "tova", "streaming", "random
 
 
 def ours(
-    model, tokenizer, windows: np.ndarray, context: int
+    model, tokenizer, windows: np.ndarray, context: int, evicted: Sequence[float]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The same arrays and times, from jaxllm."""
     rows, following = windows[:, :context].tolist(), jnp.asarray(windows[:, context:])
@@ -68,7 +68,7 @@ def ours(
         budget = "global" if name.startswith("kvzip") else "per_head"  # as kvpress's
         if name.startswith("kvzip"):
             s = s.at[..., :SINKS].set(s.max() + 1)
-        for c in EVICTED:
+        for c in evicted:
             small = eviction.evict(cache, s, ratio=1 - c, budget=budget, capacity=later)
             kl = jnp.sum(jnp.exp(full) * (full - after(small)), axis=-1).mean(-1)
             arrays[f"{name} kl {c}"] = np.asarray(kl)
@@ -121,7 +121,7 @@ def strict_threshold(scores: np.ndarray, ratio: float) -> np.ndarray:
 # -- side by side
 
 
-def divergences(sides: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+def divergences(sides: dict[str, dict[str, np.ndarray]], evicted: Sequence[float]) -> dict[str, Any]:
     """(mean, standard error) of each side, by method and part evicted."""
 
     def told(x: np.ndarray) -> list[float]:
@@ -130,7 +130,7 @@ def divergences(sides: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
     return {
         f"{name} {c}": {side: told(found[f"{name} kl {c}"]) for side, found in sides.items()}
         for name in METHODS
-        for c in EVICTED
+        for c in evicted
     }
 
 
@@ -166,9 +166,10 @@ def measure(args: argparse.Namespace) -> Run:
     size = args.context + args.after - 1
     starts = np.linspace(0, len(ids) - size, args.windows).astype(int)
     windows = np.asarray([[tokenizer.bos_token_id, *ids[at : at + size]] for at in starts], np.int32)
-    settings = {"model": model_name(args), "context": args.context, "after": args.after}
+    evicted = EVICTED[-1:] if args.tiny else EVICTED
+    settings = {"model": model_name(args), "context": args.context, "after": args.after, "evicted": evicted}
     run = begin(args, settings | {"windows": args.windows})
-    mine, seconds = ours(model, tokenizer, windows, args.context)
+    mine, seconds = ours(model, tokenizer, windows, args.context, evicted)
     sides = {"jaxllm": mine}
     run["seconds"] = {"jaxllm": seconds}
     if args.python is not None:
@@ -185,7 +186,7 @@ def measure(args: argparse.Namespace) -> Run:
         told = subprocess.run([args.python, "-c", ask], check=True, capture_output=True, text=True)
         run["versions"]["kvpress"] = told.stdout.strip()
         run["agreement"] = agreement(mine, sides["kvpress"])
-    run["divergence"] = divergences(sides)
+    run["divergence"] = divergences(sides, evicted)
     run["bytes"] = {side: float(np.mean(found["kvzip held"])) for side, found in sides.items()}
     return run
 
@@ -196,11 +197,11 @@ def _text(args) -> str:
 
 def page(run: Run) -> Page:
     """Divergences, agreement, seconds and bytes."""
-    sides = list(run["seconds"])
+    sides, evicted = list(run["seconds"]), run["settings"]["evicted"]
     columns = {"method": "whose scores choose"}
     columns |= {
         f"{c:.0%} evicted, {side}": "divergence from that side's own full cache, nats a token, +- its error"
-        for c in EVICTED
+        for c in evicted
         for side in sides
     }
     rows = [
@@ -208,7 +209,7 @@ def page(run: Run) -> Page:
             name,
             *(
                 "{:.5f} +- {:.5f}".format(*run["divergence"][f"{name} {c}"][side])
-                for c in EVICTED
+                for c in evicted
                 for side in sides
             ),
         )

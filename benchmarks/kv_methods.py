@@ -1,7 +1,7 @@
 """What `kv_eviction.py` and `kv_speed.py` share: methods that score a cache, and caches to score."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,11 +35,14 @@ def _kvzip(model, tokenizer) -> Methods:
     words, rng = Words.from_tokenizer(tokenizer), np.random.default_rng([0, 99])
     sample = [words.bos, *rng.choice(words.ordinary, 128).tolist(), *listed(rng, words, 40)[0]]
     options = {"prefix": 1, "tokenizer": tokenizer, "chunk": CHUNK}
-    cache = filled(model, jnp.asarray([sample]), capacity=len(sample))
-    heads = eviction.head_scores(eviction.METHODS["kvzip"].score(model, cache, [sample], **options))
+
+    @functools.cache
+    def heads():
+        cache = filled(model, jnp.asarray([sample]), capacity=len(sample))
+        return eviction.head_scores(eviction.METHODS["kvzip"].score(model, cache, [sample], **options))
 
     def by_heads(cache, row, asked, seed):
-        return eviction.broadcast_head_scores(heads, cache, prefix=1)
+        return eviction.broadcast_head_scores(heads(), cache, prefix=1)
 
     return {
         "kvzip": _by_name("kvzip", model, tokenizer, chunk=CHUNK),
@@ -96,7 +99,7 @@ def compressed(
             yield name, ratio, eviction.evict(cache, scores, ratio=ratio, prefix=1, **options)
 
 
-@partial(jax.jit, static_argnames="capacity")
+@functools.partial(jax.jit, static_argnames="capacity")
 def filled(model, tokens, *, capacity: int):
     """The cache of some tokens."""
     return model(tokens, model.make_cache(tokens.shape[0], capacity), logits="last")[1]

@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--sequences", type=int, default=64, help="calibration pieces of --length tokens")
     add("--length", type=int, default=256)
     tiny = {"what": ["methods", "curve"], "bits": [2], "seeds": [0], "curve": [2], "sequences": 8}
-    tiny |= {"length": 16, "context": 32, "tokens": 64, "only": ["RTN", "GPTQ", "SqueezeLLM"]}
+    tiny |= {"length": 16, "context": 32, "tokens": 64, "only": ["RTN", "GPTQ"]}
     args = parse(made, argv, tiny=tiny)
     if (args.calibration is None) != (args.text is None and args.lines is None) or (args.text and args.lines):
         made.error("--calibration must come with one of --text and --lines")

@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=int, default=5)
     add("--only", nargs="+", help="of `solvers` these methods; GPTQ must be among them")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: seconds of all threads together")
-    tiny = {"rounds": 1, "only": ["RTN", "GPTQ", "DASH-Q", "LNQ"]}
+    tiny = {"rounds": 1, "only": ["GPTQ", "LNQ"]}
     common.main(parse(made, argv, tiny=tiny), measure, page)
 
 

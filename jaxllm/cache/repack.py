@@ -192,7 +192,12 @@ def _copy_layer(
 
 def new_tail(cache: DenseCache | PagedCache, capacity: int) -> DenseCache:
     """An empty cache behind all that is held; layers with a window as they are, as rings that can go on."""
-    old = _written(cache)
+    return _new_tail(_written(cache), capacity)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _new_tail(old: DenseCache, capacity: int) -> DenseCache:
+    """A program of its own, none of whose results is an array that was given."""
 
     def new_rows(array: Rows, window: int | None) -> Rows:
         if window is None:

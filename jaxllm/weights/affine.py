@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxllm.ops.gather import gather, gather_codes
 from jaxllm.ops.packing import Packed, pack, unpack, unpack_at
@@ -38,8 +38,13 @@ OUTPUTS_PER_SCALE = 16  # outputs whose groups share a scale of scales
 
 def check_rows(who: str, rows: jax.Array) -> None:
     """Raises ValueError where a weight is no number; traced ones cannot be looked at."""
-    if not isinstance(rows, jax.core.Tracer) and not bool(jnp.isfinite(rows).all()):
+    if not isinstance(rows, jax.core.Tracer) and not bool(_all_finite(rows)):
         raise ValueError(f"{who}: weights must be finite, got NaN or infinity")
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> Bool[Array, ""]:
+    return jnp.isfinite(x).all()
 
 
 @pytree

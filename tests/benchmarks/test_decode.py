@@ -6,7 +6,6 @@ import decode
 import pytest
 
 
-@pytest.mark.slow
 @pytest.mark.parity
 def test_both_libraries_make_the_same_tokens(torch, tmp_path):
     decode.main(["--tiny", "--results", str(tmp_path)])

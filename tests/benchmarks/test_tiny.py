@@ -10,13 +10,10 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 # Parts of others, and what needs torch (test_decode.py).
 LEFT_OUT = {"common", "kv_methods", "mixed_ablations", "quantization_methods", "quantization_tables"}
 LEFT_OUT |= {"decode"}
-QUICK = {"gpu_decode_memory", "witten_bell"}  # others compile for ten seconds
 NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_writes_a_page(name, tmp_path):
     script = importlib.import_module(name)
     script.main(["--tiny", "--results", str(tmp_path)])

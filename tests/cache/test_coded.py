@@ -118,13 +118,12 @@ def make(window=None, size=32, slack=0, **options):
     return kv.dense.make(B, windows=(window,), kv_heads=K, head_dim=E, capacity=size, slack=slack, **options)
 
 
+append = jax.jit(kv.append, static_argnums=1)
+
+
 @jax.jit
-def _feed(cache, k, v, lengths):
-    return kv.advance(kv.append(cache, 0, k, v, lengths), lengths)
-
-
 def feed(cache, k, v, lengths):
-    return _feed(cache, k, v, lengths)
+    return kv.advance(kv.append(cache, 0, k, v, lengths), lengths)
 
 
 @jax.jit
@@ -136,7 +135,7 @@ def read(cache, q, positions):
 def test_attending_reads_what_a_plain_cache_of_the_numbers_read_back_would(window, slack):
     _, k, v = tokens(20)
     coded, plain = make(window, slack=slack), make(window, slack=slack, bits=None)
-    near = kv.round_trip(coded, 0, k, v)
+    near = jax.jit(kv.round_trip, static_argnums=1)(coded, 0, k, v)
     assert all(x is y for x, y in zip(kv.round_trip(plain, 0, k, v), (k, v), strict=True))
     for cut in (slice(0, 9), slice(9, 14), slice(14, 19), slice(19, 20)):
         n = jnp.array([cut.stop - cut.start, 1])  # ragged
@@ -155,7 +154,7 @@ def test_truncate_select_and_with_capacity_keep_rows_bit_for_bit():
     wide = kv.dense.with_capacity(cache, 20)
     assert wide.keys[0].shape == (B * K, 20, E) and wide.capacity == 20
     np.testing.assert_array_equal(wide.values[0].words[:, :12], cache.values[0].words)
-    again = kv.append(kv.truncate(cache, 4 * ONES), 0, k[:, 4:5], v[:, 4:5], ONES)
+    again = append(kv.truncate(cache, 4 * ONES), 0, k[:, 4:5], v[:, 4:5], ONES)
     np.testing.assert_array_equal(again.keys[0].words[:, 4], cache.keys[0].words[:, 4])  # rows stand alone
 
 
@@ -165,7 +164,7 @@ def test_a_cache_survives_trees_jit_and_donation():
     same = jax.tree.map(lambda x: x, cache)
     assert jax.tree.structure(same) == jax.tree.structure(cache)
     assert jax.tree.map(lambda _: None, cache) is not None
-    want = kv.append(cache, 0, k, v, 3 * ONES)
+    want = append(cache, 0, k, v, 3 * ONES)
     step = jax.jit(lambda cache: kv.append(cache, 0, k, v, 3 * ONES), donate_argnums=0)
     got = step(jax.tree.map(jnp.copy, cache))
     jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -29,9 +29,17 @@ def filled(K, bits=None, windows=(None, 6, None)):
 def written(cache, K, T, lengths, seed):
     """The cache with a chunk in each layer, advanced."""
     lengths = jnp.asarray(lengths, jnp.int32)
-    for layer in range(len(cache.windows)):
-        k, v = (random((len(lengths), T, K, E), (seed, layer, i)) for i in range(2))
-        cache = append(cache, layer, k, v, lengths)
+    chunks = [
+        [random((len(lengths), T, K, E), (seed, layer, i)) for i in range(2)]
+        for layer in range(len(cache.windows))
+    ]
+    return append_all(cache, chunks, lengths)
+
+
+@jax.jit
+def append_all(cache, chunks, lengths):
+    for layer, (k, v) in enumerate(chunks):
+        cache = kv.append(cache, layer, k, v, lengths)
     return kv.advance(cache, lengths)
 
 

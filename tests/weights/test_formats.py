@@ -98,6 +98,10 @@ def weights():
     return rows, {name: make(rows) for name, make in FORMS.items()}
 
 
+def inputs(*shape):
+    return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
 def test_every_format_is_tried_here(weights):
     assert {type(w) for w in weights[1].values()} | {Dense} == set(FORMATS)
 
@@ -106,14 +110,15 @@ def test_every_format_is_tried_here(weights):
 def test_a_product_is_that_of_the_dequantized_weight(weights, name):
     w = weights[1][name]
     assert w.shape == (128, 64) and dequantize(w).shape == (128, 64) and w.dtype == jnp.float32
+    plain = np.asarray(weights[0].T if name in OWN_PRODUCT else dequantize(w))
     for batch in ((1,), (2, 3), (9,)):
-        x = jax.random.normal(jax.random.key(1), (*batch, 128))
+        x = inputs(*batch, 128)
         got = jax.jit(matmul)(x, w)
         assert got.shape == (*batch, 64) and got.dtype == jnp.float32
         if name not in OWN_PRODUCT:
-            np.testing.assert_allclose(got, x @ dequantize(w), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(got, x @ plain, rtol=1e-4, atol=1e-4)
         else:
-            np.testing.assert_allclose(got, x @ weights[0].T, atol=1.0)
+            np.testing.assert_allclose(got, x @ plain, atol=1.0)
     half = jax.jit(matmul)(jnp.ones((3, 128), jnp.bfloat16), w)
     assert half.dtype == jnp.bfloat16
 
@@ -167,8 +172,8 @@ def test_a_weight_survives_trees_vmap_and_donation(weights, name):
     assert jax.tree.structure(same) == jax.tree.structure(w)
     assert jax.tree.map(lambda _: None, w) is not None  # rebuilt around anything
     if name != "dec_dec":  # its rows may lie in host memory, which vmap would have to move
-        stacked = jax.tree.map(lambda x: jnp.stack([x, x]), w)
-        x = jax.random.normal(jax.random.key(2), (2, 3, 128))
+        stacked = jax.tree.map(lambda x: jnp.asarray(np.stack([x, x])), w)
+        x = inputs(2, 3, 128)
         got = jax.jit(jax.vmap(matmul))(x, stacked)
         np.testing.assert_allclose(got[1], jax.jit(matmul)(x[1], w), rtol=1e-5, atol=1e-5)
     copy = jax.tree.map(jnp.copy, w)
@@ -269,14 +274,14 @@ def test_what_a_mesh_cannot_split_is_one_line():
 def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
     """XLA:CPU would take dequantization out of the loop and hold every layer in float32."""
     blocks = []
-    for layers in (2, 6):
+    shapes = ((256, 256), (256, 512), (512, 256))
+    one = {(K, N): FORMS[name](jnp.full((N, K), 0.01)) for K, N in shapes}
+    for layers in (1, 3):
         config = dataclasses.replace(
             TINY, layers=layers, width=256, heads=8, kv_heads=8, head_dim=32, ffn=512, vocab=256
         )
-        shapes = ((256, 256), (256, 512), (512, 256))
-        one = {(K, N): FORMS[name](jnp.full((N, K), 0.01)) for K, N in shapes}
         model = Decoder(config, rngs=nnx.Rngs(0))
-        method = Fixed(lambda rows, one=one: one[rows.shape[::-1]])
+        method = Fixed(lambda rows: one[rows.shape[::-1]])
         model = quantize(model, everything(method, name), progress=False)
         request, state = jax.eval_shape(_started, model)
         step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -287,7 +292,7 @@ def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
         )
         block = 4 * (4 * 256 * 256 + 3 * 256 * 512)  # float32 bytes of one block's linears
         blocks.append(memory.temp_size_in_bytes / block)
-    assert blocks[1] - blocks[0] < 4 * 0.1  # what four more blocks take
+    assert blocks[1] - blocks[0] < 2 * 0.1  # what two more blocks take
     assert blocks[0] < 1.5
 
 

@@ -43,17 +43,21 @@ def inputs(tokens, width=K, seed=1):
     return jnp.asarray(np.random.default_rng(seed).standard_t(3, (tokens, width)).astype(np.float32))
 
 
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
 def weight(rows=None, *, k_chunk=32, bits=4, selector="bucket", x=None) -> HostResidual:
-    rows = jax.random.normal(jax.random.key(0), (N, K)) if rows is None else rows
+    rows = normal(N, K) if rows is None else rows
     x = inputs(64, rows.shape[1]) if x is None else x
-    stats = Stats(hessian_diag=jnp.square(x).sum(0), thresholds=token_thresholds(x))
+    stats = Stats(hessian_diag=jnp.asarray(np.square(x).sum(0)), thresholds=token_thresholds(x))
     method = DecDec(base=Nearest(), residual_bits=bits, k_chunk=k_chunk, selector=selector)
     return method.quantize(rows, stats, name="a.b", dtype=rows.dtype)
 
 
 def token_thresholds(x):
     """t[r] = the greatest over tokens of a token's (r+1)-th greatest |x|, of x [T, K]. It serves any k."""
-    return jnp.sort(jnp.abs(x.astype(jnp.float32)), axis=1, descending=True).max(axis=0)
+    return jnp.asarray(np.sort(np.abs(np.asarray(x)), axis=1)[:, ::-1].max(axis=0))
 
 
 def fuse(parts):
@@ -66,6 +70,7 @@ def fuse(parts):
     return fused, jnp.concatenate(scales)
 
 
+@jax.jit
 def full_rows(w):
     """The base plus the whole coded residual [N, K]: the most that fetching can give."""
     codes = jax.device_put(w.codes, jax.memory.Space.Device)
@@ -74,7 +79,7 @@ def full_rows(w):
 
 @pytest.fixture(scope="module")
 def rows():
-    return jax.random.normal(jax.random.key(0), (N, K))
+    return normal(N, K)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,8 @@ def test_with_all_inputs_fetched_the_product_is_that_of_the_base_and_the_whole_r
     for bits, want in ((16, rows), (4, None)):
         w = weight(rows, k_chunk=1024, bits=bits)
         want = full_rows(w) if want is None else want
-        np.testing.assert_allclose(matmul(x, w), x @ want.T, rtol=2e-3, atol=2e-2 if bits == 16 else 1e-3)
+        want = np.asarray(x) @ np.asarray(want).T
+        np.testing.assert_allclose(matmul(x, w), want, rtol=2e-3, atol=2e-2 if bits == 16 else 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +111,15 @@ def test_with_all_inputs_fetched_the_product_is_that_of_the_base_and_the_whole_r
     [(1000, "static"), (1536, "bucket"), (1536, "exact"), (17920, "bucket"), (1000, "random")],
 )
 def test_the_product_is_that_of_the_residual_masked_by_the_selection(width, selector):
-    rows = jax.random.normal(jax.random.key(3), (8, width))
+    rows = normal(8, width, seed=3)
     w = weight(rows, k_chunk=16, selector=selector, x=inputs(4, width))
     x = inputs(2, width, seed=5)
     chosen = select(x, w.selector_state, 16, selector)
-    rest = full_rows(w) - w.base.dequantize_rows()
+    base, x = np.asarray(w.base.dequantize_rows()), np.asarray(x)
+    rest = np.asarray(full_rows(w)) - base
     mask = np.zeros((2, width), bool)
     np.put_along_axis(mask, np.asarray(chosen), True, axis=1)
-    want = (
-        np.asarray(x) @ np.asarray(w.base.dequantize_rows()).T + (np.asarray(x) * mask) @ np.asarray(rest).T
-    )
+    want = x @ base.T + (x * mask) @ rest.T
     np.testing.assert_allclose(matmul(x, w), want, rtol=1e-4, atol=2e-3)
 
 
@@ -181,20 +186,21 @@ def test_thresholds_fall_bound_every_token_and_join_by_maximum():
     t = np.asarray(token_thresholds(a))
     assert (np.diff(t) <= 0).all()
     assert (t >= -np.sort(-np.abs(np.asarray(a)), axis=1)).all()
-    both = token_thresholds(jnp.concatenate([a, b]))
-    assert (both == jnp.maximum(t, token_thresholds(b))).all()
+    both = token_thresholds(np.concatenate([a, b]))
+    assert (np.asarray(both) == np.maximum(t, token_thresholds(b))).all()
     assert np.asarray(host_residual.edges(jnp.arange(1024.0, 0, -1), 8)).tolist() == [1024.0, 1017.0]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_are_symmetric_and_words_hold_them_in_order(bits):
-    rest = jax.random.normal(jax.random.key(1), (40, 50))
+    rest = normal(40, 50, seed=1)
     codes, scale = host_residual.encode(rest, bits=bits)
     top = 2 ** (bits - 1) - 1
     q = np.asarray(host_residual.decode(codes))
     assert np.abs(q).max() <= top and q.shape == (50, 40)
     assert (np.asarray(unpack(codes)) >= 1).all()  # code 0 does not occur
-    np.testing.assert_allclose(q.T * scale[:, None], rest, atol=float(jnp.abs(rest).max()) / top * 1.01)
+    steps = np.asarray(rest) / np.asarray(scale)[:, None]  # the nearest code, or the last one
+    assert (np.abs(q.T - np.clip(steps, -top, top)) <= 0.5 + 1e-4).all()
     if bits == 4:  # the paper's words: code j of word c is output 8 c + j
         words = np.asarray(codes.words).reshape(50, -1)
         for n in (0, 7, 8, 33):
@@ -228,19 +234,19 @@ def test_fused_layers_are_layers_fused():
 
 
 def test_the_error_left_falls_by_the_share_of_energy_taken_and_on_average_with_every_more(rows):
-    x = jax.random.normal(jax.random.key(9), (400, K))
+    x, plain = normal(400, K, seed=9), np.asarray(rows)
     lost = []
     for k_chunk in (0, 16, 64, 256):
         w = weight(rows, k_chunk=k_chunk, bits=16, selector="exact")
         got = (
             multiply(x, w.base, jnp.float32) + host_residual.compensation(x, w)
             if k_chunk
-            else x @ w.base.dequantize_rows().T
+            else np.asarray(x) @ np.asarray(w.base.dequantize_rows()).T
         )
-        lost.append(float(jnp.square(got - x @ rows.T).mean()))
+        lost.append(float(np.square(np.asarray(got) - np.asarray(x) @ plain.T).mean()))
         if k_chunk:
-            taken = jnp.take_along_axis(x, select(x, None, k_chunk, "exact"), axis=1)
-            share = float(jnp.square(taken).sum() / jnp.square(x).sum())
+            taken = np.take_along_axis(np.asarray(x), np.asarray(select(x, None, k_chunk, "exact")), axis=1)
+            share = float(np.square(taken).sum() / np.square(x).sum())
             np.testing.assert_allclose(lost[-1] / lost[0], 1 - share, rtol=0.05)
     assert lost == sorted(lost, reverse=True)
 
@@ -272,7 +278,7 @@ def sizes_in(line):
 
 
 def test_only_rows_move_from_the_host_also_inside_a_loop(usual_compiler):
-    w = to_host(weight(jax.random.normal(jax.random.key(0), (264, K)), k_chunk=8))
+    w = to_host(weight(normal(264, K), k_chunk=8))
     assert w.codes.words.sharding.memory_kind == "pinned_host"
     whole = w.codes.words.nbytes
 
@@ -329,8 +335,7 @@ def test_sixteen_bit_inputs_give_float32_and_one_token_has_no_leading_axis(w):
 
 
 def test_a_weight_cut_over_devices_gives_the_same_product():
-    rows = jax.random.normal(jax.random.key(0), (128, 256))
-    w = weight(rows, k_chunk=64)
+    w = weight(normal(128, 256), k_chunk=64)
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     x = inputs(2, 256)
     for spec in (P(None, "model"), P("model", None)):

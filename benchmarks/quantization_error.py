@@ -149,6 +149,9 @@ def page(run: Run) -> Page:
     )
 
 
+MARKS, COLORS = "osv^Dx+*<>ph", [*(f"C{i}" for i in range(10)), "black", "gold"]
+
+
 def draw(run: dict[str, Any]) -> Any:
     """The errors against code bits and against total bits."""
     from matplotlib.figure import Figure
@@ -161,12 +164,12 @@ def draw(run: dict[str, Any]) -> Any:
         for axes, at in zip(sides, (0, 1), strict=True):
             xy = [(p[at], statistics.mean(p[3])) for p in points if p[at] is not None]
             if xy:
-                mark = "osv^Dx+*<>ph"[i % 12]
-                axes.plot(*zip(*xy, strict=True), marker=mark, markersize=4, linewidth=0.8, label=name)
+                look = {"marker": MARKS[i], "color": COLORS[i], "markersize": 4, "linewidth": 0.8}
+                axes.plot(*zip(*xy, strict=True), **look, label=name)
     for axes, what in zip(sides, ("bits of a code", "total bits a weight"), strict=True):
         axes.set(xlabel=what, ylabel="error of outputs times gradients, % of no weights", yscale="log")
         axes.grid(alpha=0.3)
-    sides[1].legend(fontsize=7)
+    sides[0].legend(*sides[1].get_legend_handles_labels(), fontsize=7, loc="lower left")  # it has all
     return figure
 
 

@@ -122,20 +122,21 @@ def tune(
     """The most inputs that keep all modules together within (1 + slowdown) times their time without.
 
     times: module -> thread blocks -> time for k_chunk = 0, 1, 2 ..; weights: how many each module has.
-    First one k_chunk for all (leaving out the smallest modules if none fits), then one more at a time where
-    that costs least. A slowdown that cannot be met gives zeros. ValueError if the tables end too early.
+    First one k_chunk for all (leaving out the smallest modules if none fits, of equal ones the first), then
+    one more at a time where that costs least. A slowdown that cannot be met gives zeros. ValueError if the
+    tables end too early.
     """
     if slowdown < 0:
         raise ValueError(f"tune: slowdown must be at least 0, got {slowdown=}")
     if not set(times) == set(base_times) == set(weights):
         raise ValueError(f"tune: tables must have the same modules, got {set(times)}, {set(base_times)}")
     limit = sum(base_times.values()) * (1 + slowdown) * (1 + ROUNDING)
-    included = sorted(times, key=lambda m: weights[m], reverse=True)
+    included = sorted(times, key=lambda m: weights[m])
     while included:
         found = _uniform(times, base_times, limit, included)
         if found is not None:
             break
-        included.pop()
+        del included[0]
     else:
         zero = dict.fromkeys(times, 0)
         return Tuning(zero, dict(zero), 0, 0, sum(base_times.values()))

@@ -11,7 +11,8 @@ in float32 at highest matmul precision:
     "guided_hessian"  sum_t s_t x_t x_t^T, a group of consecutive outputs each   [g, K, K]
                       s_t = mean over the group's outputs j of (d loss / d y_tj)^2 (arXiv:2505.07004, eq. 7)
     "fisher"          sum_sequences (d loss / d w_nk)^2               [N, K]  (arXiv:2306.07629)
-    "thresholds"      max_t of the (r+1)-th largest |x_t|, r = 0 .. K-1      [K]    (DecDEC dossier 2.2)
+    "thresholds"      max_t of the (r+1)-th largest |x_t|, r = 0 .. K-1, at most a 64th higher  [K]
+                      (arXiv:2412.20185; what `sums.token_thresholds` counts)
     "sample"          some of the inputs themselves                   [n, K]
 
 Letters: K inputs, N outputs, g groups of outputs.

@@ -22,6 +22,16 @@ from jaxllm.quant.text import Text
 
 OF_OUTPUT = frozenset({"guided_hessian", "fisher"})
 
+# Steps of magnitude that `token_thresholds` tells apart: 64 between powers of two, from 2**-24 to 2**24.
+MANTISSA_BITS, LEAST, MOST = 6, -24, 24
+DROPPED_BITS = 23 - MANTISSA_BITS  # of a float32
+FIRST_STEP = (127 + LEAST) << MANTISSA_BITS  # the upper bits of 2**LEAST
+STEPS = ((MOST - LEAST) << MANTISSA_BITS) + 1  # step 0: what is smaller
+UPPER_ENDS = np.append(
+    np.float32(0), ((np.arange(1, STEPS) + FIRST_STEP) << DROPPED_BITS).astype(np.uint32).view(np.float32)
+)
+TOKENS_AT_ONCE = 256
+
 
 class StatsAccumulator:
     """The statistics of one block, summed batch by batch."""
@@ -124,9 +134,31 @@ def _of_input(x: Float[Array, "n K"], part: Int[Array, " n"], want: frozenset[st
         "mean": lambda: jnp.sum(jnp.abs(x), axis=0),
         "hessian": lambda: _gram(kept),
         "held_out": lambda: _gram(jnp.where(part[:, None] < 0, x, 0.0)),
-        "thresholds": lambda: jnp.max(jnp.sort(jnp.abs(x), axis=1)[:, ::-1], axis=0),
+        "thresholds": lambda: token_thresholds(x),
     }
     return {name: make() for name, make in parts.items() if name in want}
+
+
+def token_thresholds(x: Float[Array, "n K"]) -> Float[Array, " K"]:
+    """The least steps that no token's (r+1)-th largest |x| exceeds, r = 0 .. K-1: at most a 64th too high.
+
+    Counted, not sorted, which takes a tenth of the time on a CPU: how many of a token's magnitudes lie in or
+    above each step, and the most of any token. Magnitudes below 2**-24 are 0, above 2**24 are that.
+    """
+    n, K = x.shape
+    size = min(n, TOKENS_AT_ONCE)
+    blocks = jnp.pad(jnp.abs(x), ((0, -n % size), (0, 0))).reshape(-1, size, K)  # zeros raise nothing
+    token = jnp.arange(size, dtype=jnp.int32)[:, None]
+
+    def most_in_or_above(block):
+        upper_bits = jax.lax.bitcast_convert_type(block, jnp.int32) >> DROPPED_BITS
+        step = jnp.clip(upper_bits - (FIRST_STEP - 1), 0, STEPS - 1)
+        counts = jnp.zeros((size, STEPS), jnp.int32).at[token, step].add(1, mode="promise_in_bounds")
+        return jnp.cumsum(counts[:, ::-1], axis=1)[:, ::-1].max(0)
+
+    most = jax.lax.map(most_in_or_above, blocks).max(0)  # falls from K on
+    steps = jnp.searchsorted(-most, -1 - jnp.arange(K, dtype=jnp.int32), side="right") - 1
+    return jnp.asarray(UPPER_ENDS)[steps]
 
 
 def _guided(x: Float[Array, "n K"], s: Float[Array, "n g"]) -> Float[Array, "g K K"]:

@@ -95,7 +95,8 @@ def test_sums_over_inputs_equal_a_pass_through_the_whole_model(measured, seen, n
     held = each[3]  # every fourth sequence
     close(got.held_out, held.T @ held)
     close(got.hessian, x.T @ x - held.T @ held)
-    close(got.thresholds, np.sort(np.abs(x), 1)[:, ::-1].max(0))
+    exact = np.sort(np.abs(x), 1)[:, ::-1].max(0)
+    assert (got.thresholds >= exact * (1 - 1e-5)).all() and (got.thresholds <= exact * (1 + 1 / 63)).all()
     close(got.sample, x[:9])
 
 

@@ -48,7 +48,7 @@ def test_the_tuner_meets_its_target_and_no_single_step_more_would(seed, target):
     blocks = got.thread_blocks
     spent = {m: times[m][blocks[m]][got.k_chunk[m]] if blocks[m] else base[m] for m in times}
     assert sum(spent.values()) <= limit and got.time == pytest.approx(sum(spent.values()))
-    by_size = sorted(times, key=lambda m: weights[m], reverse=True)[::-1]  # equal ones: the later first
+    by_size = sorted(times, key=lambda m: weights[m])
     included = [m for m in by_size if blocks[m]]
     assert included == by_size[len(by_size) - len(included) :]  # the smallest are left out
     for m in times:
@@ -62,6 +62,11 @@ def test_the_tuner_meets_its_target_and_no_single_step_more_would(seed, target):
         assert all(got.k_chunk[m] >= got.uniform for m in included)
     for left in range(1, len(by_size) - len(included) + 1):  # what was tried before gave nothing
         assert uniform_by_force(times, base, limit, by_size[left - 1 :]) <= 0
+
+
+def test_of_equal_modules_the_first_is_left_out():
+    times, base = {m: {1: [1.0, 1.15, 9.0]} for m in "abc"}, dict.fromkeys("abc", 1.0)
+    assert tune(times, base, 0.1, weights=dict.fromkeys("abc", 1024)).k_chunk == {"a": 0, "b": 1, "c": 1}
 
 
 def test_a_target_out_of_reach_gives_zeros_and_a_short_table_is_an_error():

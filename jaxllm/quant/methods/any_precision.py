@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Integer, Key
 
 from jaxllm.quant.methods.curvature import curvature, damped, importance
-from jaxllm.quant.methods.k_means import k_means, row_keys
+from jaxllm.quant.methods.k_means import Sums, k_means, mass_and_mean, row_keys, running_sums, sort
 from jaxllm.quant.methods.lnq import lnq, refit
 from jaxllm.quant.statistics import Stats, need
 from jaxllm.weights.bit_planes import BitPlanes, from_codes
@@ -262,86 +262,94 @@ def _upscale(
     split: str,
 ) -> tuple[Int32[Array, " K"], Float[Array, "widths M"]]:
     K, M = row.shape[0], 2**to
-    codes, x, f, order = jax.lax.sort((codes, row, weight, jnp.arange(K, dtype=jnp.int32)), num_keys=2)
+    bits = K.bit_length()  # of a place
+    values, rank = sort(row)
+    key = codes << bits | rank
+    ascending = jax.lax.sort(key)
+    place = jnp.searchsorted(ascending, key, side="left").astype(jnp.int32)
+    x = values[ascending & (2**bits - 1)]
+    sums = running_sums(x, jnp.zeros_like(weight).at[place].add(weight))
+    cut_clusters = _best_cuts if split == "exact" else _paper_cuts
+    at = jnp.arange(K, dtype=jnp.int32)
 
     def level(state, _):
         codes, table = state
-        cut, lower, upper = cut_clusters(x, f, codes, M, split)
-        codes = 2 * codes + (jnp.arange(K, dtype=jnp.int32) > cut[codes]).astype(jnp.int32)
-        whole = cut == K
-        pair = jnp.where(whole, table, lower), jnp.where(whole, table, upper)
-        table = jnp.stack(pair, axis=1).ravel()[:M]
+        ends = jnp.searchsorted(codes, jnp.arange(M + 1, dtype=jnp.int32)).astype(jnp.int32)
+        cut = cut_clusters(x, sums, codes, ends)
+        codes = 2 * codes + (at > cut[codes]).astype(jnp.int32)
+        pair = jnp.where(cut == K, table, jnp.stack(_levels(x, sums, cut, ends)))
+        table = pair.T.ravel()[:M]
         return (codes, table), table
 
     # all tables are of the last one's size, so that one program serves every width
     wide = jnp.pad(table.astype(jnp.float32), (0, M - table.shape[0]))
-    (codes, _), tables = jax.lax.scan(level, (codes, wide), length=to - seed)
-    return jnp.zeros_like(codes).at[order].set(codes), tables
+    (codes, _), tables = jax.lax.scan(level, (ascending >> bits, wide), length=to - seed)
+    return codes[place], tables
 
 
-def cut_clusters(
-    x: Float[Array, " K"], f: Float[Array, " K"], codes: Int32[Array, " K"], M: int, split: str
-) -> tuple[Int32[Array, " M"], Float[Array, " M"], Float[Array, " M"]]:
-    """The last place of each cluster's lower part, K if it stays whole, and the means of the two parts."""
-    K = x.shape[0]
-    edge, one = codes[1:] != codes[:-1], jnp.ones(1, bool)
-    starts, stops = jnp.concatenate([one, edge]), jnp.concatenate([edge, one])
-    at = jnp.arange(K, dtype=jnp.int32)
-    first = jax.lax.cummax(jnp.where(starts, at, 0))
-    last = jax.lax.cummin(jnp.where(stops, at, K - 1), reverse=True)
-    middle = 0.5 * (x[first] + x[last])  # values are taken from here, lest narrow clusters vanish in float32
-    values = jnp.stack([f, f * (x - middle)])
-    mass, moment = sums_within(values, first)
-    onwards = sums_within(values[:, ::-1], K - 1 - last[::-1])[:, ::-1]
-    mass_on, moment_on = jnp.roll(onwards, -1, axis=1)  # over what is after each place
-    below, above = moment / mass, moment_on / mass_on
-    if split == "exact":
-        # J falls by this; zero inside a run of one value, which is never cut, and at a cluster's end
-        gain = mass * (mass_on / (mass + mass_on)) * (below - above) ** 2
-        gain = jnp.where(~stops & (x < jnp.roll(x, -1)), gain, 0.0)
-        most = jnp.zeros(M).at[codes].max(gain)
-        cut = jnp.full(M, K, jnp.int32).at[codes].min(jnp.where((gain > 0) & (gain == most[codes]), at, K))
-    else:
-        cut = _paper_cut(x, middle + 0.5 * (below + above), codes, M)
-    left = jnp.minimum(cut, K - 1)
-    right = jnp.minimum(cut + 1, K - 1)
-    lower = jnp.clip(middle[left] + below[left], x[first[left]], x[left])
-    upper = jnp.clip(middle[left] + above[left], x[right], x[last[right]])
-    return cut, lower, upper
+def _parts(
+    x: Float[Array, " K"],
+    sums: Sums,
+    cut: Int32[Array, " n"],
+    start: Int32[Array, " n"],
+    stop: Int32[Array, " n"],
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
+    """Of the parts start .. cut and cut + 1 .. stop - 1 the masses, and the means from x[start] on.
+
+    From there and not from 0, lest narrow clusters vanish in float32.
+    """
+    origin = x[jnp.minimum(start, x.shape[0] - 1)]
+    below = mass_and_mean(sums, start, cut + 1, origin)
+    above = mass_and_mean(sums, cut + 1, stop, origin)
+    return below[0], above[0], below[1], above[1]
 
 
-def _paper_cut(
-    x: Float[Array, " K"], border: Float[Array, " K"], codes: Int32[Array, " K"], M: int
+def _best_cuts(
+    x: Float[Array, " K"], sums: Sums, codes: Int32[Array, " K"], ends: Int32[Array, " borders"]
+) -> Int32[Array, " M"]:
+    """The last place of each cluster's lower part where J falls most, K if nothing can be cut."""
+    K, M = x.shape[0], ends.shape[0] - 1
+    at, stop = jnp.arange(K, dtype=jnp.int32), ends[codes + 1]
+    mass, mass_on, below, above = _parts(x, sums, at, ends[codes], stop)
+    # zero inside a run of one value, which is never cut, and at a cluster's end
+    gain = mass * (mass_on / (mass + mass_on)) * (below - above) ** 2
+    gain = jnp.where((at + 1 < stop) & (x < jnp.roll(x, -1)), gain, 0.0)
+    most = jnp.zeros(M).at[codes].max(gain)
+    return jnp.full(M, K, jnp.int32).at[codes].min(jnp.where((gain > 0) & (gain == most[codes]), at, K))
+
+
+def _paper_cuts(
+    x: Float[Array, " K"], sums: Sums, codes: Int32[Array, " K"], ends: Int32[Array, " borders"]
 ) -> Int32[Array, " M"]:
     """A place where the midpoint of both means lies between the two parts, by bisection."""
     K = x.shape[0]
-    ends = jnp.searchsorted(codes, jnp.arange(M + 1, dtype=jnp.int32)).astype(jnp.int32)
     start, stop = ends[:-1], ends[1:]
+    first = jnp.minimum(start, K - 1)
 
     def halve(_, state):
         low, high = state  # the cut is one of these places or between them
         at = (low + high) // 2
         here = jnp.clip(at, 0, K - 2)
-        up, down = border[here] > x[here + 1], border[here] < x[here]
+        *_, below, above = _parts(x, sums, here, start, stop)
+        border = x[first] + 0.5 * (below + above)
+        up, down = border > x[here + 1], border < x[here]
         low, high = jnp.where(down, low, at), jnp.where(up, high, at)
         return low + up.astype(jnp.int32), high - down.astype(jnp.int32)
 
     cut, _ = jax.lax.fori_loop(0, K.bit_length() + 1, halve, (start, stop - 2))
-    cuttable = (stop - start > 1) & (x[jnp.minimum(start, K - 1)] < x[stop - 1])
+    cuttable = (stop - start > 1) & (x[first] < x[stop - 1])
     return jnp.where(cuttable, cut, K)
 
 
-def sums_within(values: Float[Array, "n K"], first: Int32[Array, " K"]) -> Float[Array, "n K"]:
-    """Sums over the places of a cluster up to each, `first` being where it starts.
-
-    Begun anew in every cluster, not as differences of sums over the row, so that float32 suffices.
-    """
-    K = first.shape[0]
-    reach = (jnp.arange(K, dtype=jnp.int32) - first)[None]
-
-    def double(_, state):  # of `size` places up to each -> of twice as many
-        size, sums = state
-        before = jax.lax.dynamic_slice_in_dim(jnp.pad(sums, ((0, 0), (K, 0))), K - size, K, 1)
-        return 2 * size, sums + jnp.where(reach >= size, before, 0.0)
-
-    return jax.lax.fori_loop(0, (K - 1).bit_length(), double, (1, values))[1]
+def _levels(
+    x: Float[Array, " K"], sums: Sums, cut: Int32[Array, " M"], ends: Int32[Array, " borders"]
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    """The means of the two parts of each cluster."""
+    K = x.shape[0]
+    left, right = jnp.minimum(cut, K - 1), jnp.minimum(cut + 1, K - 1)
+    first = jnp.minimum(ends[:-1], K - 1)
+    *_, below, above = _parts(x, sums, left, ends[:-1], ends[1:])
+    return (
+        jnp.clip(x[first] + below, x[first], x[left]),
+        jnp.clip(x[first] + above, x[right], x[ends[1:] - 1]),
+    )

@@ -1,16 +1,27 @@
-"""Weighted k-means on a line, row by row: k-means++ starts, Lloyd's algorithm, the exact optimum."""
+"""Weighted k-means on a line, row by row: k-means++ starts, Lloyd's algorithm, the exact optimum.
+
+Nothing but sorting, adding up and looking up the result touches every weight. A row is sorted once; of f, f x
+and f x^2 running sums are kept, as pairs of float32 (48 bits); what an interval of places costs under a level
+then takes two look-ups, and where a level's interval ends a bisection (as in Any-Precision's own code, there
+in float64: github.com/SyphonArch/flash1dkmeans). So a start costs m log K and not m K steps.
+"""
 
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int, Int32, Key
 
 from jaxllm.quant.statistics import layer_key
 
 MAX_LLOYD_STEPS = 300  # a hundred are rare
-AT_ONCE = 2**22  # numbers of [rows at once, restarts, K], or of [rows at once, m, K] if exact
+AT_ONCE = 2**22  # numbers of [rows at once, 16, K], or of [rows at once, m, K] if exact
+BLOCKS = 64  # that running sums are made in, side by side
+
+Part = Float[Array, "..."]  # of a sum
+Place = Int[Array, "..."] | int
+Sums = Float[Array, "places 2 3"]  # over the first 0 .. K places; high and low parts; of f, f x, f x^2
 
 
 def row_keys(seed: int, name: str, N: int) -> Key[Array, " N"]:
@@ -35,7 +46,7 @@ def k_means(
     """
     K, m = rows.shape[1], 2**bits
     solve = functools.partial(_solve, m=m, restarts=restarts, exact=exact)
-    size = AT_ONCE // (K * (m if exact else restarts))
+    size = AT_ONCE // (K * (m if exact else 16))
     given = rows.astype(jnp.float32), weights.astype(jnp.float32), keys
     return jax.lax.map(lambda row: solve(*row), given, batch_size=max(1, size))
 
@@ -53,66 +64,145 @@ def _solve(
     scale = jnp.abs(row - centre).max()
     scale = jnp.where(scale > 0, scale, 1.0)
     unit = (row - centre) / scale
-    x, f = jax.lax.sort((unit, weight), num_keys=1)
+    x, place = sort(unit)
+    f = jnp.zeros_like(weight).at[place].add(weight)
     sums = running_sums(x, f)
     if exact:
         c = lloyd(x, sums, optimum(x, f, m))
     else:
         u = jax.random.uniform(key, (restarts, m, 2 + int(math.log(m))))
-        tries = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, f, u)))(u)
-        c = tries[jnp.argmin(jax.vmap(lambda c: objective(x, f, c))(tries))]
-    return assign(unit, c), c * scale + centre
+        tries = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(u)
+        c = tries[jnp.argmin(jax.vmap(lambda c: objective(x, sums, c))(tries))]
+    return jnp.searchsorted(middles(c), unit, side="right").astype(jnp.int32), c * scale + centre
 
 
-def assign(x: Float[Array, " K"], c: Float[Array, " m"]) -> Int32[Array, " K"]:
-    """The nearest of ascending levels; the upper one of two equally near."""
-    return jnp.searchsorted(middles(c), x, side="right").astype(jnp.int32)
+def sort(x: Float[Array, " K"]) -> tuple[Float[Array, " K"], Int32[Array, " K"]]:
+    """The values in ascending order, and of each the first place that has it.
+
+    Weights are added up at these places; other places of a run of one value then have none.
+    subtle: XLA sorts one array of integers on a CPU seven times as fast as floats, or two arrays at once.
+    """
+    key = _ordered_bits(jnp.where(x == 0, 0.0, x))  # -0.0 is 0.0
+    ascending = jax.lax.sort(key)
+    place = jnp.searchsorted(ascending, key, side="left").astype(jnp.int32)
+    return jax.lax.bitcast_convert_type(_flipped(ascending), jnp.float32), place
+
+
+def _ordered_bits(x: Float[Array, " K"]) -> Int32[Array, " K"]:
+    return _flipped(jax.lax.bitcast_convert_type(x, jnp.int32))
+
+
+def _flipped(bits: Int32[Array, " K"]) -> Int32[Array, " K"]:
+    """Bits of a float32 as integers of the same order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+# -- running sums: pairs of float32
+
+
+def running_sums(x: Float[Array, " K"], f: Float[Array, " K"]) -> Sums:
+    """Sums of f, f x and f x^2 over the first 0 .. K places."""
+    K = x.shape[0]
+    size = -(-K // BLOCKS)
+    high, low = product(f * x, x)
+    fx, fx_low = product(f, x)
+    parts = jnp.stack([jnp.stack([f, fx, high]), jnp.stack([jnp.zeros_like(f), fx_low, low + fx_low * x])])
+    parts = jnp.pad(parts, ((0, 0), (0, 0), (0, size * BLOCKS - K))).reshape(2, 3, BLOCKS, size)
+
+    def add(before, new):  # what came before is wanted of the blocks, what is now within each
+        now = pair_sum(before[0], before[1], new[0], new[1])
+        return now, (before, now)
+
+    zero = jnp.zeros((3, BLOCKS))
+    _, (_, (high, low)) = jax.lax.scan(
+        add, (zero, zero), tuple(jnp.moveaxis(parts, 3, 1))
+    )  # [size, 3, BLOCKS]
+    start = zero[:, 0], zero[:, 0]
+    _, ((above, above_low), _) = jax.lax.scan(add, start, (high[-1].T, low[-1].T))  # [BLOCKS, 3]
+    high, low = pair_sum(high, low, above.T[None], above_low.T[None])
+    both = jnp.stack([high, low]).transpose(3, 1, 0, 2).reshape(-1, 2, 3)[:K]
+    return jnp.pad(both, ((1, 0), (0, 0), (0, 0)))
+
+
+def pair_sum(a: Part, a_low: Part, b: Part, b_low: Part) -> tuple[Part, Part]:
+    """The sum of two pairs as a pair: Knuth's two-sum."""
+    s = a + b
+    t = s - a
+    low = (a - (s - t)) + (b - t) + (a_low + b_low)
+    high = s + low
+    return high, low - (high - s)
+
+
+def product(a: Part, b: Part) -> tuple[Part, Part]:
+    """a b as a pair: Dekker's product."""
+
+    def halves(x):
+        t = 4097.0 * x  # 2**12 + 1
+        high = t - (t - x)
+        return high, x - high
+
+    p, (a1, a2), (b1, b2) = a * b, halves(a), halves(b)
+    return p, ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def between(sums: Sums, start: Place, stop: Place) -> tuple[Part, Part]:
+    """The sums of f, f x, f x^2 over places start .. stop - 1, as pairs."""
+    a, b = sums[start], sums[stop]
+    return pair_sum(b[..., 0, :], b[..., 1, :], -a[..., 0, :], -a[..., 1, :])
+
+
+def cost(sums: Sums, start: Place, stop: Place, c: Part) -> Part:
+    """sum f (x - c)^2 of places start .. stop - 1.
+
+    With D the sums of f, f x, f x^2 there, (D2 - c D1) - c (D1 - c D0).
+    """
+    high, low = between(sums, start, stop)
+    less, less_low = product(high[..., :2], c[..., None])
+    less_low = less_low + low[..., :2] * c[..., None]
+    t, t_low = pair_sum(high[..., 1:], low[..., 1:], -less, -less_low)  # D1 - c D0, D2 - c D1
+    whole, whole_low = product(t[..., 0], c)
+    whole_low = whole_low + t_low[..., 0] * c
+    return jnp.maximum(sum(pair_sum(t[..., 1], t_low[..., 1], -whole, -whole_low)), 0.0)
+
+
+def mass_and_mean(sums: Sums, start: Place, stop: Place, origin: Part) -> tuple[Part, Part]:
+    """Of places start .. stop - 1 the mass, and the mean from `origin` on: (D1 - origin D0) / D0."""
+    high, low = between(sums, start, stop)
+    less, less_low = product(high[..., 0], origin)
+    moment = sum(pair_sum(high[..., 1], low[..., 1], -less, -less_low - low[..., 0] * origin))
+    mass = high[..., 0] + low[..., 0]
+    return mass, moment / mass
+
+
+# -- levels
 
 
 def middles(c: Float[Array, " m"]) -> Float[Array, " m-1"]:
     return 0.5 * (c[1:] + c[:-1])
 
 
-def objective(x: Float[Array, " K"], f: Float[Array, " K"], c: Float[Array, " m"]) -> Float[Array, ""]:
-    """J of the levels, added up directly: nothing cancels."""
-    return (f * (x - c[assign(x, c)]) ** 2).sum()
+def borders(x: Float[Array, " K"], c: Float[Array, " m"]) -> Int32[Array, " m+1"]:
+    """Where each level's places begin, and K."""
+    inner = jnp.searchsorted(x, middles(c), side="left").astype(jnp.int32)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, x.shape[0], jnp.int32)])
 
 
-def running_sums(x: Float[Array, " K"], f: Float[Array, " K"]) -> Float[Array, "4 K+1"]:
-    """Sums of f and of f x over the first 0 .. K places, each as a float32 and what it was rounded by."""
-    values, K = jnp.stack([f, f * x]), x.shape[0]
-
-    def double(_, state):  # of `size` places up to each -> of twice as many
-        size, a, a_low = state
-        b, b_low = (
-            jax.lax.dynamic_slice_in_dim(jnp.pad(s, ((0, 0), (K, 0))), K - size, K, 1) for s in (a, a_low)
-        )
-        s = a + b
-        t = s - a
-        low = (a - (s - t)) + (b - t) + (a_low + b_low)  # Knuth's two-sum: s + low is a + b to twice the bits
-        high = s + low
-        return 2 * size, high, low - (high - s)
-
-    start = 1, values, jnp.zeros_like(values)
-    _, high, low = jax.lax.fori_loop(0, (K - 1).bit_length(), double, start)
-    return jnp.pad(jnp.concatenate([high, low]), ((0, 0), (1, 0)))
+def objective(x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"]) -> Float[Array, ""]:
+    """J of ascending levels."""
+    ends = borders(x, c)
+    return cost(sums, ends[:-1], ends[1:], c).sum()
 
 
-def lloyd_step(
-    x: Float[Array, " K"], sums: Float[Array, "4 K+1"], c: Float[Array, " m"]
-) -> Float[Array, " m"]:
+def lloyd_step(x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"]) -> Float[Array, " m"]:
     """The weighted mean of what is nearest each level; a level that has nothing stays."""
-    K = x.shape[0]
-    borders = jnp.searchsorted(x, middles(c), side="left").astype(jnp.int32)
-    start = jnp.concatenate([jnp.zeros(1, jnp.int32), borders])
-    stop = jnp.concatenate([borders, jnp.full(1, K, jnp.int32)])
-    part = sums[:, stop] - sums[:, start]
-    mass, moment = part[:2] + part[2:]
-    mean = jnp.clip(moment / mass, x[jnp.minimum(start, K - 1)], x[stop - 1])
+    ends = borders(x, c)
+    start, stop = ends[:-1], ends[1:]
+    mass, moment, _ = between(sums, start, stop)[0].T
+    mean = jnp.clip(moment / mass, x[jnp.minimum(start, x.shape[0] - 1)], x[stop - 1])
     return jnp.where(stop > start, mean, c)
 
 
-def lloyd(x: Float[Array, " K"], sums: Float[Array, "4 K+1"], c: Float[Array, " m"]) -> Float[Array, " m"]:
+def lloyd(x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"]) -> Float[Array, " m"]:
     """Lloyd's steps until the levels repeat."""
 
     def step(state):
@@ -121,31 +211,59 @@ def lloyd(x: Float[Array, " K"], sums: Float[Array, "4 K+1"], c: Float[Array, " 
 
     def moves(state):
         i, before, c = state
-        return (i < MAX_LLOYD_STEPS) & (before != c).any()
+        return (i == 0) | ((i < MAX_LLOYD_STEPS) & (before != c).any())
 
-    return jax.lax.while_loop(moves, step, (0, c, lloyd_step(x, sums, c)))[2]
+    return jax.lax.while_loop(moves, step, (0, c, c))[2]
 
 
-def plus_plus(
-    x: Float[Array, " K"], f: Float[Array, " K"], u: Float[Array, "m trials"]
-) -> Float[Array, " m"]:
+def plus_plus(x: Float[Array, " K"], sums: Sums, u: Float[Array, "m trials"]) -> Float[Array, " m"]:
     """Greedy k-means++: each next level is the best of a few places drawn, by `u`, by their share of J."""
     K, m = x.shape[0], u.shape[0]
+    where = jnp.arange(m + 1, dtype=jnp.int32)
 
-    def draw(share, u):
-        up_to = jnp.cumsum(share)
-        return x[jnp.minimum(jnp.searchsorted(up_to, u * up_to[-1], side="right"), K - 1)]
+    def bisect(start, stop, c, share):
+        """The first place of start .. stop - 1 up to which more than `share` is spent under level c."""
+
+        def halve(_, state):
+            low, high = state
+            at = (low + high) // 2
+            more = cost(sums, start, at + 1, c) > share
+            return jnp.where(more, low, jnp.minimum(at + 1, high)), jnp.where(more, at, high)
+
+        return jnp.clip(jax.lax.fori_loop(0, K.bit_length(), halve, (start, stop - 1))[0], 0, K - 1)
 
     def step(i, state):
-        distance, c = state
-        tried = draw(f * distance, u[i])
-        left = jnp.minimum(distance[None], (x[None] - tried[:, None]) ** 2)  # [trials, K]
-        best = jnp.argmin((f[None] * left).sum(1))
-        return left[best], c.at[i].set(tried[best])
+        c, ends = state  # i levels and their borders; behind them the last, which has no places
+        spent = jnp.cumsum(cost(sums, ends[:-1], ends[1:], c))
+        share = u[i] * spent[-1]
+        j = jnp.minimum(jnp.searchsorted(spent, share, side="right").astype(jnp.int32), i - 1)
+        share = share - jnp.where(j > 0, spent[j - 1], 0.0)
+        v = x[bisect(ends[j], ends[j + 1], c[j], share)]
+        right = jnp.where(v < c[j], j, j + 1)  # what stands behind the new level: i where nothing does
+        left = jnp.maximum(right - 1, 0)
+        first, last = right == 0, right == i
+        here = jnp.minimum(right, m - 1)
+        start, stop = jnp.searchsorted(x, 0.5 * (jnp.stack([c[left], c[here]]) + v[None])).astype(jnp.int32)
+        start, stop = jnp.where(first, 0, start), jnp.where(last, K, stop)
+        middle = jnp.where(last, K, jnp.where(first, 0, ends[here]))
+        before, after, now = cost(
+            sums,
+            jnp.stack([start, middle, start]),
+            jnp.stack([middle, stop, stop]),
+            jnp.stack([c[left], c[here], v]),
+        )
+        best = jnp.argmax(before + after - now)
+        at = right[best]
+        c = jnp.where(where[:m] < at, c, jnp.roll(c, 1)).at[at].set(v[best])
+        ends = jnp.where(where <= at, ends, jnp.roll(ends, 1)).at[at].set(start[best])
+        ends = ends.at[at + 1].set(stop[best])
+        return jnp.where(where[:m] <= i, c, c[i]), jnp.where(where <= i, ends, K)
 
-    first = draw(f, u[0, 0])
-    start = (x - first) ** 2, jnp.full(m, first)
-    return jnp.sort(jax.lax.fori_loop(1, m, step, start)[1])
+    total = sums[-1, :, 0].sum()
+    mass = sums[1:, :, 0].sum(1)
+    first = x[jnp.minimum(jnp.searchsorted(mass, u[0, 0] * total, side="right"), K - 1)]
+    ends = jnp.where(where == 0, 0, K).astype(jnp.int32)
+    return jax.lax.fori_loop(1, m, step, (jnp.full(m, first), ends))[0]
 
 
 def optimum(x: Float[Array, " K"], f: Float[Array, " K"], m: int) -> Float[Array, " m"]:
@@ -153,6 +271,7 @@ def optimum(x: Float[Array, " K"], f: Float[Array, " K"], m: int) -> Float[Array
 
     best[j, e] is the least J of the first e places in at most j intervals. Place by place, the interval from
     each start s grows by one, its mass, mean and cost updated as Welford does: sums of positive terms only.
+    Places of no weight (of a run of one value all but the first) cost nothing.
     """
     K = x.shape[0]
     s = jnp.arange(K)
@@ -161,9 +280,10 @@ def optimum(x: Float[Array, " K"], f: Float[Array, " K"], m: int) -> Float[Array
         mass, mean, cost, best = state
         e, x_e, f_e = place
         grown = s <= e
-        total, shift = mass + f_e, x_e - mean
-        cost = jnp.where(grown, cost + mass * f_e / total * shift**2, 0.0)
-        mean = jnp.where(grown, mean + f_e / total * shift, 0.0)
+        total, mean = mass + f_e, jnp.where(s == e, x_e, mean)
+        shift, share = x_e - mean, jnp.where(total > 0, f_e / total, 0.0)
+        cost = jnp.where(grown, cost + mass * share * shift**2, 0.0)
+        mean = jnp.where(grown, mean + share * shift, 0.0)
         mass = jnp.where(grown, total, 0.0)
         through = jnp.where(grown[None], best[:-1, :-1] + cost[None], jnp.inf)  # [m, K]: last starts at s
         least = through.min(1)

@@ -10,7 +10,7 @@ import pytest
 from jaxllm.quant.methods import curvature
 from jaxllm.quant.methods import k_means as k_means_module
 from jaxllm.quant.methods.curvature import importance
-from jaxllm.quant.methods.k_means import k_means, lloyd_step, objective, row_keys, running_sums
+from jaxllm.quant.methods.k_means import cost, k_means, lloyd_step, objective, row_keys, running_sums, sort
 from jaxllm.quant.methods.squeeze_llm import SqueezeLlm
 from jaxllm.quant.statistics import Stats
 
@@ -91,10 +91,12 @@ def test_lloyds_step_never_raises_the_objective():
     sums = jax.jit(jax.vmap(running_sums))(x, f)
     value = jax.jit(jax.vmap(objective))
     step = jax.jit(jax.vmap(lloyd_step))
-    before = value(x, f, c)
+    before = value(x, sums, c)
     for _ in range(12):
         c = step(x, sums, c)
-        now = value(x, f, c)
+        now = value(x, sums, c)
+        nearest = np.abs(np.asarray(x)[..., None] - np.asarray(c)[:, None]).argmin(-1)
+        np.testing.assert_allclose(now, loss(x, f, nearest, c), rtol=1e-5)
         assert (now <= before * (1 + 1e-6)).all()
         before = now
 
@@ -103,11 +105,21 @@ def test_a_light_cluster_behind_a_heavy_one_keeps_its_mean():
     x = jnp.concatenate([jnp.linspace(-1.0, -0.9, 48), jnp.linspace(0.9, 1.0, 48)])
     f = jnp.concatenate([jnp.full(48, 1e8), jnp.full(48, 0.1)]) * jnp.linspace(0.5, 1.0, 96)
     sums = jax.jit(running_sums)(x, f)
-    part = sums[:, 96] - sums[:, 48]
-    want = (np.asarray(f[48:], np.float64).sum(), (np.asarray(f, np.float64) * np.asarray(x))[48:].sum())
-    np.testing.assert_allclose(part[:2] + part[2:], want, rtol=1e-5)
+    f64, x64 = (np.asarray(a, np.float64) for a in (f, x))
+    want = [(f64 * x64**n)[48:].sum() for n in range(3)]
+    np.testing.assert_allclose((sums[96] - sums[48]).sum(0), want, rtol=1e-5)
+    near = jax.jit(cost)(sums, 48, 96, jnp.float32(0.95))
+    off = float(near) - (f64 * (x64 - np.float32(0.95)) ** 2)[48:].sum()
+    assert abs(off) < 2.0**-45 * f64.sum()
     plain = jnp.cumsum(f)
     assert abs(float(plain[-1] - plain[47]) / want[0] - 1) > 0.1  # what the pairs are for
+
+
+def test_places_are_those_of_the_sorted_row_and_equal_values_share_the_first():
+    x = jnp.asarray([0.5, -0.0, 3e38, 0.0, -1e-30, -2.0, 0.5, 1e-30], jnp.float32)
+    ascending, place = jax.jit(sort)(x)
+    np.testing.assert_array_equal(ascending, np.sort(np.asarray(x)))
+    np.testing.assert_array_equal(place, np.searchsorted(np.sort(np.asarray(x)), np.asarray(x)))
 
 
 @pytest.mark.slow

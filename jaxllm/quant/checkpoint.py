@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.storage import former_names
+from jaxllm.storage import checksums, former_names
+from jaxllm.storage.arrays import read_npz
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
-from jaxllm.storage.metadata import read_meta, write_meta
+from jaxllm.storage.metadata import one_line, parse_json, read_meta, write_meta
 
-META, FORMAT, VERSION = "run.json", "jaxllm quantization", 2
-FINGERPRINTS = {1: fingerprint_of_first_numbers, VERSION: fingerprint}  # by the version of the file
+META, FORMAT, VERSION = "run.json", "jaxllm quantization", 3  # with checksums
+FINGERPRINTS = {1: fingerprint_of_first_numbers, 2: fingerprint, VERSION: fingerprint}  # by the version
 
 
 class BlockCheckpoint:
@@ -25,6 +26,7 @@ class BlockCheckpoint:
     def __init__(self, path: str | Path, model, method: str, source: list[Any]):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._checked = True
         file, run = self.path / META, {"method": former_names.method(method), "source": source}
         if not file.is_file():
             if any(self.path.iterdir()):
@@ -32,6 +34,7 @@ class BlockCheckpoint:
             write_meta(file, FORMAT, VERSION, run | {"model": fingerprint(model)})
             return
         begun = read_meta("quantize", file, FORMAT, *FINGERPRINTS, older=_names_of_today)
+        self._checked = begun["version"] >= VERSION or checksums.is_covered(self.path)
         run["model"] = FINGERPRINTS[begun["version"]](model)
         if run != {key: begun.get(key) for key in run}:
             raise ValueError(
@@ -43,11 +46,19 @@ class BlockCheckpoint:
         return (self.path / f"{block}.npz").is_file()
 
     def read(self, block: str) -> dict[str, Any]:
-        """The weights of a block by name."""
-        with np.load(self.path / f"{block}.npz") as stored:
-            described = json.loads(str(stored["described"]))
+        """The weights of a block by name; ValueError in one line where the file is damaged."""
+        file = self.path / f"{block}.npz"
+        if self._checked:
+            checksums.verify_file("quantize", self.path, file.name)
+        try:
+            stored = read_npz(file)
+            described = parse_json("described", str(stored.get("described")).encode())
+            if not isinstance(described, dict):
+                raise ValueError(f"described must be a JSON object, got {str(described)[:80]!r}")
             make = unpack_arrays(stored)
             return {name: build(what, name, make) for name, what in described.items()}
+        except ValueError as error:
+            raise ValueError(f"quantize: checkpoint {str(file)!r} is damaged: {one_line(error)}") from error
 
     def write(self, block: str, weights: dict[str, Any]) -> None:
         """Keeps a block; the file appears whole."""
@@ -55,6 +66,8 @@ class BlockCheckpoint:
         arrays = {key: x for name, w in weights.items() for key, x in arrays_of(w, name)}
         part = self.path / f"{block}.part.npz"
         np.savez(part, described=np.asarray(json.dumps(described)), **pack_arrays(arrays))
+        if self._checked:
+            checksums.add(self.path, part, f"{block}.npz")
         part.rename(self.path / f"{block}.npz")
 
 

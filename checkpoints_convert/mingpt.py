@@ -16,7 +16,7 @@ import numpy as np
 from checkpoints_convert.build_model import build_model
 from checkpoints_convert.families import gpt
 from jaxllm.models.gpt import Config
-from jaxllm.storage.metadata import one_line, parse_json
+from jaxllm.storage.metadata import excerpt, one_line, parse_json
 
 FAMILY = dataclasses.replace(
     gpt.GPT2,
@@ -47,9 +47,7 @@ def to_config(sizes: Any, *, most_layers: int) -> Config:
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
         most = most_layers if name == "n_layer" else 1 << 31
         if type(sizes.get(name)) is not int or not 1 <= sizes[name] <= most:
-            raise ValueError(
-                f"{name} must be a whole number of 1 to {most}, got {str(sizes.get(name))[:80]!r}"
-            )
+            raise ValueError(f"{name} must be a whole number of 1 to {most}, got {excerpt(sizes.get(name))}")
     return Config(
         layers=sizes["n_layer"],
         width=sizes["n_embd"],
@@ -66,9 +64,9 @@ def tensor(entry: Any) -> np.ndarray:
     entry = entry if isinstance(entry, dict) else {}
     kind, shape, data = (entry.get(name) for name in ("dtype", "shape", "data"))
     if kind != "torch.float32" or not isinstance(data, str):
-        raise ValueError(f"a tensor must be torch.float32 in base64, got dtype={str(kind)[:80]!r}")
+        raise ValueError(f"a tensor must be torch.float32 in base64, got dtype={excerpt(kind)}")
     numbers = base64.b64decode(data, validate=True)
     whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
     if not whole or len(numbers) != 4 * prod(shape):
-        raise ValueError(f"data must fill shape={str(shape)[:80]}, got {len(numbers)} bytes")
+        raise ValueError(f"data must fill shape={excerpt(shape)}, got {len(numbers)} bytes")
     return np.frombuffer(numbers, "<f4").reshape(shape)

@@ -126,7 +126,7 @@ def write_file(path: Path, tensors: list[Tensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape, dtype, read in tensors:
-            value = np.ascontiguousarray(read())
+            value = np.asarray(read(), order="C")
             assert value.shape == shape and value.dtype == dtype, name
             file.write(value.reshape(-1).view(np.uint8).data)
         file.flush()

@@ -36,7 +36,7 @@ from jaxllm.ops.attention import FLOAT32
 from jaxllm.pytree import pytree
 from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
-from jaxllm.storage.metadata import one_line, read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
 
 GATES_JSON, GATES_ARRAYS = "gates.json", "gates.safetensors"
 FORMAT, VERSIONS = "jaxllm gates", (1, 2)  # from 2 on with checksums
@@ -207,7 +207,7 @@ def load_gates(path: str | Path, *, verify: bool = True) -> Gate:
         checksums.verify("load_gates", path, [GATES_JSON, GATES_ARRAYS], required=meta["version"] > 1)
     try:
         if meta.get("form") not in [*FORMS]:
-            raise ValueError(f"form must be {' or '.join(FORMS)}, got form={meta.get('form')!r}")
+            raise ValueError(f"form must be {' or '.join(FORMS)}, got form={excerpt(meta.get('form'))}")
         form, arrays = FORMS[meta["form"]], load_file(path / GATES_ARRAYS)
         names = [f.name for f in dataclasses.fields(form)]
         needed = {name for name in names if name not in ("up", "up_bias")}

@@ -23,7 +23,7 @@ from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
 from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
-from jaxllm.storage.metadata import one_line, read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
 
 HEADS_JSON = "heads.json"
 FORMAT, VERSIONS = "jaxllm head scores", (1, 2)  # from 2 on with checksums
@@ -82,7 +82,7 @@ def load_heads(*paths: str | Path, model, verify: bool = True) -> Float[Array, "
             checksums.verify("load_heads", path, [HEADS_JSON], required=meta["version"] > 1)
         try:
             if meta.get("of") != _sizes(model):
-                theirs = str(meta.get("of"))[:200]
+                theirs = excerpt(meta.get("of"))
                 raise ValueError(f"it is of a model of {theirs}, this one has {_sizes(model)}")
             found.append(_scores(meta.get("scores"), model.config.kv_heads))
         except ValueError as error:
@@ -96,11 +96,11 @@ def load_heads(*paths: str | Path, model, verify: bool = True) -> Float[Array, "
 def _scores(rows, kv_heads: int) -> Float[np.ndarray, "L K"]:
     """Scores from JSON."""
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == kv_heads for row in rows):
-        raise ValueError(f"scores must be rows of {kv_heads} numbers, got {str(rows)[:80]}")
+        raise ValueError(f"scores must be rows of {kv_heads} numbers, got {excerpt(rows)}")
     greatest = float(np.finfo(np.float32).max)
     for score in (score for row in rows for score in row):
         if type(score) not in (int, float) or not -greatest <= score <= greatest:
-            raise ValueError(f"scores must be numbers of float32, got {str(score)[:80]!r}")
+            raise ValueError(f"scores must be numbers of float32, got {excerpt(score)}")
     return np.asarray(rows, np.float32).reshape(-1, kv_heads)
 
 

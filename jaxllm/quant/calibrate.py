@@ -37,7 +37,7 @@ from jaxllm.quant.text import Text
 from jaxllm.storage import checksums, former_names
 from jaxllm.storage.arrays import read_npz
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
-from jaxllm.storage.metadata import one_line, read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
 
 META, FORMAT, VERSION = "calibration.json", "jaxllm calibration", 3  # with checksums
 FINGERPRINTS = {1: fingerprint_of_first_numbers, 2: fingerprint, VERSION: fingerprint}  # by the version
@@ -218,12 +218,12 @@ def _check_entries(meta: dict[str, Any]) -> None:
         if type(meta.get(name)) is not kind:
             raise ValueError(f"calibration: {META} must have {name}, a JSON {kind.__name__}")
     if not all(isinstance(name, str) for name in meta["want"]):
-        got = str(meta["want"])[:80]
+        got = excerpt(meta["want"])
         raise ValueError(f"calibration: {META} must name what was measured, got want={got}")
     for name, source in meta["inputs"].items():
         file_names = isinstance(source, str) and Path(name).name == name and Path(source).name == source
         if not file_names or type(meta["tokens"].get(name)) is not int:
-            raise ValueError(f"calibration: {META} must say inputs and tokens, not so of {name[:80]!r}")
+            raise ValueError(f"calibration: {META} must say inputs and tokens, not so of {excerpt(name)}")
 
 
 def _names_of_today(meta: Any) -> Any:

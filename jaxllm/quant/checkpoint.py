@@ -10,7 +10,7 @@ from jaxllm.storage import checksums, former_names
 from jaxllm.storage.arrays import read_npz
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
-from jaxllm.storage.metadata import one_line, parse_json, read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, parse_json, read_meta, write_meta
 
 META, FORMAT, VERSION = "run.json", "jaxllm quantization", 3  # with checksums
 FINGERPRINTS = {1: fingerprint_of_first_numbers, 2: fingerprint, VERSION: fingerprint}  # by the version
@@ -54,7 +54,7 @@ class BlockCheckpoint:
             stored = read_npz(file)
             described = parse_json("described", str(stored.get("described")).encode())
             if not isinstance(described, dict):
-                raise ValueError(f"described must be a JSON object, got {str(described)[:80]!r}")
+                raise ValueError(f"described must be a JSON object, got {excerpt(described)}")
             make = unpack_arrays(stored)
             return {name: build(what, name, make) for name, what in described.items()}
         except ValueError as error:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.storage import former_names
+from jaxllm.storage.metadata import excerpt
 from jaxllm.weights import matmul
 
 Classes = tuple[type, ...]
@@ -98,7 +99,7 @@ def build(described: dict[str, Any] | None, name: str, make: Make, classes: Clas
     declared = get_type_hints(known[kind])
     for key, part in static.items():
         if not fits(part, declared[key]):
-            raise ValueError(f"load: {name} must have {key} of its type, got {key}={str(part)[:80]!r}")
+            raise ValueError(f"load: {name} must have {key} of its type, got {key}={excerpt(part)}")
     made: Any = object.__new__(known[kind])  # as when JAX rebuilds it: leaves may be shapes
     for key, part in (parts | static).items():
         object.__setattr__(made, key, part)
@@ -109,7 +110,7 @@ def entry_of(described: Any, key: str, kind: type, name: str) -> Any:
     """An entry of a JSON object, of the type that it must have."""
     if not isinstance(described, dict) or type(described.get(key)) is not kind:
         got = described.get(key) if isinstance(described, dict) else described
-        raise ValueError(f"load: {name} must have {key}, a JSON {kind.__name__}, got {str(got)[:80]!r}")
+        raise ValueError(f"load: {name} must have {key}, a JSON {kind.__name__}, got {excerpt(got)}")
     return described[key]
 
 
@@ -117,7 +118,7 @@ def _array_type(described: dict[str, Any], name: str) -> tuple[tuple[int, ...], 
     """Shape and type of an array."""
     shape, kind = entry_of(described, "shape", list, name), entry_of(described, "dtype", str, name)
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-        raise ValueError(f"load: {name} must have a shape of whole numbers, got {str(shape)[:80]}")
+        raise ValueError(f"load: {name} must have a shape of whole numbers, got {excerpt(shape)}")
     return tuple(shape), _dtype(kind, name)
 
 
@@ -128,7 +129,7 @@ def _dtype(kind: Any, name: str) -> Any:
     except TypeError:
         dtype = None
     if dtype is None or dtype.name != kind or not (jnp.issubdtype(dtype, jnp.number) or dtype.kind == "b"):
-        raise ValueError(f"load: {name} must be of a type of numbers, got dtype={str(kind)[:80]!r}")
+        raise ValueError(f"load: {name} must be of a type of numbers, got dtype={excerpt(kind)}")
     return dtype
 
 
@@ -178,7 +179,7 @@ def from_json(value: Any, classes: tuple[type, ...] = ()) -> Any:
         return _dtype(fields.get("name"), "a static field")
     made = next((cls for cls in classes if cls.__name__ == kind), None)
     if made is None:
-        raise ValueError(f"load: the manifest names an unknown type, got type={str(kind)[:80]!r}")
+        raise ValueError(f"load: the manifest names an unknown type, got type={excerpt(kind)}")
     declared = get_type_hints(made)
     unknown = fields.keys() - declared.keys()
     if unknown:
@@ -188,7 +189,7 @@ def from_json(value: Any, classes: tuple[type, ...] = ()) -> Any:
             if field.default is dataclasses.MISSING:
                 raise ValueError(f"load: {kind} must have {field.name}, got {', '.join(fields)}")
         elif not fits(fields[field.name], declared[field.name]):
-            must, got = declared[field.name], str(fields[field.name])[:80]
+            must, got = declared[field.name], excerpt(fields[field.name])
             raise ValueError(
                 f"load: {field.name} of {kind} must be {getattr(must, '__name__', must)}, got {got!r}"
             )

@@ -32,10 +32,10 @@ def read_meta(
     meta = meta if older is None else older(meta)
     found, version = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else (None, None)
     if found != kind:
-        raise ValueError(f"{who}: {file.name} must be of format {kind!r}, got format={found!r}")
+        raise ValueError(f"{who}: {file.name} must be of format {kind!r}, got format={excerpt(found)}")
     if type(version) is not int or version not in versions:
         known = " or ".join(map(str, versions))
-        raise ValueError(f"{who}: {file.name} must be of version {known}, got {version=}")
+        raise ValueError(f"{who}: {file.name} must be of version {known}, got version={excerpt(version)}")
     return meta
 
 
@@ -65,4 +65,10 @@ def parse_json(what: str, text: bytes) -> Any:
 
 def one_line(error: BaseException) -> str:
     """An error's reason, without what follows its first line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+
+
+def excerpt(value: Any) -> str:
+    """What was given, for an error: its `repr`, the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -43,14 +43,16 @@ def reading(who: str, path: Path) -> Iterator[tuple[Any, Path]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's log: it prints the traceback of an error that is raised anyway."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    """Without the log of Orbax and its tasks: they print the traceback of an error that is raised anyway."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from jaxllm.quant.gradients import gradients, squared_gradients
@@ -35,7 +34,8 @@ from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
 from jaxllm.storage import checksums, former_names
-from jaxllm.storage.arrays import read_npz
+from jaxllm.storage.arrays import read_npz, write_npz
+from jaxllm.storage.directory import one_line_for_a_full_disk
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
 
@@ -107,7 +107,7 @@ def calibrate(
     batch: sequences that go through the model at once. sample: rows kept for "sample".
 
     Warns where fewer tokens were seen than a Hessian has columns. Raises ValueError for no text, or for a
-    directory that another model, text or wish has begun.
+    directory that another model, text or wish has begun; OSError in one line when the disk is full.
     """
     want = frozenset(want)
     if not want or want - frozenset(STATISTICS):
@@ -125,11 +125,13 @@ def calibrate(
     }
     bar = partial(tqdm, disable=not progress, file=sys.stderr)
     if path is not None:
-        _fill(Path(path), model, text, meta, bar)
+        with one_line_for_a_full_disk("calibrate", Path(path)):
+            _fill(Path(path), model, text, meta, bar)
         return Calibration(path)
     folder = Path(tempfile.mkdtemp())
     try:
-        _fill(folder, model, text, meta, bar)
+        with one_line_for_a_full_disk("calibrate", folder):
+            _fill(folder, model, text, meta, bar)
         return Calibration(folder, temporary=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -157,10 +159,8 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
             arrays = sums.arrays(name, linear) | squared_gradients(folder, f"{prefix}.{name}")
             for end, keys in (("in", arrays.keys() - OF_OUTPUT), ("out", arrays.keys() & OF_OUTPUT)):
                 if keys:
-                    file = folder / f"{prefix}.{name}.{end}.npz"
-                    np.savez(file, **{key: arrays[key] for key in keys})
-                    if checked:
-                        checksums.add(folder, file, file.name)
+                    some = {key: arrays[key] for key in keys}
+                    write_npz(folder, f"{prefix}.{name}.{end}.npz", some, checked=checked)
         (folder / f"{prefix}.done").touch()
     for file in folder.glob("*.done"):
         file.unlink()

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxllm.storage import checksums, former_names
-from jaxllm.storage.arrays import read_npz
+from jaxllm.storage.arrays import read_npz, write_npz
+from jaxllm.storage.directory import one_line_for_a_full_disk
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
 from jaxllm.storage.metadata import excerpt, one_line, parse_json, read_meta, write_meta
@@ -31,7 +32,8 @@ class BlockCheckpoint:
         if not file.is_file():
             if any(self.path.iterdir()):
                 raise ValueError(f"quantize: checkpoint must be new or empty, got {str(path)!r}")
-            write_meta(file, FORMAT, VERSION, run | {"model": fingerprint(model)})
+            with one_line_for_a_full_disk("quantize", self.path):
+                write_meta(file, FORMAT, VERSION, run | {"model": fingerprint(model)})
             return
         begun = read_meta("quantize", file, FORMAT, *FINGERPRINTS, older=_names_of_today)
         self._checked = begun["version"] >= VERSION or checksums.is_covered(self.path)
@@ -61,14 +63,12 @@ class BlockCheckpoint:
             raise ValueError(f"quantize: checkpoint {str(file)!r} is damaged: {one_line(error)}") from error
 
     def write(self, block: str, weights: dict[str, Any]) -> None:
-        """Keeps a block; the file appears whole."""
+        """Keeps a block; the file appears whole. OSError in one line when the disk is full."""
         described = {name: describe(w, name) for name, w in weights.items()}
         arrays = {key: x for name, w in weights.items() for key, x in arrays_of(w, name)}
-        part = self.path / f"{block}.part.npz"
-        np.savez(part, described=np.asarray(json.dumps(described)), **pack_arrays(arrays))
-        if self._checked:
-            checksums.add(self.path, part, f"{block}.npz")
-        part.rename(self.path / f"{block}.npz")
+        packed = pack_arrays(arrays) | {"described": np.asarray(json.dumps(described))}
+        with one_line_for_a_full_disk("quantize", self.path):
+            write_npz(self.path, f"{block}.npz", packed, checked=self._checked)
 
 
 def _names_of_today(run: Any) -> Any:

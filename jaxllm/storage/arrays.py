@@ -1,4 +1,4 @@
-"""Arrays in an `.npz` file, read with nothing believed that the file does not bear out.
+"""Arrays in an `.npz` file: written whole, read with nothing believed that the file does not bear out.
 
 `np.savez` writes them. `np.load` takes a shape's memory before it has seen so many numbers, unpacks what is
 compressed to any size, and fails in a dozen ways; here sizes are those of the file, and errors one line.
@@ -6,12 +6,15 @@ compressed to any size, and fails in a dozen ways; here sizes are those of the f
 
 import io
 import zipfile
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
+from jaxllm.storage import checksums
 from jaxllm.storage.metadata import one_line
 
 KINDS = "biufU"  # of the types that are written: numbers, and text
@@ -32,6 +35,19 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise ValueError(f"{path.name} must be a whole .npz file, got {one_line(error)[:200]}") from error
+
+
+def write_npz(directory: Path, name: str, arrays: Mapping[str, Any], *, checked: bool) -> None:
+    """Adds a file to a directory that grows; it appears whole or not at all. checked: with its checksum."""
+    part = directory / f"{name}.part"
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        if checked:
+            checksums.add(directory, part, name)
+        part.replace(directory / name)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _array(archive: zipfile.ZipFile, file: zipfile.ZipInfo) -> np.ndarray:

@@ -8,6 +8,7 @@ with reading("load", path / "weights") as (checkpointer, place):
 
 import glob
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,11 +49,18 @@ def _quiet() -> Iterator[None]:
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook = sys.unraisablehook = _ignore
     try:
         yield
     finally:
+        sys.excepthook, sys.unraisablehook = hooks
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def _ignore(*_: Any) -> None:
+    """Prints nothing: TensorStore's threads print what they raise besides."""
 
 
 @contextmanager

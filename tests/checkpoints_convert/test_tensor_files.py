@@ -2,6 +2,7 @@
 
 import json
 import struct
+from importlib.metadata import version
 
 import ml_dtypes
 import numpy as np
@@ -70,11 +71,16 @@ def test_a_file_without_a_header_is_one_line(tmp_path, size):
 
 
 def test_tensors_of_all_types_are_views_and_those_of_less_than_a_byte_their_bytes(tmp_path):
+    since_0_8 = {"C64", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"} if version("safetensors") < "0.8" else set()
     for kind, dtype in tensor_files.DTYPES.items():
+        if kind in since_0_8:
+            continue
         data = bytes(2 * dtype.itemsize)
         header = {"a": {"dtype": kind, "shape": [2, 1], "data_offsets": [0, len(data)]}}
         found = tensor_files.open_file(write(tmp_path / "x.safetensors", header, data))["a"]
         assert found.shape == (2, 1) and found.dtype == dtype and tensor_files.NAMES[found.dtype] == kind
+    if since_0_8:
+        return
     header = {"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}
     found = tensor_files.open_file(write(tmp_path / "x.safetensors", header))["a"]
     assert found.tobytes() == b"abcd" and found.dtype == tensor_files.RAW

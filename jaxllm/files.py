@@ -26,6 +26,7 @@ def load(
     dtype=None,
     mesh=None,
     mapped: bool = False,
+    verify: bool = True,
     revision=None,
     local_files_only: bool = False,
 ):
@@ -38,6 +39,7 @@ def load(
     mesh: where the model is sharded by its own table (`sharding.make_mesh`).
     mapped: what needs no cast and lies in safetensors files stays there as views, and is read whenever it is
       used: for `quantize`, which then never holds the whole. The files must stay as they are meanwhile.
+    verify: compares the files of a native directory with their checksums before they are read.
     revision, local_files_only: for hub ids.
 
     Errors are one line: FileNotFoundError where nothing is found, ValueError where what is found
@@ -52,7 +54,7 @@ def load(
             raise FileNotFoundError("load: the model that ships is missing from this installation")
     path = Path(path_or_id)
     if (path / MANIFEST).is_file():
-        return load_native(path, dtype=dtype, mesh=mesh)
+        return load_native(path, dtype=dtype, mesh=mesh, verify=verify)
     if path.is_file():
         return _load_file(path, dtype=dtype, mesh=mesh)
     from checkpoints_convert import huggingface

@@ -6,26 +6,31 @@ each weight the name of its format, its static fields, and shape and type of eac
 nothing that a file names is ever imported. A new format needs no code here.
 """
 
-import logging
+import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxllm.models.rope import Rope
 from jaxllm.pytree import is_variable, path_name
+from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
-from jaxllm.storage.manifest import Make, arrays_of, build, describe, from_json, to_json
+from jaxllm.storage.manifest import Make, arrays_of, build, describe, entry_of, from_json, to_json
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
+from jaxllm.storage.orbax_files import reading, writing
 from jaxllm.storage.tokenizer import load_tokenizer
 from jaxllm.weights.host_residual import to_host
+from jaxllm.weights.matmul import matmul
+from jaxllm.weights.weight import Weight
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "jaxllm", 1
+WEIGHTS = "weights"
+FORMAT, VERSIONS = "jaxllm", (1, 2)  # from 2 on with checksums
 
 
 def models() -> dict[str, tuple[type, type]]:
@@ -41,8 +46,6 @@ def models() -> dict[str, tuple[type, type]]:
 
 def save_native(model: Any, path, tokenizer=None) -> None:
     """Writes a native directory; TypeError for a weight of an unknown format."""
-    import orbax.checkpoint as ocp
-
     name, config = type(model).__name__, model.config
     if models().get(name, (None,))[0] is not type(model):
         raise TypeError(f"save: the model must be one of {', '.join(models())}, got {name}")
@@ -55,42 +58,36 @@ def save_native(model: Any, path, tokenizer=None) -> None:
     manifest = {"model": name, "config": to_json(config), "weights": described}
     size = sum(array.nbytes for array in arrays.values())
     with new_directory(path, who="save", num_bytes=size) as out:
-        write_meta(out / MANIFEST, FORMAT, VERSION, manifest)
+        write_meta(out / MANIFEST, FORMAT, VERSIONS[-1], manifest)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(out))
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(out / "weights", arrays)
-            checkpointer.wait_until_finished()
+        with writing(out / WEIGHTS) as (checkpointer, place):
+            checkpointer.save(place, arrays)
+        checksums.write(out, [MANIFEST, WEIGHTS])
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Orbax's log: it prints the traceback of an error that is raised anyway."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def load_native(path, *, dtype=None, mesh=None, verify: bool = True):
+    """The model and tokenizer of a directory that `save` wrote.
 
-
-def load_native(path, *, dtype=None, mesh=None):
-    """The model and tokenizer of a directory that `save` wrote."""
-
+    verify: compares the files with their checksums first (`storage/checksums.py` says what it costs).
+    """
     path = Path(path).absolute()
     manifest = _read_manifest(path)
+    if verify:
+        checksums.verify("load", path, [MANIFEST, WEIGHTS], required=manifest["version"] > 1)
+    weights = entry_of(manifest, "weights", dict, MANIFEST)
     model_class, config_class = models()[manifest["model"]]
-    config = from_json(manifest["config"], (config_class, Rope))
+    config = from_json(entry_of(manifest, "config", dict, MANIFEST), (config_class, Rope))
+    _check_config(config, config_class, len(weights))
     graph, state = nnx.split(model_class(config, rngs=None))
-    weights = manifest["weights"]
     _check_weights(dict(_variables(state)), weights)
 
     def rebuild(make: Make):
         return _replace(state, {key: build(described, key, make) for key, described in weights.items()})
 
     in_file = _arrays(rebuild(lambda key, shape, dtype: key))
-    restored = _restore(path / "weights", nnx.merge(graph, rebuild(_shape)), in_file, mesh)
+    restored = _restore(path, nnx.merge(graph, rebuild(_shape)), in_file, mesh)
+    _check_orders(restored)
     model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored[key]))
     if dtype is not None:
         model = _cast(model, dtype)
@@ -98,11 +95,22 @@ def load_native(path, *, dtype=None, mesh=None):
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_meta("load", path / MANIFEST, FORMAT, VERSION)
-    name = manifest.get("model")
+    manifest = read_meta("load", path / MANIFEST, FORMAT, *VERSIONS)
+    name = entry_of(manifest, "model", str, MANIFEST)
     if name not in models():
         raise ValueError(f"load: model must be one of {', '.join(models())}, got model={name!r}")
     return manifest
+
+
+def _check_config(config: Any, must: Any, num_weights: int) -> None:
+    """Raises ValueError for sizes that no model has, before one is built of them: a layer has weights."""
+    if not isinstance(config, must):
+        raise ValueError(f"load: config must be a {must.__name__} of the model, got {type(config).__name__}")
+    for field in dataclasses.fields(must):
+        size = getattr(config, field.name)
+        most = num_weights if field.name in ("layers", "encoder_layers") else 1 << 31
+        if field.default is dataclasses.MISSING and not 1 <= size <= most:
+            raise ValueError(f"load: {field.name} of {MANIFEST} must be 1 to {most}, got {size}")
 
 
 def _variables(state) -> Iterator[tuple[str, nnx.Variable]]:
@@ -133,8 +141,14 @@ def _check_weights(variables: dict[str, nnx.Variable], weights: dict[str, Any]) 
             f"{differ[0]}, ..."
         )
     for key, variable in variables.items():
-        made = build(weights[key], key, _shape)
-        shape, must = tuple(made.shape), tuple(variable.get_value().shape)
+        made, must = build(weights[key], key, _shape), tuple(variable.get_value().shape)
+        try:
+            shape = None if made is None or isinstance(made, tuple) else tuple(made.shape)
+            if shape == must and isinstance(made, Weight):
+                x = jax.ShapeDtypeStruct((1, must[0]), jnp.float32)
+                shape = (must[0], jax.eval_shape(matmul, x, made).shape[1])
+        except Exception as error:  # what JAX says of shapes that do not go together
+            raise ValueError(f"load: {key} must have parts that fit, got {one_line(error)[:200]}") from error
         if shape != must:
             raise ValueError(f"load: {key} must have shape {must}, got {shape=}")
 
@@ -144,12 +158,10 @@ def _shape(name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 
 
 def _restore(path: Path, abstract: nnx.Module, in_file: dict[str, str], mesh) -> dict[str, jax.Array]:
-    """The arrays of an Orbax directory, of the abstract model's types and shapes, by their names there.
+    """The arrays of a native directory, of the abstract model's types and shapes, by their names there.
 
     in_file: these names by the model's, which are others where an earlier version wrote the file.
     """
-    import orbax.checkpoint as ocp
-
     want = _arrays(nnx.state(abstract))
     if mesh is None:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -162,14 +174,18 @@ def _restore(path: Path, abstract: nnx.Module, in_file: dict[str, str], mesh) ->
         in_file[key]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[key])
         for key, leaf in want.items()
     }
-    try:
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path)
-            stored = getattr(stored, "item_metadata", stored).tree
-            _check_stored(stored, target)
-            return checkpointer.restore(path, target)
-    except (OSError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"load: the weights in {str(path)!r} cannot be read: {one_line(error)}") from error
+    with reading("load", path / WEIGHTS) as (checkpointer, where):
+        stored = checkpointer.metadata(where)
+        stored = getattr(stored, "item_metadata", stored).tree
+        _check_stored(stored, target)
+        return checkpointer.restore(where, target)
+
+
+def _check_orders(arrays: dict[str, jax.Array]) -> None:
+    """Raises ValueError for an order of inputs that is no permutation, which products would clip."""
+    for key, order in arrays.items():
+        if key.endswith("/order") and not np.array_equal(np.sort(order), np.arange(order.size)):
+            raise ValueError(f"load: {key} must name each of {order.size} inputs once")
 
 
 def _check_stored(stored: dict[str, Any], target: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -22,6 +22,7 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.models.rope import Rope
 from jaxllm.pytree import pytree, static
 from jaxllm.sharding import make_mesh
+from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
 from jaxllm.weights.dense import Dense
 
@@ -245,6 +246,7 @@ def edited(saved, tmp_path, edit):
     manifest = json.loads((path / "manifest.json").read_text())
     edit(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
+    checksums.write(path, ["manifest.json", "weights"])
     return path
 
 
@@ -255,7 +257,7 @@ def set_rows(manifest, **changes):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(version=9), "manifest.json must be of version 1, got version=9"),
+        (lambda m: m.update(version=9), "manifest.json must be of version 1 or 2, got version=9"),
         (lambda m: m.update(model="os.system"), "model must be one of Decoder, Gpt, T5, got"),
         (lambda m: m["config"].update(type="Popen"), "names an unknown type, got type='Popen'"),
         (lambda m: m["config"].update(beyond=1), "Config has no field beyond"),
@@ -277,8 +279,10 @@ def test_a_manifest_that_does_not_fit_is_one_line(saved, tmp_path, edit, message
 def test_a_directory_without_its_weights_is_one_line(saved, tmp_path):
     path = edited(saved, tmp_path, lambda manifest: None)
     shutil.rmtree(path / "weights")
-    with pytest.raises(ValueError, match="cannot be read") as caught:
+    with pytest.raises(ValueError, match="weights/.*is missing"):
         load(path)
+    with pytest.raises(ValueError, match="weights' cannot be read") as caught:
+        load(path, verify=False)
     assert "\n" not in str(caught.value)
     (path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="must be JSON"):

@@ -17,6 +17,8 @@ from jaxllm.cache.coded import QuantizedRows
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.cache.rows import Rows
+from jaxllm.storage import checksums
+from jaxllm.storage.arrays import read_npz
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.former_names import FIELDS
@@ -24,8 +26,9 @@ from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unp
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 
 DESCRIPTION, ARRAYS = "cache.json", "arrays.npz"  # files of the directory
-FORMAT, VERSION = "jaxllm cache", 4
-FINGERPRINTS = {2: fingerprint_of_first_numbers, 3: fingerprint, VERSION: fingerprint}  # by version
+FORMAT, VERSION = "jaxllm cache", 5
+CHECKED = 5  # the first version with checksums
+FINGERPRINTS = {2: fingerprint_of_first_numbers} | dict.fromkeys((3, 4, VERSION), fingerprint)  # by version
 CLASSES = (DenseCache, PagedCache, Context, QuantizedRows)  # what a file may name
 
 
@@ -39,23 +42,31 @@ def save(cache: DenseCache | PagedCache, path: str | Path, model) -> None:
     with new_directory(path, who="cache.save", num_bytes=sum(x.nbytes for x in arrays.values())) as out:
         write_meta(out / DESCRIPTION, FORMAT, VERSION, meta)
         np.savez(out / ARRAYS, **pack_arrays(arrays))
+        checksums.write(out, [DESCRIPTION, ARRAYS])
 
 
-def load(path: str | Path, model) -> DenseCache | PagedCache:
+def load(path: str | Path, model, *, verify: bool = True) -> DenseCache | PagedCache:
     """The cache of a directory that `save` wrote for this model.
+
+    verify: compares the files with their checksums first.
 
     Raises FileNotFoundError where there is none, ValueError for another model's or one that is damaged.
     """
     path = Path(path)
     meta = read_meta("cache.load", path / DESCRIPTION, FORMAT, *FINGERPRINTS)
+    if verify:
+        checksums.verify("cache.load", path, [DESCRIPTION, ARRAYS], required=meta["version"] >= CHECKED)
     try:
-        if meta["model"] != FINGERPRINTS[meta["version"]](model):
+        if meta.get("model") != FINGERPRINTS[meta["version"]](model):
             raise ValueError("it holds another model's keys")
-        with np.load(path / ARRAYS) as stored:
-            if meta["version"] == 2:
-                return _of_version_2(meta, stored)
-            return build(meta["cache"], "cache", unpack_arrays(stored), CLASSES)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        stored = read_npz(path / ARRAYS)
+        if meta["version"] == 2:
+            return _of_version_2(meta, stored)
+        cache = build(meta.get("cache"), "cache", unpack_arrays(stored), CLASSES)
+        if not isinstance(cache, DenseCache | PagedCache):
+            raise ValueError(f"it must hold a DenseCache or a PagedCache, got {type(cache).__name__}")
+        return cache
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         why = one_line(error)
         raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {why}") from error
 

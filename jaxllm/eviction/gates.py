@@ -34,10 +34,12 @@ from jaxllm.cache.dense import global_layers
 from jaxllm.models.taps import Tap, layer_tap
 from jaxllm.ops.attention import FLOAT32
 from jaxllm.pytree import pytree
+from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
-from jaxllm.storage.metadata import one_line, read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
 
-GATES_JSON, GATES_ARRAYS, FORMAT = "gates.json", "gates.safetensors", "jaxllm gates"
+GATES_JSON, GATES_ARRAYS = "gates.json", "gates.safetensors"
+FORMAT, VERSIONS = "jaxllm gates", (1, 2)  # from 2 on with checksums
 SHIPPED = Path(__file__).parents[1] / "pico" / "gates"
 MIN_SCORE = 1e-8  # the least score that a logarithm is taken of
 
@@ -157,6 +159,19 @@ def _normed(x: Float[Array, "*B d"], scale: Float[Array, " d"]) -> Float[Array, 
 
 
 FORMS = {"fast": FastGate, "zap": ZapGate}
+SHAPES = {
+    "queries": "LDKGd",
+    "query_bias": "LKGd",
+    "query_norm": "Ld",
+    "keys": "LDKd",
+    "key_norm": "Ld",
+    "sinks": "LKSd",
+    "bias": "LKG",
+    "up": "LDF",
+    "up_bias": "LF",
+    "down": "LFK",
+    "down_bias": "LK",
+}
 
 
 def save_gates(gates: Gate, path: str | Path, **notes: Any) -> None:
@@ -171,12 +186,15 @@ def save_gates(gates: Gate, path: str | Path, **notes: Any) -> None:
     arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
     size = sum(x.nbytes for x in arrays.values())
     with new_directory(path, who="save_gates", num_bytes=size) as out:
-        write_meta(out / GATES_JSON, FORMAT, 1, {"form": form, "notes": notes})
+        write_meta(out / GATES_JSON, FORMAT, VERSIONS[-1], {"form": form, "notes": notes})
         save_file(arrays, out / GATES_ARRAYS)
+        checksums.write(out, [GATES_JSON, GATES_ARRAYS])
 
 
-def load_gates(path: str | Path) -> Gate:
+def load_gates(path: str | Path, *, verify: bool = True) -> Gate:
     """The gates of a directory that `save_gates` wrote, in float32.
+
+    verify: compares the files with their checksums first.
 
     Raises FileNotFoundError where there are none, ValueError for files that are damaged.
     """
@@ -184,16 +202,33 @@ def load_gates(path: str | Path) -> Gate:
     from safetensors.numpy import load_file
 
     path = Path(path)
-    meta = read_meta("load_gates", path / GATES_JSON, FORMAT, 1)
+    meta = read_meta("load_gates", path / GATES_JSON, FORMAT, *VERSIONS)
+    if verify:
+        checksums.verify("load_gates", path, [GATES_JSON, GATES_ARRAYS], required=meta["version"] > 1)
     try:
+        if meta.get("form") not in [*FORMS]:
+            raise ValueError(f"form must be {' or '.join(FORMS)}, got form={excerpt(meta.get('form'))}")
         form, arrays = FORMS[meta["form"]], load_file(path / GATES_ARRAYS)
         names = [f.name for f in dataclasses.fields(form)]
         needed = {name for name in names if name not in ("up", "up_bias")}
         if not needed <= set(arrays) <= set(names) or ("up" in arrays) != ("up_bias" in arrays):
             raise ValueError(f"arrays must be {', '.join(names)}, got {', '.join(arrays)}")
+        _check_shapes(arrays)
         return form(**{n: jnp.asarray(arrays[n], jnp.float32) if n in arrays else None for n in names})
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise ValueError(f"load_gates: {str(path)!r} cannot be opened: {one_line(error)}") from error
+
+
+def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError unless the arrays of a gate fit together."""
+    sizes: dict[str, int] = {}
+    shapes = SHAPES | ({} if "up" in arrays else {"down": "LDK"})
+    for name, x in arrays.items():
+        if x.ndim != len(shapes[name]) or 0 in x.shape:
+            raise ValueError(f"{name} must be {list(shapes[name])}, got {list(x.shape)}")
+        for letter, size in zip(shapes[name], x.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(f"arrays must have one {letter}, got {sizes[letter]}, in {name} {size}")
 
 
 def pico_gates(form: Literal["fast", "zap"] = "fast") -> Gate:

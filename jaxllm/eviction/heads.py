@@ -21,10 +21,12 @@ from jaxtyping import Array, Float
 
 from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
+from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
-from jaxllm.storage.metadata import one_line, read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
 
-HEADS_JSON, FORMAT = "heads.json", "jaxllm head scores"
+HEADS_JSON = "heads.json"
+FORMAT, VERSIONS = "jaxllm head scores", (1, 2)  # from 2 on with checksums
 
 
 def head_scores(scores: Float[Array, "L B K T"]) -> Float[Array, "L K"]:
@@ -59,11 +61,14 @@ def save_heads(heads: Float[Array, "L K"], path: str | Path, model) -> None:
     """Writes a new directory, whole or not at all. Raises FileExistsError where `path` exists."""
     with new_directory(path, who="save_heads") as out:
         meta = {"of": _sizes(model), "scores": np.asarray(heads, np.float64).tolist()}
-        write_meta(out / HEADS_JSON, FORMAT, 1, meta)
+        write_meta(out / HEADS_JSON, FORMAT, VERSIONS[-1], meta)
+        checksums.write(out, [HEADS_JSON])
 
 
-def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
+def load_heads(*paths: str | Path, model, verify: bool = True) -> Float[Array, "L K"]:
     """The scores of one directory, or the greatest of several.
+
+    verify: compares the files with their checksums first.
 
     Raises FileNotFoundError where there are none, ValueError for those of a model of other sizes or damaged
     ones.
@@ -72,20 +77,31 @@ def load_heads(*paths: str | Path, model) -> Float[Array, "L K"]:
         raise ValueError("load_heads: at least one directory must be given, got none")
     found = []
     for path in map(Path, paths):
-        meta = read_meta("load_heads", path / HEADS_JSON, FORMAT, 1)
+        meta = read_meta("load_heads", path / HEADS_JSON, FORMAT, *VERSIONS)
+        if verify:
+            checksums.verify("load_heads", path, [HEADS_JSON], required=meta["version"] > 1)
         try:
-            if meta["of"] != _sizes(model):
-                raise ValueError(f"it is of a model of {meta['of']}, this one has {_sizes(model)}")
-            scores = np.asarray(meta["scores"], np.float32)
-            if scores.ndim != 2 or scores.shape[1] != model.config.kv_heads or not np.isfinite(scores).all():
-                raise ValueError(f"scores must be numbers [L, K], got {scores.shape}")
-            found.append(scores)
-        except (ValueError, KeyError, TypeError) as error:
+            if meta.get("of") != _sizes(model):
+                theirs = excerpt(meta.get("of"))
+                raise ValueError(f"it is of a model of {theirs}, this one has {_sizes(model)}")
+            found.append(_scores(meta.get("scores"), model.config.kv_heads))
+        except ValueError as error:
             why = one_line(error)
             raise ValueError(f"load_heads: {str(path)!r} cannot be used with this model: {why}") from error
     if len({scores.shape for scores in found}) > 1:
         raise ValueError(f"load_heads: all must have as many layers, got {[len(scores) for scores in found]}")
     return jnp.asarray(np.max(found, axis=0))
+
+
+def _scores(rows, kv_heads: int) -> Float[np.ndarray, "L K"]:
+    """Scores from JSON."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == kv_heads for row in rows):
+        raise ValueError(f"scores must be rows of {kv_heads} numbers, got {excerpt(rows)}")
+    greatest = float(np.finfo(np.float32).max)
+    for score in (score for row in rows for score in row):
+        if type(score) not in (int, float) or not -greatest <= score <= greatest:
+            raise ValueError(f"scores must be numbers of float32, got {excerpt(score)}")
+    return np.asarray(rows, np.float32).reshape(-1, kv_heads)
 
 
 def _sizes(model) -> dict[str, int]:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from jaxllm.quant.gradients import gradients, squared_gradients
@@ -34,12 +33,14 @@ from jaxllm.quant.stages import LinearInfo, linears_by_name, linears_of
 from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
 from jaxllm.quant.text import Text
-from jaxllm.storage import former_names
+from jaxllm.storage import checksums, former_names
+from jaxllm.storage.arrays import read_npz, write_npz
+from jaxllm.storage.directory import one_line_for_a_full_disk
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
-from jaxllm.storage.metadata import read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
 
-META, FORMAT, VERSION = "calibration.json", "jaxllm calibration", 2
-FINGERPRINTS = {1: fingerprint_of_first_numbers, VERSION: fingerprint}  # by the version of the file
+META, FORMAT, VERSION = "calibration.json", "jaxllm calibration", 3  # with checksums
+FINGERPRINTS = {1: fingerprint_of_first_numbers, 2: fingerprint, VERSION: fingerprint}  # by the version
 
 
 class Calibration(Mapping[str, Stats]):
@@ -49,6 +50,10 @@ class Calibration(Mapping[str, Stats]):
         self.path = Path(path)
         meta = read_meta("calibration", self.path / META, FORMAT, *FINGERPRINTS, older=_names_of_today)
         self._version = meta["version"]
+        self._checked = self._version >= VERSION or checksums.is_covered(self.path)
+        if self._checked:
+            checksums.verify_file("calibration", self.path, META)
+        _check_entries(meta)
         self.want, self._fingerprint, self.text = frozenset(meta["want"]), meta["fingerprint"], meta["text"]
         self.output_groups, self._inputs, self._tokens = meta["output_groups"], meta["inputs"], meta["tokens"]
         if temporary:  # the directory goes with the handle
@@ -60,10 +65,18 @@ class Calibration(Mapping[str, Stats]):
 
     def __getitem__(self, name: str) -> Stats:
         found: dict[str, Any] = {}
+        listed = checksums.names("calibration", self.path) if self._checked else ()
         for file in (f"{self._inputs[name]}.in.npz", f"{name}.out.npz"):
-            if (self.path / file).is_file():
-                with np.load(self.path / file) as arrays:
-                    found |= {key: jnp.asarray(arrays[key]) for key in arrays}
+            if file in listed or (self.path / file).is_file():
+                if self._checked:
+                    checksums.verify_file("calibration", self.path, file)
+                try:
+                    arrays = read_npz(self.path / file)
+                except ValueError as error:
+                    raise ValueError(f"calibration: {str(self.path)!r}: {one_line(error)}") from error
+                found |= {key: jnp.asarray(arrays[key]) for key in arrays}
+        if not found.keys() <= frozenset(STATISTICS):
+            raise ValueError(f"calibration: files must hold statistics, got {', '.join(found)} of {name}")
         return Stats(**found, tokens=self._tokens[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -94,7 +107,7 @@ def calibrate(
     batch: sequences that go through the model at once. sample: rows kept for "sample".
 
     Warns where fewer tokens were seen than a Hessian has columns. Raises ValueError for no text, or for a
-    directory that another model, text or wish has begun.
+    directory that another model, text or wish has begun; OSError in one line when the disk is full.
     """
     want = frozenset(want)
     if not want or want - frozenset(STATISTICS):
@@ -112,11 +125,13 @@ def calibrate(
     }
     bar = partial(tqdm, disable=not progress, file=sys.stderr)
     if path is not None:
-        _fill(Path(path), model, text, meta, bar)
+        with one_line_for_a_full_disk("calibrate", Path(path)):
+            _fill(Path(path), model, text, meta, bar)
         return Calibration(path)
     folder = Path(tempfile.mkdtemp())
     try:
-        _fill(folder, model, text, meta, bar)
+        with one_line_for_a_full_disk("calibrate", folder):
+            _fill(folder, model, text, meta, bar)
         return Calibration(folder, temporary=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,8 +140,10 @@ def calibrate(
 
 def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     """Measures block by block what the directory does not hold yet."""
-    if _claim(folder, meta, model):
+    version = _claim(folder, meta, model)
+    if version is None:
         return
+    checked = version >= VERSION
     want = frozenset(meta["want"])
     if want & OF_OUTPUT:
         gradients(model, text, folder, output_groups=meta["output_groups"], want=want, bar=bar)
@@ -142,11 +159,14 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
             arrays = sums.arrays(name, linear) | squared_gradients(folder, f"{prefix}.{name}")
             for end, keys in (("in", arrays.keys() - OF_OUTPUT), ("out", arrays.keys() & OF_OUTPUT)):
                 if keys:
-                    np.savez(folder / f"{prefix}.{name}.{end}.npz", **{key: arrays[key] for key in keys})
+                    some = {key: arrays[key] for key in keys}
+                    write_npz(folder, f"{prefix}.{name}.{end}.npz", some, checked=checked)
         (folder / f"{prefix}.done").touch()
     for file in folder.glob("*.done"):
         file.unlink()
     shutil.rmtree(folder / "gradients", ignore_errors=True)
+    if checked:
+        checksums.add(folder, folder / f"{META}.begun", META)
     (folder / f"{META}.begun").replace(folder / META)
 
 
@@ -168,8 +188,11 @@ def check(linears: dict[str, LinearInfo], want: frozenset[str], output_groups: i
         )
 
 
-def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
-    """Whether the directory is complete; raises ValueError when it belongs to another run."""
+def _claim(folder: Path, meta: dict[str, Any], model) -> int | None:
+    """The version that the directory was begun as, None when it is complete.
+
+    Raises ValueError when it belongs to another run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (META, f"{META}.begun"):
         if (folder / name).is_file():
@@ -181,14 +204,31 @@ def _claim(folder: Path, meta: dict[str, Any], model) -> bool:
                     "calibrate: path must be new or hold the same model, text and wishes, "
                     f"got path={str(folder)!r}"
                 )
-            return name == META
+            return None if name == META else version
     if any(folder.iterdir()):
         raise ValueError(f"calibrate: path must be new or empty, got path={str(folder)!r}")
     write_meta(folder / f"{META}.begun", FORMAT, VERSION, {"fingerprint": fingerprint(model)} | meta)
-    return False
+    return VERSION
+
+
+def _check_entries(meta: dict[str, Any]) -> None:
+    """Raises ValueError unless calibration.json has the entries that are read, each of its type."""
+    kinds = {"fingerprint": str, "text": str, "want": list, "output_groups": int}
+    for name, kind in (kinds | {"inputs": dict, "tokens": dict}).items():
+        if type(meta.get(name)) is not kind:
+            raise ValueError(f"calibration: {META} must have {name}, a JSON {kind.__name__}")
+    if not all(isinstance(name, str) for name in meta["want"]):
+        got = excerpt(meta["want"])
+        raise ValueError(f"calibration: {META} must name what was measured, got want={got}")
+    for name, source in meta["inputs"].items():
+        file_names = isinstance(source, str) and Path(name).name == name and Path(source).name == source
+        if not file_names or type(meta["tokens"].get(name)) is not int:
+            raise ValueError(f"calibration: {META} must say inputs and tokens, not so of {excerpt(name)}")
 
 
 def _names_of_today(meta: Any) -> Any:
     """What an earlier version wrote: 0.1.0 neither format nor version, and both other names of options."""
+    if not isinstance(meta, dict):
+        return meta
     meta = meta if "version" in meta else {"format": FORMAT, "version": 1} | meta
     return former_names.options(meta.items())

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.storage import former_names
+from jaxllm.storage import checksums, former_names
+from jaxllm.storage.arrays import read_npz, write_npz
+from jaxllm.storage.directory import one_line_for_a_full_disk
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
 from jaxllm.storage.manifest import arrays_of, build, describe, pack_arrays, unpack_arrays
-from jaxllm.storage.metadata import read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, one_line, parse_json, read_meta, write_meta
 
-META, FORMAT, VERSION = "run.json", "jaxllm quantization", 2
-FINGERPRINTS = {1: fingerprint_of_first_numbers, VERSION: fingerprint}  # by the version of the file
+META, FORMAT, VERSION = "run.json", "jaxllm quantization", 3  # with checksums
+FINGERPRINTS = {1: fingerprint_of_first_numbers, 2: fingerprint, VERSION: fingerprint}  # by the version
 
 
 class BlockCheckpoint:
@@ -25,13 +27,16 @@ class BlockCheckpoint:
     def __init__(self, path: str | Path, model, method: str, source: list[Any]):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._checked = True
         file, run = self.path / META, {"method": former_names.method(method), "source": source}
         if not file.is_file():
             if any(self.path.iterdir()):
                 raise ValueError(f"quantize: checkpoint must be new or empty, got {str(path)!r}")
-            write_meta(file, FORMAT, VERSION, run | {"model": fingerprint(model)})
+            with one_line_for_a_full_disk("quantize", self.path):
+                write_meta(file, FORMAT, VERSION, run | {"model": fingerprint(model)})
             return
         begun = read_meta("quantize", file, FORMAT, *FINGERPRINTS, older=_names_of_today)
+        self._checked = begun["version"] >= VERSION or checksums.is_covered(self.path)
         run["model"] = FINGERPRINTS[begun["version"]](model)
         if run != {key: begun.get(key) for key in run}:
             raise ValueError(
@@ -43,19 +48,27 @@ class BlockCheckpoint:
         return (self.path / f"{block}.npz").is_file()
 
     def read(self, block: str) -> dict[str, Any]:
-        """The weights of a block by name."""
-        with np.load(self.path / f"{block}.npz") as stored:
-            described = json.loads(str(stored["described"]))
+        """The weights of a block by name; ValueError in one line where the file is damaged."""
+        file = self.path / f"{block}.npz"
+        if self._checked:
+            checksums.verify_file("quantize", self.path, file.name)
+        try:
+            stored = read_npz(file)
+            described = parse_json("described", str(stored.get("described")).encode())
+            if not isinstance(described, dict):
+                raise ValueError(f"described must be a JSON object, got {excerpt(described)}")
             make = unpack_arrays(stored)
             return {name: build(what, name, make) for name, what in described.items()}
+        except ValueError as error:
+            raise ValueError(f"quantize: checkpoint {str(file)!r} is damaged: {one_line(error)}") from error
 
     def write(self, block: str, weights: dict[str, Any]) -> None:
-        """Keeps a block; the file appears whole."""
+        """Keeps a block; the file appears whole. OSError in one line when the disk is full."""
         described = {name: describe(w, name) for name, w in weights.items()}
         arrays = {key: x for name, w in weights.items() for key, x in arrays_of(w, name)}
-        part = self.path / f"{block}.part.npz"
-        np.savez(part, described=np.asarray(json.dumps(described)), **pack_arrays(arrays))
-        part.rename(self.path / f"{block}.npz")
+        packed = pack_arrays(arrays) | {"described": np.asarray(json.dumps(described))}
+        with one_line_for_a_full_disk("quantize", self.path):
+            write_npz(self.path, f"{block}.npz", packed, checked=self._checked)
 
 
 def _names_of_today(run: Any) -> Any:

@@ -28,18 +28,28 @@ def new_directory(out, *, who: str, num_bytes: int = 0) -> Iterator[Path]:
     made = _make_parents(out.parent)
     _remove_stale(out)
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    with one_line_for_a_full_disk(who, out):
+        try:
+            temporary.mkdir()
+            if shutil.disk_usage(temporary).free < num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield temporary
+            _flush(temporary)
+            os.rename(temporary, out)
+            _flush_one(out.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for parent in made:
+                parent.rmdir()
+            raise
+
+
+@contextmanager
+def one_line_for_a_full_disk(who: str, out: Path) -> Iterator[None]:
+    """An OSError in one line for whatever a disk without room makes the block raise."""
     try:
-        temporary.mkdir()
-        if shutil.disk_usage(temporary).free < num_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield temporary
-        _flush(temporary)
-        os.rename(temporary, out)
-        _flush_one(out.parent)
+        yield
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            parent.rmdir()
         if _is_full(error):
             message = f"{who}: the disk must have room for the output, got {str(out)!r}"
             raise OSError(errno.ENOSPC, message) from error

@@ -1,7 +1,7 @@
 """Minimises any `loss(params, batch)` over any pytree, and resumes bit for bit after a kill.
 
 What makes the resume exact: batches are a pure function of the step, the optimizer's state is saved
-with the weights (Orbax, each step directory appears whole or not at all), and the same compiled
+with the weights (`checkpoints.py`: each step appears whole or not at all), and the same compiled
 step runs before and after. Exact on one machine with one version of jax; the last bits may differ
 elsewhere.
 
@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from jaxllm.training.checkpoints import Checkpoints
 
 Loss = Callable[[Any, Any], Any]  # (params, batch) -> scalar, or (scalar, dict of scalars)
 
@@ -105,37 +107,6 @@ def make_step(
     return step
 
 
-def _manager(folder: str | Path):
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
-    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
-
-
-def _save(manager, step: int, state: Any, history: dict) -> None:
-    import orbax.checkpoint as ocp
-
-    manager.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history)),
-        force=True,
-    )
-    manager.wait_until_finished()
-
-
-def _restore(manager, step: int, like: Any) -> tuple[Any, dict]:
-    import orbax.checkpoint as ocp
-
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    out = manager.restore(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()),
-    )
-    return out["state"], out["history"]
-
-
 def train(
     loss: Loss,
     params: Any,
@@ -166,10 +137,9 @@ def train(
     trained, frozen, rebuild = _split(params, trainable)
     opt_state = jax.jit(optimizer.init)(trained)
     log = _Log(steps, progress)
-    manager = _manager(checkpoint) if checkpoint is not None else None
-    if manager is not None and manager.latest_step() is not None:
-        like = {"trained": trained, "opt_state": opt_state}
-        state, history = _restore(manager, manager.latest_step(), like)
+    saved = None if checkpoint is None else Checkpoints(checkpoint)
+    if saved is not None and saved.newest() is not None:
+        state, history = saved.read({"trained": trained, "opt_state": opt_state})
         trained, opt_state = state["trained"], state["opt_state"]
         log.resume(history)
 
@@ -180,11 +150,9 @@ def train(
         last = step + 1 == steps
         if last or (step + 1) % log_every == 0:
             log.show(log_every)
-        if manager is not None and (last or (step + 1) % save_every == 0):
-            _save(manager, step + 1, {"trained": trained, "opt_state": opt_state}, log.history())
+        if saved is not None and (last or (step + 1) % save_every == 0):
+            saved.write(step + 1, {"trained": trained, "opt_state": opt_state}, log.history())
     log.close()
-    if manager is not None:
-        manager.close()
     return Trained(
         params=rebuild(trained, frozen),
         opt_state=opt_state,

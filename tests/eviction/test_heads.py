@@ -59,7 +59,9 @@ def test_other_models_damage_and_wrong_shapes_are_one_line(model, tmp_path):
         load_heads(tmp_path / "none", model=model)
     meta = json.loads((tmp_path / "a" / "heads.json").read_text())
     (tmp_path / "a" / "heads.json").write_text(json.dumps(meta | {"scores": [[1.0]]}))
-    with pytest.raises(ValueError, match=r"scores must be numbers \[L, K\], got \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"scores must be rows of 2 numbers, got \[\[1.0\]\]"):
+        load_heads(tmp_path / "a", model=model, verify=False)
+    with pytest.raises(ValueError, match=r"heads\.json' must have \d+ bytes, got"):
         load_heads(tmp_path / "a", model=model)
     cache = prefill.prefill(model, ROWS)
     with pytest.raises(ValueError, match=r"heads must be \[L, K\] = \(2, 2\) of this cache, got \(3, 2\)"):

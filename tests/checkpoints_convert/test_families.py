@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert import huggingface, tensor_files
-from checkpoints_convert.build_model import same
+from checkpoints_convert.tensor_files import same
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 

@@ -13,7 +13,7 @@ This is the only file that names `checkpoints_convert`, and only inside function
 import dataclasses
 import importlib.resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -81,7 +81,7 @@ def load(
     return model, tokenizer
 
 
-def _set_context(model: nnx.Module, context: int) -> None:
+def _set_context(model: Any, context: int) -> None:
     """Gives a model another longest text."""
     if type(context) is not int or not 1 <= context < 2**31:
         raise ValueError(f"load: context must be a number of tokens, at least 1, got {context=}")

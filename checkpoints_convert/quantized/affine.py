@@ -242,7 +242,7 @@ class CompressedTensors:
                 symmetric=weights.get("symmetric") is not False,
                 act_order=weights.get("actorder") == "group",
             )
-            targets = entry.get("targets")
+            targets: Any = entry.get("targets")
             if not list_of(TEXT).holds(targets):
                 got = shown(targets)
                 raise ValueError(f"huggingface.load: {name}.targets must be a list of names, got {got}")

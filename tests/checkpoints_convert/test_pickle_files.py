@@ -235,3 +235,15 @@ def test_what_torch_saves_is_read_as_torch_reads_it(torch, tmp_path):
             want = want.detach()
             assert found[name].dtype.name == str(want.dtype).removeprefix("torch.")
             np.testing.assert_array_equal(found[name].astype(np.float64), want.double().numpy())
+
+
+def test_the_command_reads_a_pickle_when_asked(pickled, tmp_path):
+    from click.testing import CliRunner
+
+    from jaxllm.cli.convert import convert as command
+
+    out = tmp_path / "out"
+    got = CliRunner().invoke(command, [str(pickled), str(out)])
+    assert got.exit_code and "--unsafe-format pickle" in str(got.exception) and not out.exists()
+    got = CliRunner().invoke(command, [str(pickled), str(out), "--unsafe-format", "pickle"])
+    assert got.exit_code == 0 and (out / "manifest.json").is_file()

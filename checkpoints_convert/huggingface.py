@@ -5,7 +5,7 @@
 
 Reading goes tensor by tensor from the mapped files straight to each leaf's sharding, so the host
 holds at most the model and one tensor; numbers keep their type (float64 becomes float32). Writing
-gives the tensors back byte for byte. Pickled files are never opened. Which tensor is which leaf is
+gives the tensors back byte for byte. Pickled files are opened only where asked. Which tensor is which leaf is
 told by tables (`families/`); one loop serves all (`build_model.py`). Linears that another tool quantized stay
 so (`quantized/`).
 """
@@ -14,16 +14,17 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert import tensor_files
+from checkpoints_convert import pickle_files, tensor_files
 from checkpoints_convert.build_model import build_model
 from checkpoints_convert.families import gpt, llama_line, t5
 from checkpoints_convert.families.family import Family, Tensor, tensors_of
+from checkpoints_convert.json_fields import TOKENS, check_fields, read_object, shown
 from checkpoints_convert.materialize import named_weights
 from checkpoints_convert.quantized import any_precision
 from checkpoints_convert.quantized import scheme as quantized
@@ -37,29 +38,56 @@ FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIE
 PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
 NOT_FETCHED = ["*/*", "consolidated*"]  # folders of other formats, Mistral's second copy
 
+UnsafeFormat = Literal["pickle"]
 
-def load(path_or_id, *, dtype=None, mesh=None, mapped=False, revision=None, local_files_only=False):
+
+def load(
+    path_or_id,
+    *,
+    dtype=None,
+    mesh=None,
+    mapped=False,
+    revision=None,
+    local_files_only=False,
+    unsafe_format: UnsafeFormat | None = None,
+):
     """The model of a Hugging Face directory or hub id, and its tokenizer (None if it has none).
 
     dtype: what all weights are cast to; None keeps the file's types. Quantized ones stay as they are.
     mesh: the model is sharded over it. mapped: weights that need no cast stay in the files (`jaxllm.files`).
     revision, local_files_only: for hub ids.
+    unsafe_format: "pickle" reads `pytorch_model.bin` in place of safetensors, running nothing of it
+      (`pickle_files`).
+
+    Raises FileNotFoundError where nothing is found, ValueError where files cannot be read or contradict each
+    other, in one line. Warns where they contradict each other and transformers has a rule.
 
     The tokenizer is the checkpoint's own: whether `encode` puts a begin token in front is its
     policy, and `apply_chat_template` has its chat template. End tokens (generation_config.json,
     else config.json) are in `model.config.stop_tokens`.
     """
-    path = directory(path_or_id, revision=revision, local_files_only=local_files_only)
+    patterns = [*PATTERNS, "*.bin"] if unsafe_format else PATTERNS
+    path = directory(path_or_id, revision=revision, local_files_only=local_files_only, patterns=patterns)
     family, raw = read_config(path)
-    config = translate(family, raw, path)
     scheme = quantized.scheme_of(raw)
-    found = tensor_files.open_directory(path)
+    found = open_tensors(path, unsafe_format)
+    check_layers(family, raw, len(found))
+    config = translate(family, raw, path)
     model = build_model(family, config, found, dtype=dtype, mesh=mesh, mapped=mapped, scheme=scheme)
     return model, load_tokenizer(path)
 
 
-def directory(path_or_id, *, revision=None, local_files_only=False) -> Path:
-    """The local directory of a checkpoint; a hub id is fetched first, without pickles."""
+def open_tensors(path: Path, unsafe_format: UnsafeFormat | None) -> dict[str, np.ndarray]:
+    """Each tensor of a directory: of its safetensors, or, only where it is asked for, of its pickles."""
+    if unsafe_format is None:
+        return tensor_files.open_directory(path)
+    if unsafe_format != "pickle":
+        raise ValueError(f"huggingface.load: unsafe_format must be 'pickle' or None, got {unsafe_format!r}")
+    return pickle_files.open_directory(path)
+
+
+def directory(path_or_id, *, revision=None, local_files_only=False, patterns=PATTERNS) -> Path:
+    """The local directory of a checkpoint; of a hub id, the files of these patterns are fetched first."""
     path = Path(path_or_id)
     if path.is_dir():
         return path
@@ -72,7 +100,7 @@ def directory(path_or_id, *, revision=None, local_files_only=False) -> Path:
             str(path_or_id),
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=PATTERNS,
+            allow_patterns=patterns,
             ignore_patterns=NOT_FETCHED,
         )
     except Exception as error:  # offline, unknown, gated: many types, one meaning
@@ -85,20 +113,32 @@ def directory(path_or_id, *, revision=None, local_files_only=False) -> Path:
 
 
 def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
-    """The family of a directory and its config.json with the family's defaults filled in."""
+    """The family of a directory and its config.json, defaults filled in and all keys checked."""
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"huggingface.load: no config.json in {str(path)!r}")
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"huggingface.load: config.json must be JSON: {error}") from error
+    raw = read_object(file)
     kind = raw.get("model_type")
-    for family in FAMILIES:
-        if family.model_type == kind:
-            return family, family.defaults | raw
-    supported = ", ".join(family.model_type for family in FAMILIES)
-    raise ValueError(f"huggingface.load: model_type must be one of {supported}, got {kind!r}")
+    family = next((family for family in FAMILIES if family.model_type == kind), None)
+    if family is None:
+        supported = ", ".join(family.model_type for family in FAMILIES)
+        raise ValueError(f"huggingface.load: model_type must be one of {supported}, got {shown(kind)}")
+    raw = family.defaults | (raw if family.flat is None else family.flat(raw))
+    check_fields(f"config.json of {family.model_type}", raw, family.fields)
+    return family, raw
+
+
+def check_layers(family: Family, raw: dict[str, Any], tensors: int) -> None:
+    """Raises ValueError where config.json has more layers than the files have tensors.
+
+    Said before anything is made for each layer: a number in a file must not fill the memory.
+    """
+    for name in family.layers:
+        if (raw[name] or 0) > tensors:
+            raise ValueError(
+                f"huggingface.load: {name} must be at most the number of tensors in the files, "
+                f"got {raw[name]}, {tensors} tensors"
+            )
 
 
 def model_type_of(path_or_id) -> str | None:
@@ -112,16 +152,13 @@ def model_type_of(path_or_id) -> str | None:
 
 def translate(family: Family, raw: dict[str, Any], path: Path):
     """Our config, end tokens included."""
-    try:
-        config = family.config(raw)
-    except KeyError as error:
-        raise ValueError(
-            f"huggingface.load: config.json of {family.model_type} must have {error.args[0]}"
-        ) from error
+    config = family.config(raw)
     end = raw.get("eos_token_id")
     file = path / "generation_config.json"
     if file.is_file():
-        end = json.loads(file.read_text("utf-8")).get("eos_token_id", end)
+        generation = read_object(file)
+        check_fields(file.name, generation, {"eos_token_id": TOKENS})
+        end = generation.get("eos_token_id", end)
     ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
     return dataclasses.replace(config, stop_tokens=ends)
 
@@ -140,9 +177,11 @@ def family_of(model, model_type: str | None = None) -> Family:
 def _says(family: Family, config) -> bool:
     """Whether writing the config as this family and reading it again gives it back."""
     try:
-        return family.config(family.defaults | family.to_hf_config(config)) == config
+        read = family.config(family.defaults | family.to_hf_config(config))
     except (ValueError, KeyError):
         return False
+    # one may load a model for longer texts than its files say, and those of yarn say it by their factor
+    return dataclasses.replace(read, context=config.context) == config
 
 
 def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_000_000_000) -> None:

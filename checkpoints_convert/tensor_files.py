@@ -10,6 +10,7 @@ tensors at once.
 import json
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxllm.storage.metadata import one_line, parse_json
+
+from checkpoints_convert.json_fields import OBJECT, TEXT, check_fields, read_object, shown
 
 FLOATS = {
     "F64": np.dtype("<f8"),
@@ -48,6 +51,8 @@ RAW = np.dtype("V1")  # the bytes of numbers that numpy has no type for: less th
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {RAW: "a type of other sizes than bytes"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+OpenFile = Callable[[Path], dict[str, np.ndarray]]
 
 
 def open_file(path: Path) -> dict[str, np.ndarray]:
@@ -83,31 +88,76 @@ def open_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def open_directory(path: Path) -> dict[str, np.ndarray]:
-    """Each tensor of a directory's `model.safetensors`, or of the files its index names."""
-    if not (path / INDEX).is_file():
-        if (path / SINGLE).is_file():
-            return open_file(path / SINGLE)
-        pickled = sorted(file.name for end in ("bin", "pt", "pth") for file in path.glob(f"*.{end}"))
-        if pickled:
-            raise ValueError(
-                "huggingface.load: weights must be in safetensors files; a pickle can run code "
-                "when opened, so it never is: convert it where you trust it, with transformers' "
-                "save_pretrained, "
-                f"got {pickled[0]}"
-            )
-        raise FileNotFoundError(
-            f"huggingface.load: no {SINGLE} or {INDEX} in {str(path)!r}; pickled weights are not used"
+    """Each tensor of a directory's `model.safetensors`, else of the files that its index names.
+
+    The single file comes first, as in transformers: a sharded save leaves its index behind when a smaller one
+    follows. Where the files of such an index are there too and hold other numbers, a warning says so.
+    """
+    if (path / SINGLE).is_file():
+        tensors = open_file(path / SINGLE)
+        if (path / INDEX).is_file():
+            _warn_of_other_weights(path, tensors)
+        return tensors
+    if (path / INDEX).is_file():
+        return open_indexed(path, INDEX, open_file)
+    pickled = sorted(file.name for end in ("bin", "pt", "pth") for file in path.glob(f"*.{end}"))
+    if pickled:
+        raise ValueError(
+            "huggingface.load: weights must be in safetensors files; a pickle can run code when opened: "
+            "give unsafe_format='pickle' (jaxllm convert --unsafe-format pickle) to read tensors and nothing "
+            f"else of it, got {pickled[0]}"
         )
-    places = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+    raise FileNotFoundError(
+        f"huggingface.load: no {SINGLE} or {INDEX} in {str(path)!r}; pickled weights are not used"
+    )
+
+
+def open_indexed(path: Path, index: str, open_file: OpenFile) -> dict[str, np.ndarray]:
+    """Each tensor of the files that an index names, all of them in its directory."""
+    where = read_object(path / index)
+    check_fields(index, where, {"weight_map": OBJECT})
+    check_fields(f"weight_map of {index}", where["weight_map"], dict.fromkeys(where["weight_map"], TEXT))
     tensors: dict[str, np.ndarray] = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name or not (path / name).is_file():
-            raise FileNotFoundError(f"huggingface.load: the index names a file that is not there, got {name}")
-        tensors |= open_file(path / name)
-    lost = sorted(set(places) - set(tensors))
+    for name in sorted(set(where["weight_map"].values())):
+        file = path / name
+        if Path(name).name != name or "\0" in name or not file.is_file() or not _lies_in(path, file):
+            raise FileNotFoundError(
+                f"huggingface.load: the index names a file that is not there, got {shown(name)}"
+            )
+        tensors |= open_file(file)
+    lost = sorted(set(where["weight_map"]) - set(tensors))
     if lost:
         raise ValueError(f"huggingface.load: the index names tensors that no file has, got {listed(lost)}")
     return tensors
+
+
+def _lies_in(path: Path, file: Path) -> bool:
+    """Whether a file is no link out of its directory, but for those into the hub's cache."""
+    real = file.resolve()
+    store = real.parent.parent.name if real.parent.name == "blobs" else ""
+    return real.is_relative_to(path.resolve()) or store.startswith("models--")
+
+
+def _warn_of_other_weights(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        others = open_indexed(path, INDEX, open_file)
+    except (ValueError, FileNotFoundError):
+        return  # no other weights, only an index that was left behind
+    if others.keys() != tensors.keys() or not all(same(tensors[name], others[name]) for name in tensors):
+        warnings.warn(
+            f"huggingface.load: {SINGLE} is read, as transformers does; the files of {INDEX} beside it are "
+            f"other weights, got both in {str(path)!r}",
+            stacklevel=2,
+        )
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors have the same bytes."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.ndim < 2:
+        return a.tobytes() == b.tobytes()
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))  # row by row
 
 
 Tensor = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]

@@ -10,9 +10,10 @@ Saving and loading a native directory (`native.py`) is lossless, for any weight 
 This is the only file that names `checkpoints_convert`, and only inside functions.
 """
 
+import dataclasses
 import importlib.resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,8 +28,10 @@ def load(
     mesh=None,
     mapped: bool = False,
     verify: bool = True,
+    context: int | None = None,
     revision=None,
     local_files_only: bool = False,
+    unsafe_format: Literal["pickle"] | None = None,
 ):
     """A model and its tokenizer (None if it has none).
 
@@ -40,7 +43,11 @@ def load(
     mapped: what needs no cast and lies in safetensors files stays there as views, and is read whenever it is
       used: for `quantize`, which then never holds the whole. The files must stay as they are meanwhile.
     verify: compares the files of a native directory with their checksums before they are read.
+    context: the longest text in tokens, in place of what the files say, longer or shorter. Models whose
+      positions are a table have no more rows than they have, and only say so.
     revision, local_files_only: for hub ids.
+    unsafe_format: "pickle" reads a directory's `pytorch_model.bin`, of which nothing is run and nothing but
+      tensors is accepted; None never opens one.
 
     Errors are one line: FileNotFoundError where nothing is found, ValueError where what is found
     cannot be read.
@@ -53,20 +60,38 @@ def load(
         if not path_or_id.is_dir():
             raise FileNotFoundError("load: the model that ships is missing from this installation")
     path = Path(path_or_id)
+    if unsafe_format is not None and ((path / MANIFEST).is_file() or path.is_file()):
+        raise ValueError(f"load: unsafe_format is for directories of Hugging Face, got {str(path)!r}")
     if (path / MANIFEST).is_file():
-        return load_native(path, dtype=dtype, mesh=mesh, verify=verify)
-    if path.is_file():
-        return _load_file(path, dtype=dtype, mesh=mesh)
-    from checkpoints_convert import huggingface
+        model, tokenizer = load_native(path, dtype=dtype, mesh=mesh, verify=verify)
+    elif path.is_file():
+        model, tokenizer = _load_file(path, dtype=dtype, mesh=mesh)
+    else:
+        from checkpoints_convert import huggingface
 
-    return huggingface.load(
-        path_or_id,
-        dtype=dtype,
-        mesh=mesh,
-        mapped=mapped,
-        revision=revision,
-        local_files_only=local_files_only,
-    )
+        model, tokenizer = huggingface.load(
+            path_or_id,
+            dtype=dtype,
+            mesh=mesh,
+            mapped=mapped,
+            revision=revision,
+            local_files_only=local_files_only,
+            unsafe_format=unsafe_format,
+        )
+    if context is not None:
+        _set_context(model, context)
+    return model, tokenizer
+
+
+def _set_context(model: Any, context: int) -> None:
+    """Gives a model another longest text."""
+    if type(context) is not int or not 1 <= context < 2**31:
+        raise ValueError(f"load: context must be a number of tokens, at least 1, got {context=}")
+    if hasattr(model, "positions") and context != model.config.context:
+        raise ValueError(
+            f"load: the positions of this model are a table of {model.config.context} rows, got {context=}"
+        )
+    model.config = dataclasses.replace(model.config, context=context)
 
 
 def float_type(dtype):
@@ -86,8 +111,8 @@ def _load_file(path: Path, *, dtype, mesh):
         head = file.read(4)
     if path.suffix in (".pt", ".pth", ".ckpt", ".pkl") or head[:2] == b"PK" or head[:1] == b"\x80":
         raise ValueError(
-            "load: a pickle can run code when opened, so it never is: convert it to safetensors "
-            f"where you trust it, with transformers' save_pretrained, got {str(path)!r}"
+            "load: a pickle can run code when opened: give the directory that it and its config.json lie in, "
+            f"and unsafe_format='pickle' to read nothing but tensors, got {str(path)!r}"
         )
     if path.suffix == ".json":
         from checkpoints_convert import mingpt
@@ -128,14 +153,15 @@ def save(
     huggingface.save(model, tokenizer, path, model_type=model_type, max_shard_bytes=max_shard_bytes)
 
 
-def convert(src, dst, to: Layout = "native", *, dtype=None):
+def convert(src, dst, to: Layout = "native", *, dtype=None, unsafe_format: Literal["pickle"] | None = None):
     """Reads a checkpoint and writes it as another directory; returns the model and its tokenizer.
 
+    dtype, unsafe_format: as in `load`.
     A Hugging Face directory is written as the family it was read as.
     """
     if Path(dst).exists():
         raise FileExistsError(f"convert: the output must not exist yet, got {str(dst)!r}")
-    model, tokenizer = load(src, dtype=dtype)
+    model, tokenizer = load(src, dtype=dtype, unsafe_format=unsafe_format)
     model_type = None
     if to == "huggingface":
         from checkpoints_convert import huggingface

@@ -11,15 +11,24 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
+from checkpoints_convert.json_fields import Kind, shown
+from jaxllm.models import layers as ours
+
+# Their names of activations, and ours: all of transformers' but `prelu` and `xielu`, which have weights.
+TANH_FORMS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
+ACTIVATIONS = (
+    {name: name for name in ours.ACTIVATIONS if name != "gelu_tanh"}
+    | {name: "gelu_tanh" for name in TANH_FORMS}
+    | {"swish": "silu", "gelu_python": "gelu"}
+)
+
+
+def activation(name: str | None) -> Any:
+    """Our name of an activation; ValueError for one that we have not."""
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"huggingface.load: activation must be one of {known}, got {shown(name)}")
+    return ACTIVATIONS[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,9 @@ class Family:
     to_hf_config: Callable[[Any], dict[str, Any]]  # ours to config.json
     rows: tuple[Row, ...]
     defaults: dict[str, Any]  # what a key means that config.json leaves out
+    fields: dict[str, Kind]  # what each key that `config` reads must be
+    layers: tuple[str, ...] = ("num_hidden_layers",)  # the keys that say how many layers there are
+    flat: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # config.json with its parts on one level
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # patterns of tensors that say nothing
     aliases: tuple[tuple[str, str], ...] = ()  # (usual name, name some files have in its place)
     prefixes: tuple[str, ...] = ("model.",)  # of files: each is tried in place of the first, "" too

@@ -7,19 +7,14 @@ no parameters. OPT's files name them with "model.decoder." or "decoder." in fron
 
 from typing import Any
 
-from checkpoints_convert.families.family import ACTIVATIONS, Family, row
+from checkpoints_convert.families.family import Family, activation, row
+from checkpoints_convert.json_fields import FLAG, NOT_NEGATIVE, SIZE, TEXT, TOKENS, null_or
 from jaxllm.models.gpt import Config, Gpt
 
-NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
-
-def activation(name: str) -> Any:
-    """Our name of an activation."""
-    if name not in ACTIVATIONS:
-        raise ValueError(
-            f"huggingface.load: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}"
-        )
-    return ACTIVATIONS[name]
+def their_activation(name: str) -> str:
+    """The name that these families have for an activation of ours."""
+    return "gelu_new" if name == "gelu_tanh" else name
 
 
 def gpt2(raw: dict[str, Any]) -> Config:
@@ -35,14 +30,14 @@ def gpt2(raw: dict[str, Any]) -> Config:
         context=raw["n_positions"],
         tied=bool(raw["tie_word_embeddings"]),
         activation=activation(raw["activation_function"]),
-        norm_eps=raw["layer_norm_epsilon"],
+        norm_eps=float(raw["layer_norm_epsilon"]),
         attention_scale=None if raw["scale_attn_weights"] else 1.0,
         scale_by_layer=bool(raw["scale_attn_by_inverse_layer_idx"]),
     )
 
 
 def gpt2_to(c: Config) -> dict[str, Any]:
-    for name in ("norm_first", "final_norm", "bias"):
+    for name in ("norm_first", "final_norm", "bias", "norm_affine"):
         if not getattr(c, name):
             raise ValueError(f"huggingface.save: gpt2 must have {name}=True, got {name}=False")
     if c.embedding_width is not None or c.position_offset or c.attention_scale not in (None, 1.0):
@@ -58,7 +53,7 @@ def gpt2_to(c: Config) -> dict[str, Any]:
         "n_layer": c.layers,
         "n_head": c.heads,
         "n_inner": None if c.ffn == 4 * c.width else c.ffn,
-        "activation_function": NAMES[c.activation],
+        "activation_function": their_activation(c.activation),
         "layer_norm_epsilon": c.norm_eps,
         "scale_attn_weights": c.attention_scale is None,
         "scale_attn_by_inverse_layer_idx": c.scale_by_layer,
@@ -67,10 +62,6 @@ def gpt2_to(c: Config) -> dict[str, Any]:
 
 
 def opt(raw: dict[str, Any]) -> Config:
-    if not raw["layer_norm_elementwise_affine"]:
-        raise ValueError(
-            "huggingface.load: opt must have scales on its norms, got layer_norm_elementwise_affine=False"
-        )
     width, narrow = raw["hidden_size"], raw["word_embed_proj_dim"]
     first = bool(raw["do_layer_norm_before"])
     return Config(
@@ -87,6 +78,7 @@ def opt(raw: dict[str, Any]) -> Config:
         norm_first=first,
         final_norm=first and not raw["_remove_final_layer_norm"],
         bias=bool(raw["enable_bias"]),
+        norm_affine=bool(raw["layer_norm_elementwise_affine"]),
     )
 
 
@@ -109,11 +101,11 @@ def opt_to(c: Config) -> dict[str, Any]:
         "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads,
         "ffn_dim": c.ffn,
-        "activation_function": NAMES[c.activation],
+        "activation_function": their_activation(c.activation),
         "do_layer_norm_before": c.norm_first,
         "_remove_final_layer_norm": c.norm_first and not c.final_norm,
         "enable_bias": c.bias,
-        "layer_norm_elementwise_affine": True,
+        "layer_norm_elementwise_affine": c.norm_affine,
         "tie_word_embeddings": c.tied,
     }
 
@@ -187,6 +179,22 @@ GPT2 = Family(
         "bos_token_id": 50_256,
         "eos_token_id": 50_256,
     },
+    fields={
+        "vocab_size": SIZE,
+        "n_positions": SIZE,
+        "n_embd": SIZE,
+        "n_layer": SIZE,
+        "n_head": SIZE,
+        "n_inner": null_or(SIZE),
+        "activation_function": TEXT,
+        "layer_norm_epsilon": NOT_NEGATIVE,
+        "scale_attn_weights": FLAG,
+        "scale_attn_by_inverse_layer_idx": FLAG,
+        "add_cross_attention": FLAG,
+        "tie_word_embeddings": FLAG,
+        "eos_token_id": TOKENS,
+    },
+    layers=("n_layer",),
     ignored=(r"\.attn\.(bias|masked_bias)$",),
     prefixes=("transformer.",),
 )
@@ -213,6 +221,22 @@ OPT = Family(
         "tie_word_embeddings": True,
         "bos_token_id": 2,
         "eos_token_id": 2,
+    },
+    fields={
+        "vocab_size": SIZE,
+        "hidden_size": SIZE,
+        "num_hidden_layers": SIZE,
+        "ffn_dim": SIZE,
+        "max_position_embeddings": SIZE,
+        "do_layer_norm_before": FLAG,
+        "_remove_final_layer_norm": FLAG,
+        "word_embed_proj_dim": null_or(SIZE),
+        "num_attention_heads": SIZE,
+        "activation_function": TEXT,
+        "enable_bias": FLAG,
+        "layer_norm_elementwise_affine": FLAG,
+        "tie_word_embeddings": FLAG,
+        "eos_token_id": TOKENS,
     },
     ignored=(),
     prefixes=("model.decoder.", "decoder."),

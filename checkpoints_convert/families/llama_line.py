@@ -6,10 +6,13 @@ described by `rope_parameters` (transformers 5, one dictionary, or one for each 
 """
 
 import dataclasses
+import math
 from typing import Any
 
-from checkpoints_convert.families.family import ACTIVATIONS, Family, row
-from checkpoints_convert.families.rope import SCALED, rope_to_hf, ropes
+from checkpoints_convert import json_fields as kinds
+from checkpoints_convert.families import rope as rotations
+from checkpoints_convert.families.family import Family, activation, row
+from checkpoints_convert.families.rope import LAYER_TYPES, SCALED, rope_to_hf, ropes
 from jaxllm.models.decoder import Config, Decoder
 
 
@@ -18,15 +21,13 @@ def windows(raw: dict[str, Any], types: list[str] | None) -> tuple[int | None, .
     size, layers = raw.get("sliding_window"), raw["num_hidden_layers"]
     if types is None:
         types = ["sliding_attention"] * layers
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown or len(types) != layers:
+    if len(types) != layers:
         raise ValueError(
-            "huggingface.load: layer_types must name full_attention or sliding_attention for each "
-            f"layer, got {sorted(set(types))} for {len(types)} of {layers}"
+            f"huggingface.load: layer_types must name one for each layer, got {len(types)} for {layers}"
         )
     if size is None or "sliding_attention" not in types:
         return ()
-    return tuple(int(size) if kind == "sliding_attention" else None for kind in types)
+    return tuple(size if kind == "sliding_attention" else None for kind in types)
 
 
 def types_from(raw: dict[str, Any], first: int) -> list[str]:
@@ -45,58 +46,50 @@ def types_every(raw: dict[str, Any], period: int) -> list[str]:
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
 
 
-def sizes(raw: dict[str, Any]) -> dict[str, Any]:
-    """The fields that every family names alike."""
-    activation = raw.get("hidden_activation") or raw.get("hidden_act")
-    if activation not in ACTIVATIONS:
+def decoder(raw: dict[str, Any], rope_fields: dict[str, Any], **fields) -> Config:
+    """Our config: what every family names alike, the rotations, and a family's own fields."""
+    heads, width, head_dim = raw["num_attention_heads"], raw["hidden_size"], raw.get("head_dim")
+    if head_dim is None and width % heads:
         raise ValueError(
-            f"huggingface.load: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            "huggingface.load: num_attention_heads must divide hidden_size where there is no head_dim, "
+            f"got {heads}, {width}"
         )
-    heads = raw["num_attention_heads"]
-    return {
+    common = {
         "layers": raw["num_hidden_layers"],
-        "width": raw["hidden_size"],
+        "width": width,
         "heads": heads,
         "kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+        "head_dim": head_dim or width // heads,
         "ffn": raw["intermediate_size"],
         "vocab": raw["vocab_size"],
-        "context": raw["max_position_embeddings"],
-        "tied": bool(raw["tie_word_embeddings"]),
-        "activation": ACTIVATIONS[activation],
-        "norm_eps": raw["rms_norm_eps"],
+        "context": rotations.context(raw, rope_fields["rope"]),
+        "tied": raw["tie_word_embeddings"],
+        "activation": activation(raw.get("hidden_activation") or raw.get("hidden_act")),
+        "norm_eps": float(raw["rms_norm_eps"]),
     }
+    config = Config(**(common | rope_fields | fields))
+    for rope in filter(None, (config.rope, config.local_rope)):
+        rope.check(config.head_dim)
+    return config
 
 
 def llama(raw: dict[str, Any]) -> Config:
     bias = bool(raw["attention_bias"])
-    return Config(
-        **sizes(raw),
-        **ropes(raw),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bool(raw["mlp_bias"]),
-    )
+    return decoder(raw, ropes(raw), qkv_bias=bias, out_bias=bias, mlp_bias=raw["mlp_bias"])
 
 
 def mistral(raw: dict[str, Any]) -> Config:
-    return Config(**sizes(raw), **ropes(raw), windows=windows(raw, None))
+    return decoder(raw, ropes(raw), windows=windows(raw, None))
 
 
 def qwen2(raw: dict[str, Any]) -> Config:
-    return Config(**sizes(raw), **ropes(raw), windows=_qwen_windows(raw), qkv_bias=True)
+    return decoder(raw, ropes(raw), windows=_qwen_windows(raw), qkv_bias=True)
 
 
 def qwen3(raw: dict[str, Any]) -> Config:
     bias = bool(raw["attention_bias"])
-    return Config(
-        **sizes(raw),
-        **ropes(raw),
-        windows=_qwen_windows(raw),
-        qk_norm=True,
-        qkv_bias=bias,
-        out_bias=bias,
-    )
+    windows = _qwen_windows(raw)
+    return decoder(raw, ropes(raw), windows=windows, qk_norm=True, qkv_bias=bias, out_bias=bias)
 
 
 def _qwen_windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
@@ -105,59 +98,65 @@ def _qwen_windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
     return windows(raw, types_from(raw, raw["max_window_layers"]))
 
 
-def _gemma(raw: dict[str, Any], **fields) -> Config:
+def _gemma(raw: dict[str, Any], rope_fields: dict[str, Any], **fields) -> Config:
     if raw.get("use_bidirectional_attention"):
         raise ValueError("huggingface.load: attention must be causal, got use_bidirectional_attention=True")
-    made = sizes(raw | {"hidden_activation": raw["hidden_activation"] or "gelu_pytorch_tanh"})
-    scalar, bias = raw["query_pre_attn_scalar"], bool(raw["attention_bias"])
-    return Config(
-        **made,
+    raw = raw | {"hidden_activation": raw["hidden_activation"] or "gelu_pytorch_tanh"}
+    scalar, bias = raw["query_pre_attn_scalar"], raw["attention_bias"]
+    head_dim = raw["head_dim"] or raw["hidden_size"] // raw["num_attention_heads"]
+    return decoder(
+        raw,
+        rope_fields,
         **fields,
         norm_offset=1.0,
         post_norms=True,
         embedding_scale=raw["hidden_size"] ** 0.5,
-        attention_scale=None if scalar == made["head_dim"] else scalar**-0.5,
-        attention_softcap=raw["attn_logit_softcapping"],
-        logit_softcap=raw["final_logit_softcapping"],
+        attention_scale=None if scalar == head_dim else scalar**-0.5,
+        attention_softcap=_cap(raw["attn_logit_softcapping"]),
+        logit_softcap=_cap(raw["final_logit_softcapping"]),
         qkv_bias=bias,
         out_bias=bias,
     )
 
 
+def _cap(value) -> float | None:
+    return None if value is None else float(value)
+
+
 def gemma2(raw: dict[str, Any]) -> Config:
-    return _gemma(raw, **ropes(raw), windows=windows(raw, types_every(raw, 2)))
+    return _gemma(raw, ropes(raw), windows=windows(raw, types_every(raw, 2)))
 
 
 def gemma3_text(raw: dict[str, Any]) -> Config:
     period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
     return _gemma(
         raw,
-        **ropes(raw, theta=1_000_000.0, local_theta=10_000.0),
+        ropes(raw, theta=1_000_000.0, local_theta=10_000.0),
         windows=windows(raw, types_every(raw, period)),
         qk_norm=True,
+        context=raw["max_position_embeddings"],  # here it is what a linear rotation reaches
     )
 
 
-def gemma3(raw: dict[str, Any]) -> Config:
-    """The text part of a model that also reads images."""
-    text = GEMMA3_TEXT.defaults | raw.get("text_config", {})
-    tied = raw.get("tie_word_embeddings", text["tie_word_embeddings"])
-    return gemma3_text(text | {"tie_word_embeddings": tied})
+def text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the text part of a model that also reads images."""
+    kinds.check_fields("config.json of gemma3", raw, {"text_config": kinds.null_or(kinds.OBJECT)})
+    of_both = ("tie_word_embeddings", "eos_token_id", "quantization_config")
+    return (raw.get("text_config") or {}) | {key: raw[key] for key in of_both if key in raw}
 
 
 def phi3(raw: dict[str, Any]) -> Config:
-    fraction = float(raw.get("partial_rotary_factor") or 1.0)
     p = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    fraction = float(p.get("partial_rotary_factor", fraction))
+    fraction = p.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     if (p.get("rope_type") or p.get("type")) == "yarn":
         p["rope_type"] = "longrope"  # the first files said yarn and meant this
     raw = raw | {"rope_scaling": None, "rope_parameters": p}
-    return Config(**sizes(raw), **ropes(raw, fraction=fraction), windows=windows(raw, None))
+    return decoder(raw, ropes(raw, fraction=fraction), windows=windows(raw, None))
 
 
 def to_hf_config(c: Config) -> dict[str, Any]:
     """Our config in all keys that a family of this line has; each writes its own of them."""
-    names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+    reached = c.rope.factor if c.rope.kind == "linear" else 1  # times what the file says (`rope.context`)
     scalar = c.head_dim if c.attention_scale is None else round(c.attention_scale**-2, 9)
     raw: dict[str, Any] = {
         "vocab_size": c.vocab,
@@ -167,10 +166,10 @@ def to_hf_config(c: Config) -> dict[str, Any]:
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
-        "max_position_embeddings": c.context,
+        "max_position_embeddings": math.ceil(c.context / reached),
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
-        "hidden_act": names[c.activation],
+        "hidden_act": "gelu_pytorch_tanh" if c.activation == "gelu_tanh" else c.activation,
         "rope_parameters": rope_to_hf(c.rope),
     }
     if c.rope.kind in SCALED:
@@ -232,7 +231,7 @@ def gemma_to(c: Config) -> dict[str, Any]:
 def gemma3_to(c: Config) -> dict[str, Any]:
     local = c.rope if c.local_rope is None else c.local_rope
     both = {"full_attention": rope_to_hf(c.rope), "sliding_attention": rope_to_hf(local)}
-    return gemma_to(c) | {"rope_parameters": both}
+    return gemma_to(c) | {"rope_parameters": both, "max_position_embeddings": c.context}
 
 
 def phi3_to(c: Config) -> dict[str, Any]:
@@ -277,6 +276,33 @@ FUSED = (
     row(LAYER + "mlp.down_proj.weight", "layers.{i}.mlp.down.w"),
 )
 
+FIELDS = rotations.CONFIG_FIELDS | {
+    "vocab_size": kinds.SIZE,
+    "hidden_size": kinds.SIZE,
+    "intermediate_size": kinds.SIZE,
+    "num_hidden_layers": kinds.SIZE,
+    "num_attention_heads": kinds.SIZE,
+    "num_key_value_heads": kinds.null_or(kinds.SIZE),
+    "head_dim": kinds.null_or(kinds.SIZE),
+    "max_position_embeddings": kinds.SIZE,
+    "hidden_act": kinds.null_or(kinds.TEXT),
+    "rms_norm_eps": kinds.NOT_NEGATIVE,
+    "tie_word_embeddings": kinds.FLAG,
+    "attention_bias": kinds.FLAG,
+    "mlp_bias": kinds.FLAG,
+    "sliding_window": kinds.null_or(kinds.SIZE),
+    "layer_types": kinds.null_or(kinds.list_of(kinds.one_of(*LAYER_TYPES))),
+    "eos_token_id": kinds.TOKENS,
+}
+QWEN_FIELDS = FIELDS | {"use_sliding_window": kinds.FLAG, "max_window_layers": kinds.COUNT}
+GEMMA_FIELDS = FIELDS | {
+    "hidden_activation": kinds.null_or(kinds.TEXT),
+    "query_pre_attn_scalar": kinds.POSITIVE,
+    "attn_logit_softcapping": kinds.null_or(kinds.POSITIVE),
+    "final_logit_softcapping": kinds.null_or(kinds.POSITIVE),
+    "sliding_window_pattern": kinds.null_or(kinds.SIZE),
+    "_sliding_window_pattern": kinds.null_or(kinds.SIZE),
+}
 COMMON = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -312,6 +338,7 @@ LLAMA = Family(
     config=llama,
     to_hf_config=llama_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
+    fields=FIELDS,
     defaults=COMMON | {"max_position_embeddings": 2048, "eos_token_id": 2},
 )
 MISTRAL = Family(
@@ -321,6 +348,7 @@ MISTRAL = Family(
     config=mistral,
     to_hf_config=mistral_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
+    fields=FIELDS,
     defaults=COMMON
     | {
         "max_position_embeddings": 4096 * 32,
@@ -336,6 +364,7 @@ QWEN2 = Family(
     config=qwen2,
     to_hf_config=qwen_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *MLP),
+    fields=QWEN_FIELDS,
     defaults=QWEN,
 )
 QWEN3 = Family(
@@ -345,6 +374,7 @@ QWEN3 = Family(
     config=qwen3,
     to_hf_config=qwen_to,
     rows=(*HEAD, *NORMS, *ATTENTION, *QK_NORMS, *MLP),
+    fields=QWEN_FIELDS,
     defaults=QWEN | {"head_dim": 128},
 )
 GEMMA2 = Family(
@@ -354,6 +384,7 @@ GEMMA2 = Family(
     config=gemma2,
     to_hf_config=gemma_to,
     rows=(*HEAD, *GEMMA_NORMS, *ATTENTION, *MLP),
+    fields=GEMMA_FIELDS,
     defaults=GEMMA
     | {
         "max_position_embeddings": 8192,
@@ -368,6 +399,7 @@ GEMMA3_TEXT = Family(
     config=gemma3_text,
     to_hf_config=gemma3_to,
     rows=(*HEAD, *GEMMA_NORMS, *ATTENTION, *QK_NORMS, *MLP),
+    fields=GEMMA_FIELDS,
     defaults=GEMMA
     | {
         "vocab_size": 262_208,
@@ -385,6 +417,7 @@ PHI3 = Family(
     config=phi3,
     to_hf_config=phi3_to,
     rows=(*HEAD, *NORMS, *FUSED),
+    fields=FIELDS,
     defaults=COMMON
     | {
         "max_position_embeddings": 4096,
@@ -399,9 +432,9 @@ GEMMA3 = dataclasses.replace(
     GEMMA3_TEXT,
     model_type="gemma3",
     architecture="Gemma3ForConditionalGeneration",
-    config=gemma3,
-    defaults={},
+    flat=text_part,
     ignored=(*GEMMA3_TEXT.ignored, r"(^|\.)vision_tower\.", r"(^|\.)multi_modal_projector\."),
+    aliases=(("lm_head.weight", "language_model.lm_head.weight"),),
     prefixes=("model.", "model.language_model.", "language_model.model."),
 )
 

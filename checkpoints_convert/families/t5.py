@@ -7,8 +7,9 @@ as true for both, and `scale_decoder_outputs` says which it is. Both are read, a
 
 from typing import Any
 
-from checkpoints_convert.families.family import Family, row
-from checkpoints_convert.families.gpt import NAMES, activation
+from checkpoints_convert.families.family import Family, activation, row
+from checkpoints_convert.families.gpt import their_activation
+from checkpoints_convert.json_fields import COUNT, FLAG, NOT_NEGATIVE, SIZE, TEXT, TOKENS, null_or
 from jaxllm.models.t5 import T5, Config
 
 
@@ -27,6 +28,11 @@ def t5(raw: dict[str, Any]) -> Config:
     start = raw["pad_token_id"] if start is None else start
     if start is None:
         raise ValueError("huggingface.load: t5 must have decoder_start_token_id or pad_token_id, got neither")
+    if start >= raw["vocab_size"]:
+        raise ValueError(
+            "huggingface.load: decoder_start_token_id must be below vocab_size, "
+            f"got {start}, vocab_size={raw['vocab_size']}"
+        )
     return Config(
         encoder_layers=raw["num_layers"],
         layers=raw["num_decoder_layers"] or raw["num_layers"],
@@ -35,14 +41,13 @@ def t5(raw: dict[str, Any]) -> Config:
         head_dim=raw["d_kv"],
         ffn=raw["d_ff"],
         vocab=raw["vocab_size"],
-        context=raw["n_positions"],
         tied=bool(raw["tie_word_embeddings"]) and scaled,
         head_scale=raw["d_model"] ** -0.5 if scaled else 1.0,
         gated=gated == "gated",
         activation=activation(act),
         buckets=raw["relative_attention_num_buckets"],
         max_distance=raw["relative_attention_max_distance"],
-        norm_eps=raw["layer_norm_epsilon"],
+        norm_eps=float(raw["layer_norm_epsilon"]),
         decoder_start=start,
     )
 
@@ -53,7 +58,7 @@ def t5_to(c: Config) -> dict[str, Any]:
             "huggingface.save: t5 scales what a tied head reads by 1 / sqrt(width), and no other, "
             f"got {c.tied=}, {c.head_scale=}"
         )
-    act = NAMES[c.activation]
+    act = their_activation(c.activation)
     # subtle: gated-gelu is the tanh form
     act = f"gated-{'gelu' if act == 'gelu_new' else act}" if c.gated else act
     return {
@@ -64,7 +69,6 @@ def t5_to(c: Config) -> dict[str, Any]:
         "num_layers": c.encoder_layers,
         "num_decoder_layers": c.layers,
         "num_heads": c.heads,
-        "n_positions": c.context,
         "relative_attention_num_buckets": c.buckets,
         "relative_attention_max_distance": c.max_distance,
         "layer_norm_epsilon": c.norm_eps,
@@ -121,7 +125,6 @@ FAMILY = Family(
         "num_layers": 6,
         "num_decoder_layers": None,
         "num_heads": 8,
-        "n_positions": 512,
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": 1e-6,
@@ -130,6 +133,25 @@ FAMILY = Family(
         "eos_token_id": 1,
         "tie_word_embeddings": True,
     },
+    fields={
+        "vocab_size": SIZE,
+        "d_model": SIZE,
+        "d_kv": SIZE,
+        "d_ff": SIZE,
+        "num_layers": SIZE,
+        "num_decoder_layers": null_or(SIZE),
+        "num_heads": SIZE,
+        "relative_attention_num_buckets": SIZE,
+        "relative_attention_max_distance": SIZE,
+        "layer_norm_epsilon": NOT_NEGATIVE,
+        "feed_forward_proj": TEXT,
+        "decoder_start_token_id": null_or(COUNT),
+        "pad_token_id": null_or(COUNT),
+        "eos_token_id": TOKENS,
+        "tie_word_embeddings": FLAG,
+        "scale_decoder_outputs": null_or(FLAG),
+    },
+    layers=("num_layers", "num_decoder_layers"),
     ignored=(
         r"^(en|de)coder\.embed_tokens\.weight$",
         # written by early versions, never read

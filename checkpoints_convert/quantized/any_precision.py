@@ -10,6 +10,7 @@ from jaxtyping import Array, Int32, UInt32
 
 from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
+from checkpoints_convert.json_fields import OBJECT, check_fields, null_or, shown
 from checkpoints_convert.quantized.config import whole_number
 from checkpoints_convert.quantized.words import Shapes, Tensors, on_host, words_of
 from jaxllm.weights.bit_planes import CODES_PER_WORD, BitPlanes
@@ -54,10 +55,11 @@ class AnyPrecision:
         widths = tuple(range(1, 9))
         parent = whole_number(given, "parent_precision", allowed=widths)
         seed = whole_number(given, "seed_precision", allowed=widths[:parent])
+        check_fields("anyprec", given, {"sparse_numvals": null_or(OBJECT)})
         if given.get("group_count", 1) != 1 or given.get("sparse_numvals"):
             raise ValueError(
                 "huggingface.load: anyprec must have one table a row and no sparse part, "
-                f"got group_count={given.get('group_count', 1)!r}, "
+                f"got group_count={shown(given.get('group_count', 1))}, "
                 f"sparse_numvals of {len(given.get('sparse_numvals') or ())} linears"
             )
         return cls(seed, parent)

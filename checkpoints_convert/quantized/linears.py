@@ -6,31 +6,31 @@ import numpy as np
 
 from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
-from checkpoints_convert.quantized.affine import ByTarget
+from checkpoints_convert.quantized.affine import ByModule, ByTarget
 from checkpoints_convert.quantized.scheme import Scheme
 from checkpoints_convert.quantized.words import Tensors
 
+BySome = ByModule | ByTarget  # linears of one checkpoint stored in several ways
 
-def way_of(scheme: Scheme | ByTarget, tensor: Tensor) -> Scheme:
+
+def way_of(scheme: Scheme | BySome, tensor: Tensor) -> Scheme:
     """How one linear is stored."""
-    return scheme.scheme_of(str(stem(tensor))) if isinstance(scheme, ByTarget) else scheme
+    return scheme.scheme_of(str(stem(tensor))) if isinstance(scheme, BySome) else scheme
 
 
-def last_names(scheme: Scheme | ByTarget) -> set[str]:
+def last_names(scheme: Scheme | BySome) -> set[str]:
     """What the names of a linear's tensors end in."""
-    ways = [way for _, way in scheme.ways] if isinstance(scheme, ByTarget) else [scheme]
+    ways = scheme.schemes if isinstance(scheme, BySome) else (scheme,)
     return {last for way in ways for last in way.shapes(32, 32)}  # the same for all sizes
 
 
-def possible_names(scheme: Scheme | ByTarget, wanted: list[Tensor]) -> list[str]:
+def possible_names(scheme: Scheme | BySome, wanted: list[Tensor]) -> list[str]:
     """The names that linears' tensors may have, and their biases'."""
     stems = [name for tensor in wanted if (name := stem(tensor)) is not None]
     return [f"{name}.{last}" for name in stems for last in (*last_names(scheme), "bias")]
 
 
-def split(
-    scheme: Scheme | ByTarget, wanted: list[Tensor], found: Tensors
-) -> tuple[list[Tensor], list[Tensor]]:
+def split(scheme: Scheme | BySome, wanted: list[Tensor], found: Tensors) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that are dense in these files, and those that are quantized."""
     dense: list[Tensor] = []
     quantized: list[Tensor] = []
@@ -42,7 +42,7 @@ def split(
     return dense, quantized
 
 
-def names_of(scheme: Scheme | ByTarget, tensor: Tensor, found: Tensors) -> list[Tensor]:
+def names_of(scheme: Scheme | BySome, tensor: Tensor, found: Tensors) -> list[Tensor]:
     """What the files must have of a linear, and may have and do."""
     way = way_of(scheme, tensor)
     names = {last: f"{stem(tensor)}.{last}" for last in way.shapes(32, 32)}
@@ -60,7 +60,7 @@ def without_empty_biases(quantized: list[Tensor], wanted: list[Tensor], found: T
 
 
 def read_linears(
-    scheme: Scheme | ByTarget, quantized: list[Tensor], found: Tensors, leaves: dict[str, Any], dtype
+    scheme: Scheme | BySome, quantized: list[Tensor], found: Tensors, leaves: dict[str, Any], dtype
 ) -> dict[str, Any]:
     """Our weight for each of our leaves, in host memory. All shapes are checked before any is read."""
     given = []

@@ -20,7 +20,7 @@ and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on GitH
 
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from checkpoints_convert.quantized.affine import Awq, ByTarget, CompressedTensors, Gptq
+from checkpoints_convert.quantized.affine import Awq, ByModule, ByTarget, CompressedTensors, Gptq
 from checkpoints_convert.quantized.any_precision import AnyPrecision
 from checkpoints_convert.quantized.config import json_object, unsupported
 from checkpoints_convert.quantized.words import Shapes, Tensors
@@ -39,14 +39,17 @@ class Linear(Protocol):
 class Scheme(Protocol):
     """How linears are stored: what tensors each has, and how these are read.
 
-    name: in errors. main: the tensor that tells a quantized linear. optional: those that may be absent.
-    transposes: matrices that are [in, out] in dense files are stored like all others here.
+    name: in errors. main: the tensor that tells a quantized linear. transposes: matrices that
+      are [in, out] in dense files are stored like all others here.
     """
 
     name: ClassVar[str]
     main: ClassVar[str]
-    optional: ClassVar[tuple[str, ...]]
     transposes: ClassVar[bool]
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The last names of tensors that may be absent."""
 
     def shapes(self, K: int, N: int) -> Shapes:
         """The shape and the types that each tensor of a [K, N] linear must have, by its last name."""
@@ -55,7 +58,7 @@ class Scheme(Protocol):
         """The linear of these tensors, whose shapes are right. Raises ValueError for numbers that are not."""
 
 
-def scheme_of(raw: dict[str, Any]) -> Scheme | ByTarget | None:
+def scheme_of(raw: dict[str, Any]) -> Scheme | ByModule | ByTarget | None:
     """What a config.json says of all linears, None for plain weights."""
     planes, given = raw.get("anyprec"), raw.get("quantization_config")
     if planes:

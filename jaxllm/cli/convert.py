@@ -17,13 +17,23 @@ from jaxllm.cli.output import tell
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["native", "huggingface"]), default="native")
 @DTYPE
+@click.option(
+    "--unsafe-format",
+    type=click.Choice(["pickle"]),
+    help="Read pytorch_model.bin: tensors and nothing else of it, nothing is run.",
+)
 @JSON
 def convert(
-    src: str, dst: Path, to: Literal["native", "huggingface"], dtype: str | None, as_json: bool
+    src: str,
+    dst: Path,
+    to: Literal["native", "huggingface"],
+    dtype: str | None,
+    unsafe_format: Literal["pickle"] | None,
+    as_json: bool,
 ) -> None:
     """Read a checkpoint SRC (file, directory, hub id) and write the new directory DST."""
     start = time.perf_counter()
-    model, _ = files.convert(src, dst, to, dtype=dtype)
+    model, _ = files.convert(src, dst, to, dtype=dtype, unsafe_format=unsafe_format)
     held = jl.report_bytes(model)
     result = {"out": str(dst), "weight_bytes": held.weight_bytes}
     result |= {"bits_per_weight": held.bits_per_weight, "seconds": time.perf_counter() - start}

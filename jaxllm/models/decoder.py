@@ -28,7 +28,15 @@ from jaxllm import cache as kv
 from jaxllm.cache import Cache
 from jaxllm.models.attention import cached_attention, split_heads
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, default_positions, last_token
+from jaxllm.models.layers import (
+    ACTIVATIONS,
+    Activation,
+    Embedding,
+    Linear,
+    RmsNorm,
+    default_positions,
+    last_token,
+)
 from jaxllm.models.rope import Rope, rotate
 from jaxllm.models.taps import Tap, probe, scoped
 from jaxllm.ops.attention import soft_cap
@@ -50,7 +58,7 @@ class Config:
     rope: Rope = Rope()
     local_rope: Rope | None = None  # for layers with a window, if other than `rope`
     windows: tuple[int | None, ...] = ()  # tokens a layer sees, itself included; () sees all everywhere
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # 1 where files store a norm's scale minus one (Gemma)
     qkv_bias: bool = False

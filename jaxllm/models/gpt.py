@@ -33,7 +33,15 @@ from jaxllm import cache as kv
 from jaxllm.cache import Cache
 from jaxllm.models.attention import cached_attention, split_heads
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, default_positions, last_token
+from jaxllm.models.layers import (
+    ACTIVATIONS,
+    Activation,
+    Embedding,
+    LayerNorm,
+    Linear,
+    default_positions,
+    last_token,
+)
 from jaxllm.models.taps import Tap, probe, scoped
 
 
@@ -50,11 +58,12 @@ class Config:
     tied: bool = True  # the head is the embedding
     embedding_width: int | None = None  # of a token, where other than `width` (OPT-350M)
     position_offset: int = 0  # rows of the table of positions before position 0 (OPT: 2)
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-5
     norm_first: bool = True  # False: norms after each sum
     final_norm: bool = True
     bias: bool = True  # on every linear of a block
+    norm_affine: bool = True  # norms scale and shift (not in some of OPT)
     attention_scale: float | None = None  # None is 1 / sqrt(head_dim)
     scale_by_layer: bool = False  # scores of layer i divided by i + 1 as well
     stop_tokens: tuple[int, ...] = ()  # any of them ends a generation
@@ -188,13 +197,18 @@ class Mlp(nnx.Module):
         return self.down(h, scoped(tap, "down"))
 
 
+def layer_norm(config: Config, D: int, *, rngs: nnx.Rngs | None, dtype) -> LayerNorm:
+    """A norm of these models."""
+    return LayerNorm(D, eps=config.norm_eps, affine=config.norm_affine, rngs=rngs, dtype=dtype)
+
+
 class Block(nnx.Module):
     """One layer."""
 
     def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs | None, dtype):
-        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
+        self.attention_norm = layer_norm(config, config.width, rngs=rngs, dtype=dtype)
         self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
-        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
+        self.mlp_norm = layer_norm(config, config.width, rngs=rngs, dtype=dtype)
         self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
         self.norm_first = config.norm_first
 
@@ -244,7 +258,7 @@ class Gpt(LanguageModel):
             return Linear(K, N, std=K**-0.5, rngs=rngs, dtype=dtype)
 
         def norm() -> LayerNorm:
-            return LayerNorm(width, eps=config.norm_eps, rngs=rngs, dtype=dtype)
+            return layer_norm(config, width, rngs=rngs, dtype=dtype)
 
         self.project_in = None if config.embedding_width is None else linear(narrow, width)
         self.layers = nnx.List([Block(config, i, rngs=rngs, dtype=dtype) for i in range(config.layers)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,59 @@ from jaxllm.models.taps import Tap, probe
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import gather_rows, matmul
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "quick_gelu", "gelu_10", "relu", "relu2", "relu6", "leaky_relu",
+    "hardswish", "laplace", "linear", "mish", "sigmoid", "sqrtsoftplus", "tanh",
+]  # fmt: skip
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The first approximation of GELU (arXiv:1606.08415, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu_10(x: jax.Array) -> jax.Array:
+    """GELU between -10 and 10 (arXiv:2004.09602, section 4)."""
+    return jnp.clip(jax.nn.gelu(x, approximate=False), -10.0, 10.0)
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    """ReLU squared (arXiv:2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+def laplace(x: jax.Array) -> jax.Array:
+    """The Laplace function of Mega (arXiv:2209.10655, equation 16)."""
+    return 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * 2.0**0.5)))
+
+
+def linear(x: jax.Array) -> jax.Array:
+    """What it is given."""
+    return x
+
+
+def sqrtsoftplus(x: jax.Array) -> jax.Array:
+    """The root of softplus."""
+    return jnp.sqrt(jax.nn.softplus(x))
+
+
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
+    "gelu_10": gelu_10,
     "relu": jax.nn.relu,
+    "relu2": relu2,
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    "hardswish": jax.nn.hard_swish,
+    "laplace": laplace,
+    "linear": linear,
+    "mish": jax.nn.mish,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": sqrtsoftplus,
+    "tanh": jnp.tanh,
 }
 
 
@@ -118,17 +166,22 @@ class RmsNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean) / std * scale + bias` in float32, returned in `x`'s type (arXiv:1607.06450)."""
+    """`(x - mean) / std * scale + bias` in float32, returned in `x`'s type (arXiv:1607.06450).
 
-    def __init__(self, D: int, *, eps: float, rngs: nnx.Rngs | None, dtype):
-        self.scale = nnx.Param(constant(rngs, D, 1.0, dtype))
-        self.bias = nnx.Param(constant(rngs, D, 0.0, dtype))
+    affine: False leaves `scale` and `bias` out.
+    """
+
+    def __init__(self, D: int, *, eps: float, affine: bool = True, rngs: nnx.Rngs | None, dtype):
+        self.scale = nnx.Param(constant(rngs, D, 1.0, dtype)) if affine else None
+        self.bias = nnx.Param(constant(rngs, D, 0.0, dtype)) if affine else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.scale is None or self.bias is None:
+            return y.astype(x.dtype)
         scale = self.scale.get_value().astype(jnp.float32)
         bias = self.bias.get_value().astype(jnp.float32)
         return (y * broadcast_last(scale, y) + broadcast_last(bias, y)).astype(x.dtype)

@@ -44,8 +44,23 @@ class Rope:
         """How many elements of a head are turned."""
         return int(head_dim * self.fraction)
 
+    def check(self, head_dim: int) -> None:
+        """Raises ValueError unless a head of this size can be turned so."""
+        rotary = self.rotary(head_dim)
+        if rotary < 2 or rotary % 2:
+            raise ValueError(
+                f"rope: an even part of a head must be turned, got {rotary} of {head_dim=}, {self.fraction=}"
+            )
+        if self.kind == "longrope":
+            for factors in (self.short_factors, self.long_factors):
+                if len(factors) != rotary // 2:
+                    raise ValueError(
+                        f"rope: longrope needs one factor a plane, got {len(factors)} for {rotary=}"
+                    )
+
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians a position for each plane, [R], or [2, R] (short, long) for longrope; float64."""
+        self.check(head_dim)
         rotary = self.rotary(head_dim)
         plane = np.arange(0, rotary, 2, dtype=np.float64)
         base = self.theta ** (-plane / rotary)
@@ -68,12 +83,7 @@ class Rope:
                 ramp = np.clip(ramp / max(high - low, 1e-3), 0.0, 1.0)
                 return base * (1 - ramp + ramp / self.factor)
             case "longrope":
-                factors = np.asarray([self.short_factors, self.long_factors], dtype=np.float64)
-                if factors.shape[1] != rotary // 2:
-                    raise ValueError(
-                        f"rope: longrope needs one factor a plane, got {factors.shape[1]} for {rotary=}"
-                    )
-                return base / factors
+                return base / np.asarray([self.short_factors, self.long_factors], dtype=np.float64)
         raise ValueError(f"rope: unknown kind, got {self.kind=}")
 
     def _plane(self, turns: float, rotary: int) -> float:

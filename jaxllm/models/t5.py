@@ -33,7 +33,15 @@ from jaxllm import cache as kv
 from jaxllm.cache import DenseCache
 from jaxllm.models.attention import cached_attention, split_heads
 from jaxllm.models.language_model import LanguageModel
-from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, default_positions, last_token
+from jaxllm.models.layers import (
+    ACTIVATIONS,
+    Activation,
+    Embedding,
+    Linear,
+    RmsNorm,
+    default_positions,
+    last_token,
+)
 from jaxllm.models.relative_bias import RelativeBias
 from jaxllm.models.stages import Stage, State
 from jaxllm.models.taps import Tap, probe, scoped
@@ -52,11 +60,11 @@ class Config:
     head_dim: int
     ffn: int
     vocab: int
-    context: int = 512  # longest target to generate, in tokens; the model itself knows no limit
+    context: int = 2**31 - 1  # longest target to generate, in tokens; distances know no limit, int32 does
     tied: bool = True  # the head is the embedding
     head_scale: float = 1.0  # on what the head reads; v1.0: 1 / sqrt(width)
     gated: bool = False
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "relu"
+    activation: Activation = "relu"
     buckets: int = 32  # of distances; the encoder has one half for each direction
     max_distance: int = 128  # from which on all distances are one
     norm_eps: float = 1e-6

@@ -15,8 +15,9 @@ import pytest
 from tiny_llama import TINY, tiny_weights, write_checkpoint
 
 from checkpoints_convert import huggingface, tensor_files
-from checkpoints_convert.build_model import same
+from checkpoints_convert.build_model import is_copy
 from checkpoints_convert.materialize import materialize, named_leaves
+from checkpoints_convert.tensor_files import same
 from jaxllm.models import decoder
 from jaxllm.models.decoder import Decoder
 from jaxllm.sharding import make_mesh
@@ -97,10 +98,44 @@ def test_names_without_their_prefix_old_buffers_and_a_copied_tied_head_are_accep
     np.testing.assert_array_equal(leaf(model, "embedding.table"), weights["embed_tokens.weight"])
 
 
-def test_a_head_that_should_be_tied_and_is_not_is_an_error(checkpoint):
-    rewrite(checkpoint, tiny_weights(), TINY | {"tie_word_embeddings": True})
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        huggingface.load(checkpoint)
+def test_a_head_of_its_own_is_kept_where_the_config_ties_it(checkpoint):
+    """As transformers 5 does."""
+    weights = tiny_weights()
+    rewrite(checkpoint, weights, TINY | {"tie_word_embeddings": True})
+    with pytest.warns(UserWarning, match="lm_head.weight differs from model.embed_tokens.weight: it is kept"):
+        model, _ = huggingface.load(checkpoint)
+    assert not model.config.tied
+    np.testing.assert_array_equal(leaf(model, "head.w"), weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize("table", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("head", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_copy_of_the_table_in_another_type_is_no_head_of_its_own(table, head, checkpoint):
+    weights = tiny_weights()
+    table = weights["model.embed_tokens.weight"].astype(table)
+    weights |= {"model.embed_tokens.weight": table, "lm_head.weight": table.astype(head)}
+    assert is_copy(weights["lm_head.weight"], table)
+    rewrite(checkpoint, weights, TINY | {"tie_word_embeddings": True})
+    model, _ = huggingface.load(checkpoint)  # a warning of ours is an error
+    assert model.config.tied and model.head is None
+    weights["lm_head.weight"] = table.astype(head) * head(2)
+    assert not is_copy(weights["lm_head.weight"], table)
+
+
+def test_the_single_file_comes_before_an_index_that_was_left_behind(checkpoint):
+    new = tiny_weights(1)
+    (checkpoint / "model.safetensors").rename(checkpoint / "old.safetensors")
+    index = {"weight_map": dict.fromkeys(new, "old.safetensors")}
+    (checkpoint / tensor_files.INDEX).write_text(json.dumps(index))
+    rewrite(checkpoint, new)
+    with pytest.warns(UserWarning, match="model.safetensors is read.*index.json beside it are other weights"):
+        model, _ = huggingface.load(checkpoint)
+    np.testing.assert_array_equal(leaf(model, "head.w"), new["lm_head.weight"])
+    rewrite(checkpoint, tiny_weights())  # now both are the same, and nothing is to be said
+    huggingface.load(checkpoint)
+    (checkpoint / "old.safetensors").unlink()  # nor where only the index was left
+    rewrite(checkpoint, new)
+    np.testing.assert_array_equal(leaf(huggingface.load(checkpoint)[0], "head.w"), new["lm_head.weight"])
 
 
 def test_missing_and_left_over_names_are_listed(checkpoint):
@@ -144,6 +179,7 @@ def broken(path, how):
         case "no JSON":
             (path / "config.json").write_text("{")
         case "lost shard":
+            file.unlink()
             (path / tensor_files.INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}')
         case "tokenizer":
             (path / "tokenizer.json").write_text("{")
@@ -162,10 +198,10 @@ def broken(path, how):
         ("empty", "model.safetensors must be whole and valid, got"),
         ("no JSON inside", "model.safetensors must be whole and valid, got"),
         ("no weights", "no model.safetensors"),
-        ("pickled", "a pickle can run code when opened.*convert it.*got pytorch_model.bin"),
+        ("pickled", "a pickle can run code when opened.*unsafe_format='pickle'.*got pytorch_model.bin"),
         ("no config", "no config.json"),
         ("no JSON", "config.json must be JSON"),
-        ("lost shard", "the index names a file that is not there, got ../x.safetensors"),
+        ("lost shard", "the index names a file that is not there, got '../x.safetensors'"),
         ("tokenizer", "the tokenizer files must load"),
         ({"model_type": "mamba"}, r"must be one of llama, mistral, .*, got 'mamba'"),
         ({"quantization_config": {"quant_method": "hqq"}}, "or of gptq .*, awq .*names 'hqq'"),

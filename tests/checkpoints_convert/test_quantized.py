@@ -149,7 +149,6 @@ def test_a_symmetric_file_of_the_second_version_that_says_the_first_is_read_as_i
 
 def test_inputs_in_the_order_of_their_groups_need_no_permutation(tmp_path):
     tensors, rows = checkpoint(tmp_path / "q", gptq, gptq_block(desc_act=True))
-    del tensors["model.layers.0.mlp.up_proj.g_idx"]  # the first files have none
     write(tmp_path / "q", LLAMA | gptq_block(desc_act=True), tensors)
     weights = named_weights(jl.load(tmp_path / "q")[0])
     assert all(type(weights[name]) is Affine for name in OURS.values())

@@ -28,12 +28,14 @@ CASES = {
     | {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "layer_norm_epsilon": 0.05},
     "opt": OPT,
     "opt-350m": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "opt-bare": OPT | {"layer_norm_elementwise_affine": False, "activation_function": "quick_gelu"},
 }
 # Each feature of a family and what its absence would be.
 FEATURES = {
     "gpt2": [{"activation": "gelu"}, {"attention_scale": 1.0}, {"norm_eps": 1e-5}],
     "opt": [{"position_offset": 0}, {"activation": "gelu"}],
     "opt-350m": [{"position_offset": 0}, {"norm_first": True}],
+    "opt-bare": [{"activation": "gelu"}],
 }
 
 

@@ -6,7 +6,6 @@ Letters: B requests (rounded up), T prompt tokens (rounded up), N new tokens (ro
 import dataclasses
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,6 +19,7 @@ from jaxllm.decoding.loop import Requests, active, decode_until, first_tokens
 from jaxllm.decoding.options import CacheOptions, GenerationOptions
 from jaxllm.decoding.prefill import read_in_pieces
 from jaxllm.decoding.sampling import request_keys
+from jaxllm.decoding.text import NewText
 from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import bucket
 
@@ -147,12 +147,12 @@ class GenerationRun:
         tokens = np.asarray(self.state.tokens)
         for i in range(len(self.prompts)):
             ids = tokens[i, : counts[i]].tolist()
-            if not self._has_stop_string(i, ids):
+            if self.text(i, ids).first_stop(self.stop) is None:
                 continue
             least, most = 1, len(ids)  # the fewest tokens whose text has one
             while least < most:
                 middle = (least + most) // 2
-                if self._has_stop_string(i, ids[:middle]):
+                if self.text(i, ids[:middle]).first_stop(self.stop) is not None:
                     most = middle
                 else:
                     least = middle + 1
@@ -169,11 +169,10 @@ class GenerationRun:
         for i, prompt in enumerate(self.prompts):
             count = int(counts[i])
             ids = tokens[i, :count].tolist()
-            text = self._text(i, ids)
-            cuts = [text.find(string) for string in self.stop if string in text]
+            text = self.text(i, ids)
             outs.append(
                 Completion(
-                    text=text[: min(cuts)] if cuts else text,
+                    text=text.shown(text.first_stop(self.stop)),
                     token_ids=ids,
                     logprobs=None if logprobs is None else logprobs[i, :count].tolist(),
                     finish_reason="stop" if stopped[i] else "length",
@@ -183,19 +182,9 @@ class GenerationRun:
             )
         return outs
 
-    def _has_stop_string(self, i: int, ids: list[int]) -> bool:
-        text = self._text(i, ids)
-        return any(string in text for string in self.stop)
-
-    def _text(self, i: int, ids: list[int]) -> str:
-        """The new tokens as text: what they add to the prompt's text, for a first space may depend on it."""
-        if self.tokenizer is None:
-            return ""
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        if hasattr(self.model, "encode"):
-            return decode(ids)
-        before, whole = decode(list(self.prompts[i])), decode(list(self.prompts[i]) + ids)
-        return whole[len(before) :] if whole.startswith(before) else decode(ids)
+    def text(self, i: int, ids: list[int]) -> NewText:
+        """What new tokens of request i say."""
+        return NewText(self.tokenizer, () if hasattr(self.model, "encode") else self.prompts[i], ids)
 
 
 def _encode_all(tokenizer, prompts: Sequence[Prompt], vocab: int) -> list[list[int]]:

@@ -41,6 +41,7 @@ def generate(
     timings: also give the seconds of the two parts; between them the host waits for the device.
     options: as in `GenerationOptions`: max_new_tokens, sampler, seed, stop, stop_tokens, cache, logprobs.
 
+    A request whose logits cease to be finite (a float16 overflows) ends there, "nonfinite", with a warning.
     Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
     """
     begin = time.perf_counter()
@@ -57,7 +58,10 @@ def generate(
 
 @spells_out_options
 def stream(model, tokenizer, prompt: Prompt, **options: Any) -> Iterator[Token]:
-    """The tokens of `generate` for one prompt, each as soon as it is made. Options as there."""
+    """The tokens of `generate` for one prompt, each as soon as it is made. Options as there.
+
+    Raises FloatingPointError behind the last good token where logits cease to be finite.
+    """
     return _tokens(GenerationRun(model, tokenizer, [prompt], GenerationOptions(**options)))
 
 
@@ -67,6 +71,8 @@ def _tokens(run: GenerationRun) -> Iterator[Token]:
         made = run.completions()[0]
         run.end_at_stop_strings()
         last = run.ended()
+        if made.error is not None:
+            raise FloatingPointError(made.error)
         text = made.text
         if not last:  # a stop string may have begun: what could be its beginning waits
             whole = run.text(0, made.token_ids)

@@ -5,6 +5,7 @@ Letters: B requests (rounded up), T prompt tokens (rounded up), N new tokens (ro
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from jaxllm.decoding.sampling import request_keys
 from jaxllm.decoding.text import NewText
 from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import bucket
+from jaxllm.models.nonfinite import first_nonfinite, nonfinite_message
 
 Prompt = str | Sequence[int]
 
@@ -41,8 +43,9 @@ class Completion:
     text: str
     token_ids: list[int]  # the end token included when there is one
     logprobs: list[float] | None  # natural logs, of the unfiltered distribution
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "nonfinite"]  # the last: its logits ceased to be numbers
     prompt_ids: list[int]
+    error: str | None = None  # of "nonfinite": which layer was first, and what helps
     timings: Timings | None = dataclasses.field(default=None, compare=False)  # where asked for
 
 
@@ -58,6 +61,7 @@ class GenerationRun:
         """Reads the prompts and samples the first tokens. Raises ValueError as `generate` says."""
         self.model, self.tokenizer, self.stop = model, tokenizer, tuple(options.stop)
         given = options.cache_options()
+        self.start = given.start
         # 1. Prompts become token ids; what is said of all requests is said of each.
         self.prompts = _encode_all(tokenizer, prompts, model.config.vocab)
         n = len(self.prompts)
@@ -162,8 +166,8 @@ class GenerationRun:
     def completions(self, timings: Timings | None = None) -> list[Completion]:
         """What has been made so far."""
         state = self.state
-        counts, stopped, tokens, logprobs = jax.device_get(
-            (state.counts, state.stopped, state.tokens, state.logprobs)
+        counts, stopped, nonfinite, tokens, logprobs = jax.device_get(
+            (state.counts, state.stopped, state.nonfinite, state.tokens, state.logprobs)
         )
         outs = []
         for i, prompt in enumerate(self.prompts):
@@ -175,12 +179,26 @@ class GenerationRun:
                     text=text.shown(text.first_stop(self.stop)),
                     token_ids=ids,
                     logprobs=None if logprobs is None else logprobs[i, :count].tolist(),
-                    finish_reason="stop" if stopped[i] else "length",
+                    finish_reason="nonfinite" if nonfinite[i] else "stop" if stopped[i] else "length",
                     prompt_ids=list(prompt),
+                    error=self._why_nonfinite(i, ids) if nonfinite[i] else None,
                     timings=timings,
                 )
             )
         return outs
+
+    def _why_nonfinite(self, i: int, ids: list[int]) -> str:
+        """What a second pass over request i says, warned of as well."""
+        prompt, start = self.prompts[i], self.start
+        source = None
+        if hasattr(self.model, "encode"):
+            source, prompt = prompt, [self.model.config.decoder_start]
+        if start is not None:
+            start = kv.select(start, jnp.asarray([i if start.lengths.shape[0] > 1 else 0]))
+        where = first_nonfinite(self.model, [*prompt, *ids], source=source, cache=start)
+        message = nonfinite_message("generate", self.model, where, f"request {i} after {len(ids)} tokens")
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return message
 
     def text(self, i: int, ids: list[int]) -> NewText:
         """What new tokens of request i say."""

@@ -4,8 +4,8 @@
     text.first_stop(("<|im_end|>",))                        # where the first stop string begins, or None
     text.shown(end)                                         # up to there, without special tokens
 
-A stop string is looked for in the text with its special tokens, as Hugging Face's `stop_strings` does, so that
-it may be one, or reach over one; a text that is shown has none.
+A stop string is looked for in the text with its special tokens, as Hugging Face's `stop_strings` does, so
+that it may be one, or reach over one; a text that is shown has none.
 """
 
 import dataclasses
@@ -52,11 +52,9 @@ class NewText:
         return whole[len(before) :] if whole.startswith(before) else self._decode(ids, special=special)
 
     def _decode(self, ids: Sequence[int], *, special: bool) -> str:
-        return (
-            ""
-            if self.tokenizer is None
-            else self.tokenizer.decode(list(ids), skip_special_tokens=not special)
-        )
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
 
 def stable_prefix(text: str, stop: Sequence[str]) -> int:

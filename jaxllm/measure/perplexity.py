@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from jaxllm.decoding.options import CacheOptions
 from jaxllm.models.inputs import check_token_ids, require_decoder_only
+from jaxllm.models.nonfinite import first_nonfinite, nonfinite_message
 
 # What one call may take: tokens (the host waits for it, the progress bar moves after it), and
 # numbers of logits.
@@ -69,16 +70,23 @@ def _predict(
 
 
 def _call(
-    model: Any, rows: list[np.ndarray], batch: int, length: int, bits: int | None = None
+    who: str, model: Any, rows: list[np.ndarray], batch: int, length: int, bits: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`_predict` for up to `batch` sequences of up to length + 1 tokens, padded to one shape."""
+    """`_predict` for up to `batch` sequences of up to length + 1 tokens, padded to one shape.
+
+    Raises FloatingPointError where a log-probability is not finite.
+    """
     tokens, targets = np.zeros((2, batch, length), np.int32)
     lengths = np.ones((batch,), np.int32)
     for i, row in enumerate(rows):
         n = len(row) - 1
         tokens[i, :n], targets[i, :n], lengths[i] = row[:-1], row[1:], n
-    logprobs, greedy = _predict(model, tokens, lengths, targets, bits)
-    return np.asarray(logprobs), np.asarray(greedy)
+    logprobs, greedy = map(np.asarray, _predict(model, tokens, lengths, targets, bits))
+    for row, values in zip(rows, logprobs, strict=False):
+        if not np.isfinite(values[: len(row) - 1]).all():
+            where = first_nonfinite(model, row[:-1])
+            raise FloatingPointError(nonfinite_message(who, model, where, f"a text of {len(row)} tokens"))
+    return logprobs, greedy
 
 
 def _rows_per_call(model: Any, length: int, batch: int | None) -> int:
@@ -102,6 +110,8 @@ def score(
     Sequences are grouped by length (padded to 16, 32, 64, ...), so that few shapes are compiled. A
     sequence has at least 2 and at most context + 1 tokens (the last one is only predicted).
     batch: sequences a call; None chooses by their length.
+
+    Raises FloatingPointError where logits are not finite, with the layer that was first.
     """
     require_decoder_only("score", model)
     context = model.config.context
@@ -122,7 +132,7 @@ def score(
             size = min(_rows_per_call(model, length, batch), 1 << (len(members) - 1).bit_length())
             for start in range(0, len(members), size):
                 some = members[start : start + size]
-                values, hits = _call(model, [rows[i] for i in some], size, length)
+                values, hits = _call("score", model, [rows[i] for i in some], size, length)
                 for j, i in enumerate(some):
                     n = len(rows[i]) - 1
                     logprobs[i], greedy[i] = values[j, :n].copy(), hits[j, :n].copy()
@@ -163,6 +173,8 @@ def perplexity(
       / num_bytes, so tokens that were not predicted count as average ones.
     cache: its bits, 2, 4 or 8: keys and values are read as a cache in codes of so many gives them back.
     progress: draws a bar on stderr.
+
+    Raises FloatingPointError where logits are not finite, with the layer that was first.
     """
     require_decoder_only("perplexity", model)
     if cache is not None and (cache.start is not None or cache.budget is not None):
@@ -195,7 +207,7 @@ def perplexity(
             rows = [np.concatenate([front, text[s : s + room]]) for s in some]
             # subtle: without bos the last window can be one token, which nothing predicts
             rows = [row for row in rows if len(row) > 1]
-            values, _ = _call(model, rows, size, length, bits)
+            values, _ = _call("perplexity", model, rows, size, length, bits)
             seen = 0
             for row, value, start in zip(rows, values, some, strict=False):
                 known = 0 if start == 0 else room - stride  # tokens of text that an earlier window predicted

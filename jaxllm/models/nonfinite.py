@@ -17,7 +17,7 @@ from jaxllm.cache import Cache
 
 
 def first_nonfinite(model, tokens: Any, *, source: Any = None, cache: Cache | None = None) -> str | None:
-    """What first gives infinity or NaN while a row of tokens is read, by a tap's name for it; None if nothing.
+    """What first gives infinity or NaN while a row of tokens is read, as taps name it; None: nothing does.
 
     tokens: ids. source: ids that an encoder reads. cache: of one request, which the tokens continue.
     """

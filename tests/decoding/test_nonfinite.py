@@ -24,9 +24,9 @@ FIRST = r"first layers\.1\.mlp\.up\.out, of a model in float16; other types reac
 
 
 def scaled(param, factor: float) -> None:
-    param.set_value(
-        jax.tree.map(lambda x: (x.astype(jnp.float32) * factor).astype(x.dtype), param.get_value())
-    )
+    """Multiplies a weight, whose numbers may leave their type's range in between."""
+    times = partial(jax.tree.map, lambda x: (x.astype(jnp.float32) * factor).astype(x.dtype))
+    param.set_value(times(param.get_value()))
 
 
 def overflowing(dtype) -> Decoder:

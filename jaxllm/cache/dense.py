@@ -13,6 +13,7 @@ query heads.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ class DenseCache:
     lengths: jax.Array  # [B] int32
     # [B] int32: the position in row 0 of layers without a window, what came before lies elsewhere; None: 0
     start: jax.Array | None
+    # [B] int32: how many tokens a request may come to have, by which a rotation with two lists of factors
+    # chooses one, for all rows alike; 0: as many as its first chunk
+    extents: jax.Array
     windows: tuple[int | None, ...] = static()  # a layer: how far back it sees
     capacity: int = static()  # how many tokens a request may have
     # True until the first chunk, which then attends to itself only: cheaper, and known before tracing.
@@ -84,6 +88,7 @@ def make(
         values=tuple(zeros(shape, dtype, rotated=False, **coding) for shape in shapes),
         lengths=jnp.zeros((batch,), jnp.int32),
         start=None,
+        extents=jnp.zeros((batch,), jnp.int32),
         windows=windows,
         capacity=capacity,
         is_first_chunk=True,
@@ -134,7 +139,9 @@ def append(
 
 def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
     """The cache that counts the chunk just written by all layers."""
-    return dataclasses.replace(cache, lengths=cache.lengths + lengths, is_first_chunk=False)
+    ends = cache.lengths + lengths
+    extents = jnp.where(cache.extents > 0, cache.extents, ends)
+    return dataclasses.replace(cache, lengths=ends, extents=extents, is_first_chunk=False)
 
 
 def first_position(cache: DenseCache, layer: int) -> jax.Array | int:
@@ -208,7 +215,8 @@ def select(cache: DenseCache, requests: Int[Array, " N"]) -> DenseCache:
 
     keys, values = jax.tree.map(of_requests, (cache.keys, cache.values))
     start = None if cache.start is None else cache.start[requests]
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths[requests], start=start)
+    of_each: dict[str, Any] = {"lengths": cache.lengths[requests], "extents": cache.extents[requests], "start": start}
+    return dataclasses.replace(cache, keys=keys, values=values, **of_each)
 
 
 def max_chunk(cache: DenseCache) -> int:

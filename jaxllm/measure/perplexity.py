@@ -62,7 +62,7 @@ def _predict(
     bits: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """log p(target) after each token, and whether the target is the arg max."""
-    more = {} if bits is None else {"cache": model.make_cache(*tokens.shape, bits=bits)}
+    more = {} if bits is None else {"cache": model.make_cache(*tokens.shape, bits=bits, extents=lengths)}
     logits, _ = model(tokens, lengths=lengths, **more)
     chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
     logprobs = chosen - jax.nn.logsumexp(logits, axis=2)

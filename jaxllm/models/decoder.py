@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache
-from jaxllm.models.attention import cached_attention, split_heads
+from jaxllm.models.attention import cached_attention, extents, split_heads
 from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import ACTIVATIONS, Embedding, Linear, RmsNorm, default_positions, last_token
 from jaxllm.models.rope import Rope, rotate
@@ -128,8 +128,7 @@ class Attention(nnx.Module):
         v = split_heads(self.v(x, scoped(tap, "v")), self.head_dim)  # [B, T, K, E]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        end = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0] + 1
-        cos, sin = self.rope.angles(self.head_dim, positions, end)
+        cos, sin = self.rope.angles(self.head_dim, positions, extents(cache, positions, lengths))
         q = probe(tap, "queries", rotate(q, cos, sin))
         k = probe(tap, "keys", rotate(k, cos, sin))
         v = probe(tap, "values", v)

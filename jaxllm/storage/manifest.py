@@ -84,6 +84,8 @@ def build(described: dict[str, Any] | None, name: str, make: Make, classes: Clas
         raise ValueError(f"load: {name} must be of a format of {', '.join(known)}, got format={kind!r}")
     fields, now = described.get("fields", {}), former_names.FIELDS.get(kind, {})
     parts = {now.get(key, key): build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
+    for later, same in former_names.LATER.get(kind, {}).items():
+        parts.setdefault(later, parts.get(same))
     static = {now.get(key, key): from_json(part) for key, part in described.get("static", {}).items()}
     names = {field.name for field in dataclasses.fields(known[kind])}
     if names != parts.keys() | static.keys():

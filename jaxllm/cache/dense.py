@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache.rows import Rows, dequantize, quantize, rotate_queries, type_name, zeros
-from jaxllm.ops.attention import DistanceBias, attention, heads_first
+from jaxllm.ops.attention import DistanceBias, Reach, attention, heads_first, needs_tiles, tiled_attention
 from jaxllm.pytree import pytree, static
 
 
@@ -172,29 +172,22 @@ def attend(
     mask: hides further rows (tree decoding). bias: added to the scores by distance (T5).
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    at, seen = visible(cache, layer, positions, lengths, mask)
-    added = None if bias is None else bias(at - positions[:, :, None])  # [B, H, T, S]
-    q, keys, values = rotate_queries(q, keys), dequantize(keys), dequantize(values)
-    return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
+    seen = reach(cache, layer, positions, lengths)
+    rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    q, k, v = rotate_queries(q, keys), dequantize(keys), dequantize(values)
+    if mask is None and needs_tiles(q, k.shape[1]):
+        return tiled_attention(q, k, v, seen, bias=bias, **rule)
+    added = None if bias is None else bias(seen.keys[:, None] - positions[:, :, None])  # [B, H, T, S]
+    return attention(q, k, v, seen.mask() if mask is None else seen.mask() & mask, bias=added, **rule)
 
 
-def visible(
-    cache: DenseCache,
-    layer: int,
-    positions: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    mask: Bool[Array, "B T S"] | None,
-) -> tuple[Int[Array, "B 1 S"], Bool[Array, "B T S"]]:
-    """The position of each row, and which rows each query may see."""
+def reach(cache: DenseCache, layer: int, positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Reach:
+    """Which rows of a layer queries see, those of their own chunk (`lengths` tokens) among them."""
     start = first_position(cache, layer)
     at = row_positions(cache.lengths + lengths - start, cache.keys[layer].shape[1])
-    seen = (at >= 0)[:, None, :]
-    at = (at if isinstance(start, int) else at + start[:, None])[:, None, :]  # [B, 1, S]
-    seen = seen & (at <= positions[:, :, None])
-    window = cache.windows[layer]
-    if window is not None:
-        seen = seen & (at > positions[:, :, None] - window)
-    return at, seen if mask is None else seen & mask
+    if not isinstance(start, int):
+        at = jnp.where(at >= 0, at + start[:, None], -1)
+    return Reach(positions, at, window=cache.windows[layer])
 
 
 def truncate(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
@@ -215,8 +208,8 @@ def select(cache: DenseCache, requests: Int[Array, " N"]) -> DenseCache:
 
     keys, values = jax.tree.map(of_requests, (cache.keys, cache.values))
     start = None if cache.start is None else cache.start[requests]
-    of_each: dict[str, Any] = {"lengths": cache.lengths[requests], "extents": cache.extents[requests], "start": start}
-    return dataclasses.replace(cache, keys=keys, values=values, **of_each)
+    of_each: dict[str, Any] = {"lengths": cache.lengths[requests], "extents": cache.extents[requests]}
+    return dataclasses.replace(cache, keys=keys, values=values, start=start, **of_each)
 
 
 def max_chunk(cache: DenseCache) -> int:

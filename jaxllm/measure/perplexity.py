@@ -8,8 +8,8 @@ dropped).
     perplexity(model, tokens, context=512)              # windows side by side, as in papers
     perplexity(model, tokens, context=512, stride=128)  # overlapping, as in Hugging Face's guide
 
-Any model with the forward signature `model(tokens, lengths=) -> (float32 logits [B, T, V], cache)`
-will do; with bits in `cache` it also needs `make_cache` and the argument `cache`.
+Any model with `model(tokens, lengths=, logits="none") -> (x [B, T, D], cache)` and `unembed(x)`, the
+float32 logits of any rows of x, will do; with bits in `cache` it also needs `make_cache`.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jaxllm.models.inputs import check_token_ids, require_decoder_only
 from jaxllm.models.nonfinite import first_nonfinite, nonfinite_message
 
 # What one call may take: tokens (the host waits for it, the progress bar moves after it), and
-# numbers of logits.
+# numbers of logits; a window that has more is cut into slices of rows.
 CALL_TOKENS = 2**14
 CALL_LOGITS = 2**26
 SHORTEST = 16  # sequences are padded at least to this; lengths double from here
@@ -63,10 +63,26 @@ def _predict(
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """log p(target) after each token, and whether the target is the arg max."""
     more = {} if bits is None else {"cache": model.make_cache(*tokens.shape, bits=bits, extents=lengths)}
-    logits, _ = model(tokens, lengths=lengths, **more)
-    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
-    logprobs = chosen - jax.nn.logsumexp(logits, axis=2)
-    return logprobs, jnp.argmax(logits, axis=2) == targets
+    x, _ = model(tokens, lengths=lengths, logits="none", **more)
+    rows = max(1, CALL_LOGITS // model.config.vocab)
+    if targets.size <= rows:
+        return _of_logits(model.unembed(x), targets)
+    # Slices of rows: logits of all of them would take context x vocabulary.
+    x, flat = (jnp.reshape(v, (targets.size, *v.shape[2:])) for v in (x, targets))
+    x, flat = (jnp.pad(v, ((0, -len(v) % rows), *[(0, 0)] * (v.ndim - 1))) for v in (x, flat))
+    slices = x.reshape(-1, rows, x.shape[1]), flat.reshape(-1, rows)
+    found = jax.lax.map(lambda some: _of_logits(model.unembed(some[0]), some[1]), slices)
+    logprobs, greedy = (v.reshape(-1)[: targets.size].reshape(targets.shape) for v in found)
+    return logprobs, greedy
+
+
+def _of_logits(
+    logits: Float32[Array, "*B V"], targets: Integer[Array, "*B"]
+) -> tuple[Float32[Array, "*B"], Bool[Array, "*B"]]:
+    """The targets' log-probabilities, and whether they are the arg max."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return logprobs, jnp.argmax(logits, axis=-1) == targets
 
 
 def _call(

@@ -252,7 +252,7 @@ class Decoder(LanguageModel):
         *,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all", "last", "none"] = "all",
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache | None]:
         """Float32 logits of a chunk, and the cache with the chunk in it (None if none was given).
@@ -261,7 +261,8 @@ class Decoder(LanguageModel):
           on the right with any valid id and `lengths` says how many tokens are real.
         cache: what came before; from `make_cache`. A chunk sees it and itself.
         positions: where the tokens stand, if not right behind the cache.
-        logits: "last" gives one row a request, that of its last real token, and saves the other products.
+        logits: "last" gives one row a request, that of its last real token, and saves the other products;
+          "none" gives what `unembed` reads [B, T, D], which is cut into slices where all logits are too many.
         tap: see `taps.py`.
         """
         positions, lengths = default_positions(tokens.shape, cache, positions, lengths)
@@ -279,4 +280,4 @@ class Decoder(LanguageModel):
             cache = kv.advance(cache, lengths)
         if logits == "last":
             x = last_token(x, lengths)
-        return self.unembed(x, tap), cache
+        return (x if logits == "none" else self.unembed(x, tap)), cache

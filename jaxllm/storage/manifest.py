@@ -85,7 +85,8 @@ def build(described: dict[str, Any] | None, name: str, make: Make, classes: Clas
     fields, now = described.get("fields", {}), former_names.FIELDS.get(kind, {})
     parts = {now.get(key, key): build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
     for later, same in former_names.LATER.get(kind, {}).items():
-        parts.setdefault(later, parts.get(same))
+        if later not in parts:  # an array of its own: each may be given away
+            parts[later] = build(fields[same], f"{name}/{same}", make, classes)
     static = {now.get(key, key): from_json(part) for key, part in described.get("static", {}).items()}
     names = {field.name for field in dataclasses.fields(known[kind])}
     if names != parts.keys() | static.keys():

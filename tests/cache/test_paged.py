@@ -73,7 +73,7 @@ def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
         assert bias is None  # of models whose cache cannot be evicted
         if cache.windows[layer] is not None:
             return kv.dense.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap)
-        _, seen = kv.dense.visible(cache, layer, positions, lengths, None)
+        seen = kv.dense.reach(cache, layer, positions, lengths).mask()
         outs = []
         for head in range(2):  # a key head at a time, as each hides others
             gone = jnp.asarray(hidden[layer // 2, :, head])[:, None]

@@ -13,6 +13,7 @@ query heads.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache.rows import Rows, dequantize, quantize, rotate_queries, type_name, zeros
-from jaxllm.ops.attention import DistanceBias, attention, heads_first
+from jaxllm.ops.attention import DistanceBias, Reach, attention, heads_first, needs_tiles, tiled_attention
 from jaxllm.pytree import pytree, static
 
 
@@ -33,6 +34,9 @@ class DenseCache:
     lengths: jax.Array  # [B] int32
     # [B] int32: the position in row 0 of layers without a window, what came before lies elsewhere; None: 0
     start: jax.Array | None
+    # [B] int32: how many tokens a request may come to have, by which a rotation with two lists of factors
+    # chooses one, for all rows alike; 0: as many as its first chunk
+    extents: jax.Array
     windows: tuple[int | None, ...] = static()  # a layer: how far back it sees
     capacity: int = static()  # how many tokens a request may have
     # True until the first chunk, which then attends to itself only: cheaper, and known before tracing.
@@ -84,6 +88,7 @@ def make(
         values=tuple(zeros(shape, dtype, rotated=False, **coding) for shape in shapes),
         lengths=jnp.zeros((batch,), jnp.int32),
         start=None,
+        extents=jnp.zeros((batch,), jnp.int32),
         windows=windows,
         capacity=capacity,
         is_first_chunk=True,
@@ -134,7 +139,9 @@ def append(
 
 def advance(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
     """The cache that counts the chunk just written by all layers."""
-    return dataclasses.replace(cache, lengths=cache.lengths + lengths, is_first_chunk=False)
+    ends = cache.lengths + lengths
+    extents = jnp.where(cache.extents > 0, cache.extents, ends)
+    return dataclasses.replace(cache, lengths=ends, extents=extents, is_first_chunk=False)
 
 
 def first_position(cache: DenseCache, layer: int) -> jax.Array | int:
@@ -165,29 +172,22 @@ def attend(
     mask: hides further rows (tree decoding). bias: added to the scores by distance (T5).
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    at, seen = visible(cache, layer, positions, lengths, mask)
-    added = None if bias is None else bias(at - positions[:, :, None])  # [B, H, T, S]
-    q, keys, values = rotate_queries(q, keys), dequantize(keys), dequantize(values)
-    return attention(q, keys, values, seen, scale=scale, softcap=softcap, bias=added)
+    seen = reach(cache, layer, positions, lengths)
+    rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    q, k, v = rotate_queries(q, keys), dequantize(keys), dequantize(values)
+    if mask is None and needs_tiles(q, k.shape[1]):
+        return tiled_attention(q, k, v, seen, bias=bias, **rule)
+    added = None if bias is None else bias(seen.keys[:, None] - positions[:, :, None])  # [B, H, T, S]
+    return attention(q, k, v, seen.mask() if mask is None else seen.mask() & mask, bias=added, **rule)
 
 
-def visible(
-    cache: DenseCache,
-    layer: int,
-    positions: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    mask: Bool[Array, "B T S"] | None,
-) -> tuple[Int[Array, "B 1 S"], Bool[Array, "B T S"]]:
-    """The position of each row, and which rows each query may see."""
+def reach(cache: DenseCache, layer: int, positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Reach:
+    """Which rows of a layer queries see, those of their own chunk (`lengths` tokens) among them."""
     start = first_position(cache, layer)
     at = row_positions(cache.lengths + lengths - start, cache.keys[layer].shape[1])
-    seen = (at >= 0)[:, None, :]
-    at = (at if isinstance(start, int) else at + start[:, None])[:, None, :]  # [B, 1, S]
-    seen = seen & (at <= positions[:, :, None])
-    window = cache.windows[layer]
-    if window is not None:
-        seen = seen & (at > positions[:, :, None] - window)
-    return at, seen if mask is None else seen & mask
+    if not isinstance(start, int):
+        at = jnp.where(at >= 0, at + start[:, None], -1)
+    return Reach(positions, at, window=cache.windows[layer])
 
 
 def truncate(cache: DenseCache, lengths: Int[Array, " B"]) -> DenseCache:
@@ -208,7 +208,8 @@ def select(cache: DenseCache, requests: Int[Array, " N"]) -> DenseCache:
 
     keys, values = jax.tree.map(of_requests, (cache.keys, cache.values))
     start = None if cache.start is None else cache.start[requests]
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths[requests], start=start)
+    of_each: dict[str, Any] = {"lengths": cache.lengths[requests], "extents": cache.extents[requests]}
+    return dataclasses.replace(cache, keys=keys, values=values, start=start, **of_each)
 
 
 def max_chunk(cache: DenseCache) -> int:

@@ -96,6 +96,7 @@ def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> Den
         values=tuple(rows(f"{at}values/{i}", meta["values"]) for i in layers),
         lengths=arrays[f"{at}lengths"],
         base=arrays.get(f"{at}base"),
+        extents=jnp.array(arrays[f"{at}lengths"]),
         windows=tuple(meta["windows"]),
         rows=meta["rows"],
         empty=meta["empty"],

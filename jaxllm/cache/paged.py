@@ -34,7 +34,16 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm.cache import dense
 from jaxllm.cache.dense import DenseCache
 from jaxllm.cache.rows import Rows, dequantize, rotate_queries
-from jaxllm.ops.attention import FLOAT32, MASK_VALUE, attention, soft_cap
+from jaxllm.ops.attention import (
+    FLOAT32,
+    MASK_VALUE,
+    PartialSoftmax,
+    attention,
+    merge,
+    needs_tiles,
+    partial_softmax,
+    tiled_softmax,
+)
 from jaxllm.pytree import pytree, static
 
 MIN_PAGES, MAX_PAGES = 8, 64  # of a tile
@@ -137,15 +146,21 @@ def attend(
     keys, values = tail.keys[layer], tail.values[layer]
     J = keys.shape[0]
     K, G = J // B, H * B // J
-    q = rotate_queries(q, keys)
-    q = q.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
+    asked = rotate_queries(q, keys)
+    q = asked.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
     rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
     of_context = _attend_context(q, cache.context, _context_layer(tail, layer), **rule)
-    _, seen = dense.visible(tail, layer, positions, lengths, mask)  # [B, T, S]
-    seen = jnp.broadcast_to(seen[:, None, None], (B, K, G, T, seen.shape[-1])).reshape(J, G * T, -1)
     of_context = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), of_context)
-    of_tail = _partial_softmax(q.reshape(J, G * T, E), dequantize(keys), dequantize(values), seen, **rule)
-    _, total, out = _merge(of_context, of_tail)
+    seen = dense.reach(tail, layer, positions, lengths)
+    if mask is None and needs_tiles(asked, keys.shape[1]):
+        of_tail = tiled_softmax(asked, dequantize(keys), dequantize(values), seen, **rule)  # [J, T, G]
+        of_tail = jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(J, G * T, *x.shape[3:]), of_tail)
+    else:
+        of_row = seen.mask() if mask is None else seen.mask() & mask  # [B, T, S]
+        of_row = jnp.broadcast_to(of_row[:, None, None], (B, K, G, T, of_row.shape[-1])).reshape(J, G * T, -1)
+        q = q.reshape(J, G * T, E)
+        of_tail = partial_softmax(q, dequantize(keys), dequantize(values), of_row, **rule)
+    _, total, out = merge(of_context, of_tail)
     out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(values.dtype)
     return out.reshape(B, K, G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
@@ -169,7 +184,8 @@ def attend_reference(
     K = tail.keys[layer].shape[0] // B
     q = rotate_queries(q, tail.keys[layer]).reshape(B, T, K, H // K, E)
     own = _own_rows(context, _context_layer(tail, layer), K)[:, :, None]  # [B, K, 1, P C]
-    seen = dense.visible(tail, layer, positions, lengths, mask)[1][:, None]  # [B, 1, T, S]
+    seen = dense.reach(tail, layer, positions, lengths).mask()
+    seen = (seen if mask is None else seen & mask)[:, None]  # [B, 1, T, S]
     sees = [jnp.broadcast_to(mask, (B, K, T, mask.shape[-1])) for mask in (own, seen)]
 
     def rows(pool: Rows, tail: Rows) -> Float[Array, "B K n E"]:
@@ -197,39 +213,6 @@ def _own_rows(context: Context, layer: int, K: int) -> Bool[Array, "B K n"]:
 def _context_layer(tail: DenseCache, layer: int) -> int:
     """Which of the context's layers, those without a window, a layer is."""
     return sum(window is None for window in tail.windows[:layer])
-
-
-class PartialSoftmax(NamedTuple):
-    """A softmax over some of the rows that queries see, not yet divided by its sum (online softmax)."""
-
-    greatest: Float[Array, "*J n"]  # score
-    total: Float[Array, "*J n"]  # sum of weights e^(score - greatest)
-    out: Float[Array, "*J n E"]  # sum of weighted values
-
-
-def _partial_softmax(
-    q: Float[Array, "J n E"],
-    k: Float[Array, "J S E"],
-    v: Float[Array, "J S E"],
-    seen: Bool[Array, "J _ S"],
-    *,
-    scale: float,
-    softcap: float | None,
-) -> PartialSoftmax:
-    scores = soft_cap(jnp.einsum("jne,jse->jns", q, k, **FLOAT32) * scale, softcap)
-    scores = jnp.where(seen, scores, MASK_VALUE)
-    greatest = scores.max(-1)
-    weights = jnp.where(seen, jnp.exp(scores - greatest[..., None]), 0.0)
-    out = jnp.einsum("jns,jse->jne", weights.astype(v.dtype), v, **FLOAT32)
-    return PartialSoftmax(greatest, weights.sum(-1), out)
-
-
-def _merge(one: PartialSoftmax, other: PartialSoftmax) -> PartialSoftmax:
-    """The softmax over the rows of both."""
-    greatest = jnp.maximum(one.greatest, other.greatest)
-    a, b = jnp.exp(one.greatest - greatest), jnp.exp(other.greatest - greatest)
-    out = a[..., None] * one.out + b[..., None] * other.out
-    return PartialSoftmax(greatest, a * one.total + b * other.total, out)
 
 
 def _merge_pages(heads: PartialSoftmax, pages: PartialSoftmax, head: Int[Array, " W"]) -> PartialSoftmax:
@@ -271,7 +254,7 @@ def _attend_context(
 
         asked = of_tile(queries)[jnp.minimum(tile.local, W - 1)]
         seen = tile.seen[:, None]
-        pages = _partial_softmax(asked, tile.keys, tile.values, seen, scale=scale, softcap=softcap)
+        pages = partial_softmax(asked, tile.keys, tile.values, seen, scale=scale, softcap=softcap)
         heads = jax.tree.map(
             lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, tile.head, 0),
             heads,

@@ -6,7 +6,7 @@ rows that a head has, P pages, C rows a page, W pages at a time.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +208,8 @@ def _new_tail(old: DenseCache, capacity: int) -> DenseCache:
 
     keys, values = (tuple(map(new_rows, some, old.windows)) for some in (old.keys, old.values))
     lengths, start = jnp.array(old.lengths), jnp.array(old.lengths)  # copies: a tail may be given away
-    tail = dataclasses.replace(old, keys=keys, values=values, lengths=lengths, start=start)
+    of_each: dict[str, Any] = {"lengths": lengths, "start": start, "extents": jnp.array(old.extents)}
+    tail = dataclasses.replace(old, keys=keys, values=values, **of_each)
     return dataclasses.replace(tail, capacity=capacity, is_first_chunk=False)
 
 

@@ -67,7 +67,7 @@ def status(args: list[str] | None = None) -> int:
     except OSError as error:  # without "[Errno 2]"
         where = "" if error.filename is None else f": {error.filename}"
         return refuse(f"{error.strerror}{where}" if error.strerror else str(error))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, FloatingPointError) as error:
         return refuse(str(error))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +84,26 @@ def generate(
         return
     options["logprobs"] = logprobs
     start = time.perf_counter()
-    if chat:
-        said = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        outs = [jl.chat(model, tokenizer, messages, **options) for messages in said]
-    else:
-        outs = jl.generate(model, tokenizer, asked, **options)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # said at the end, as an error
+        if chat:
+            said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            outs = [jl.chat(model, tokenizer, messages, **options) for messages in said]
+        else:
+            outs = jl.generate(model, tokenizer, asked, **options)
     seconds = time.perf_counter() - start
     made = sum(len(out.token_ids) for out in outs)
     if as_json:
         pairs = zip(prompts, outs, strict=True)
         completions = [completion_json(prompt, out) for prompt, out in pairs]
         print_json({"prompts": completions, "tokens_per_s": made / seconds})
+        raise_for_errors(outs)
         return
     for prompt, out in zip(prompts, outs, strict=True):
         click.echo(out.text if chat else prompt + out.text)
         if out.logprobs is not None:
             click.echo(" ".join(f"{value:.4f}" for value in out.logprobs))
     note(f"{made} tokens in {seconds:.1f} s, compilation included")
+    raise_for_errors(outs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +177,13 @@ class KvOptions:
         before, after = jl.cache.num_bytes(cache), jl.cache.num_bytes(small)
         note(f"{len(ids)} tokens of context: {before:,} bytes of keys and values, {after:,} after eviction")
         return small
+
+
+def raise_for_errors(outs: list[jl.Completion]) -> None:
+    """Raises FloatingPointError where logits ceased to be finite; what was made is printed by then."""
+    for out in outs:
+        if out.error is not None:
+            raise FloatingPointError(out.error)
 
 
 def completion_json(prompt: str, out: Any) -> dict[str, Any]:

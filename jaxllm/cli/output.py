@@ -1,6 +1,7 @@
 """What commands read and write: results on stdout, notes on stderr."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,5 +35,14 @@ def note(text: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object of a command."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """The one JSON object of a command; null for a number that JSON has not, as a perplexity out of range."""
+    click.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

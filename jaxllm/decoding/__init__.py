@@ -5,5 +5,6 @@ options    what a run may be asked for
 run        one batch of requests on the host: checks, shapes, texts
 loop       one batch of requests on the device: the compiled loop
 prefill    a text read once into a cache
+text       what new tokens say: stop strings, and what is shown
 sampling   from logits to a token
 """

@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxllm.decoding.options import GenerationOptions, spells_out_options
 from jaxllm.decoding.run import Completion, GenerationRun, Prompt, Timings
+from jaxllm.decoding.text import stable_prefix
 
 TOKENS_PER_STOP_CHECK = 16  # made between two looks for a stop string
 
@@ -40,6 +41,7 @@ def generate(
     timings: also give the seconds of the two parts; between them the host waits for the device.
     options: as in `GenerationOptions`: max_new_tokens, sampler, seed, stop, stop_tokens, cache, logprobs.
 
+    A request whose logits cease to be finite (a float16 overflows) ends there, "nonfinite", with a warning.
     Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
     """
     begin = time.perf_counter()
@@ -56,7 +58,10 @@ def generate(
 
 @spells_out_options
 def stream(model, tokenizer, prompt: Prompt, **options: Any) -> Iterator[Token]:
-    """The tokens of `generate` for one prompt, each as soon as it is made. Options as there."""
+    """The tokens of `generate` for one prompt, each as soon as it is made. Options as there.
+
+    Raises FloatingPointError behind the last good token where logits cease to be finite.
+    """
     return _tokens(GenerationRun(model, tokenizer, [prompt], GenerationOptions(**options)))
 
 
@@ -66,25 +71,18 @@ def _tokens(run: GenerationRun) -> Iterator[Token]:
         made = run.completions()[0]
         run.end_at_stop_strings()
         last = run.ended()
-        # A stop string may have begun: what could be its beginning waits.
-        stable = len(made.text) if last else stable_prefix(made.text, run.stop)
-        text, emitted = made.text[emitted:stable], max(emitted, stable)
+        if made.error is not None:
+            raise FloatingPointError(made.error)
+        text = made.text
+        if not last:  # a stop string may have begun: what could be its beginning waits
+            whole = run.text(0, made.token_ids)
+            text = whole.shown(stable_prefix(whole.all(), run.stop))
+        text, emitted = text[emitted:], max(emitted, len(text))
         logprob = made.logprobs[-1] if made.logprobs else None
         yield Token(text=text, token_id=made.token_ids[-1], logprob=logprob)
         if last:
             return
         run.advance(1)
-
-
-def stable_prefix(text: str, stop: Sequence[str]) -> int:
-    """How many characters of `text` no later token can take back."""
-    end = len(text.rstrip("\ufffd"))  # an incomplete character decodes to this
-    for string in stop:
-        for size in range(min(len(string) - 1, end), 0, -1):
-            if text[:end].endswith(string[:size]):
-                end -= size
-                break
-    return end
 
 
 @spells_out_options

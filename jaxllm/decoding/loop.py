@@ -47,6 +47,7 @@ class GenerationState:
     step: jax.Array  # [] how many tokens each request has been given
     counts: jax.Array  # [B] how many of them are its own: it stops counting when it ends
     stopped: jax.Array  # [B] ended by a stop token or a stop string
+    nonfinite: jax.Array  # [B] ended by logits that are no numbers, of which no token was drawn
     seen: jax.Array | None  # [B, V] tokens a request already holds, for the repetition penalty
     scores: jax.Array | None  # [L, B, K, buffer] what gates say of the tail's rows, where there is a budget
 
@@ -86,6 +87,7 @@ def first_tokens(
         step=jnp.zeros((), jnp.int32),
         counts=jnp.zeros((B,), jnp.int32),
         stopped=jnp.zeros((B,), bool),
+        nonfinite=jnp.zeros((B,), bool),
         seen=seen,
         scores=scores,
     )
@@ -122,15 +124,17 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
 
 def active(requests: Requests, state: GenerationState) -> Bool[Array, " B"]:
     """Which requests go on."""
-    return ~state.stopped & (state.counts < requests.limits)
+    return ~state.stopped & ~state.nonfinite & (state.counts < requests.limits)
 
 
 def sample_step(requests: Requests, state: GenerationState, logits: Float[Array, "B V"]) -> GenerationState:
     """The state with one more token for every request that has not ended."""
-    on = active(requests, state)
-    # 1. Sample a token each.
+    # 1. A request whose logits are not finite ends without another token: a sum of V numbers shows it.
+    finite, on = jnp.isfinite(logits.sum(axis=-1)), active(requests, state)
+    nonfinite, on = state.nonfinite | (on & ~finite), on & finite
+    # 2. Sample a token each.
     token = sample(logits, requests.sampling, requests.keys, state.counts, state.seen)
-    # 2. Write it to the buffers.
+    # 3. Write it to the buffers.
     rows = jnp.arange(token.shape[0])
     at = jnp.where(on, state.counts, state.tokens.shape[1])  # outside: dropped
     logprobs, seen = state.logprobs, state.seen
@@ -139,7 +143,7 @@ def sample_step(requests: Requests, state: GenerationState, logits: Float[Array,
         logprobs = logprobs.at[rows, at].set(chosen[:, 0], mode="drop")
     if seen is not None:
         seen = seen.at[rows, token].set(True)
-    # 3. End the requests that were given a stop token.
+    # 4. End the requests that were given a stop token.
     ends = (token[:, None] == requests.stop_tokens[None, :]).any(axis=1)
     return dataclasses.replace(
         state,
@@ -149,5 +153,6 @@ def sample_step(requests: Requests, state: GenerationState, logits: Float[Array,
         step=state.step + 1,
         counts=state.counts + on.astype(jnp.int32),
         stopped=state.stopped | (on & ends),
+        nonfinite=nonfinite,
         seen=seen,
     )

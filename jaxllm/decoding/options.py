@@ -45,7 +45,7 @@ class GenerationOptions:
     max_new_tokens: for all requests or one number each. A request also ends where the model's context does.
     sampler: how the next token is chosen.
     seed: for all (request i draws from key(seed) folded with i), or one a request, independent of i.
-    stop: texts that end a request; neither they nor what follows are in `text`.
+    stop: texts that end a request, special tokens' among them; neither they nor what follows are in `text`.
     stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
     cache: a cache that every prompt continues, or what an own one is.
     logprobs: also give each token's log-probability.

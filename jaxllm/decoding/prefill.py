@@ -22,17 +22,28 @@ from jaxllm.eviction.gates import Gate
 from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import pad_batch, round_up
 
+CHUNK = 2048  # tokens that are read at once, so that memory does not grow with the square of a text
+
 
 def prefill(
-    model, tokens: Sequence[Sequence[int]], *, slack: int = 0, bits: int | None = None, chunk: int = 2048
+    model,
+    tokens: Sequence[Sequence[int]],
+    *,
+    slack: int = 0,
+    bits: int | None = None,
+    chunk: int = CHUNK,
+    extent: int | None = None,
 ) -> DenseCache:
     """The cache of some texts, rows of token ids; `kv.with_capacity` makes room for more.
 
     slack: the longest chunk that layers with a window must take later (KVzip's repetition). bits: of rows in
-    codes, 2, 4 or 8. chunk: tokens that are read at once.
+    codes, 2, 4 or 8. chunk: tokens that are read at once. extent: how many tokens a text may come to have
+    with all that follows it, None for the model's context: a rotation with two lists of factors (Phi-3's)
+    turns all of them by the list of that length.
     """
     rows, lengths = _filled_up("prefill", model, tokens)
-    cache = model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits)
+    made = {"slack": slack, "bits": bits, "extents": _extent("prefill", model, lengths, extent)}
+    cache = model.make_cache(len(rows), rows.shape[1], **made)
     return read_in_pieces(model, rows, lengths, cache, chunk)[1]
 
 
@@ -44,7 +55,8 @@ def prefill_with_scores(
     prefix: int = 0,
     slack: int = 0,
     bits: int | None = None,
-    chunk: int = 2048,
+    chunk: int = CHUNK,
+    extent: int | None = None,
 ) -> tuple[DenseCache, Float[Array, "L B K T"]]:
     """As `prefill`, and the gates' scores of what stands behind `prefix`, from the same pass."""
     rows, lengths = _filled_up("prefill_with_scores", model, tokens)
@@ -52,7 +64,8 @@ def prefill_with_scores(
         raise ValueError(
             f"prefill_with_scores: rows must have more than {prefix=} tokens, got {lengths.tolist()}"
         )
-    cache = model.make_cache(len(rows), rows.shape[1], slack=slack, bits=bits)
+    made = {"slack": slack, "bits": bits, "extents": _extent("prefill_with_scores", model, lengths, extent)}
+    cache = model.make_cache(len(rows), rows.shape[1], **made)
     _, cache, pieces = read_in_pieces(model, rows, lengths, cache, chunk, gates=gates)
     real = np.arange(rows.shape[1]) < lengths[:, None]
     scores = jnp.where(real[None, :, None], jnp.concatenate(pieces, axis=-1), 0.0)
@@ -60,15 +73,23 @@ def prefill_with_scores(
 
 
 def prefill_within_budget(
-    model, tokens: Sequence[Sequence[int]], budget: CacheBudget, *, bits: int | None = None
+    model,
+    tokens: Sequence[Sequence[int]],
+    budget: CacheBudget,
+    *,
+    bits: int | None = None,
+    extent: int | None = None,
 ) -> PagedCache:
     """The cache of some texts within a budget, `budget.buffer` tokens being read at a time.
 
     What lies in memory does not grow with the texts; while the budget is restored it is two pools and a tail.
+    extent: as in `prefill`.
     """
     rows, lengths = _filled_up("prefill_within_budget", model, tokens)
     budget.gates.layers(model)  # or it raises
-    cache = budget.enforce(model.make_cache(len(rows), 1, slack=budget.buffer, bits=bits), None)
+    extents = _extent("prefill_within_budget", model, lengths, extent)
+    cache = model.make_cache(len(rows), 1, slack=budget.buffer, bits=bits, extents=extents)
+    cache = budget.enforce(cache, None)
     end = int(lengths.max())  # what only fills up is not worth a budget's while
     return read_in_pieces(model, rows, lengths, cache, budget.buffer, end=end, budget=budget)[1]
 
@@ -76,6 +97,14 @@ def prefill_within_budget(
 def _filled_up(who: str, model, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     rows, lengths = pad_batch(who, model, tokens)
     return np.pad(rows, ((0, 0), (0, round_up(rows.shape[1]) - rows.shape[1]))), lengths
+
+
+def _extent(who: str, model, lengths: np.ndarray, extent: int | None) -> int:
+    """How many tokens a text may come to have."""
+    context, longest = model.config.context, int(lengths.max())
+    if extent is not None and not longest <= extent <= context:
+        raise ValueError(f"{who}: extent must lie in {longest} (the longest row) to {context}, got {extent}")
+    return context if extent is None else extent
 
 
 def read_in_pieces(

@@ -5,8 +5,8 @@ Letters: B requests (rounded up), T prompt tokens (rounded up), N new tokens (ro
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -15,13 +15,16 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxllm import cache as kv
-from jaxllm.cache import Cache, DenseCache, repack
+from jaxllm.cache import Cache, repack
 from jaxllm.decoding.loop import Requests, active, decode_until, first_tokens
 from jaxllm.decoding.options import CacheOptions, GenerationOptions
-from jaxllm.decoding.prefill import read_in_pieces
+from jaxllm.decoding.prefill import CHUNK, read_in_pieces
 from jaxllm.decoding.sampling import request_keys
+from jaxllm.decoding.text import NewText
 from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import bucket
+from jaxllm.models.nonfinite import first_nonfinite, nonfinite_message
+from jaxllm.models.rope import ropes
 
 Prompt = str | Sequence[int]
 
@@ -41,8 +44,9 @@ class Completion:
     text: str
     token_ids: list[int]  # the end token included when there is one
     logprobs: list[float] | None  # natural logs, of the unfiltered distribution
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "nonfinite"]  # the last: its logits ceased to be numbers
     prompt_ids: list[int]
+    error: str | None = None  # of "nonfinite": which layer was first, and what helps
     timings: Timings | None = dataclasses.field(default=None, compare=False)  # where asked for
 
 
@@ -58,6 +62,7 @@ class GenerationRun:
         """Reads the prompts and samples the first tokens. Raises ValueError as `generate` says."""
         self.model, self.tokenizer, self.stop = model, tokenizer, tuple(options.stop)
         given = options.cache_options()
+        self.start, self.bits = given.start, given.bits
         # 1. Prompts become token ids; what is said of all requests is said of each.
         self.prompts = _encode_all(tokenizer, prompts, model.config.vocab)
         n = len(self.prompts)
@@ -76,10 +81,14 @@ class GenerationRun:
             for i, (ids, most) in enumerate(zip(fed, wanted, strict=True))
         ]
         self.longest = max(limits)
+        self.fed = [*fed, *[[0]] * (B - n)]
+        ends = [b + len(ids) + most - 1 for b, ids, most in zip(before, fed, limits, strict=True)]
+        self.switch = _switch(model, given, ends)
         # 4. The prompts are read into a cache of their own with room for all that comes.
         tokens, lengths = _pad(fed, B)
-        cache = _own_cache(model, given, before, B, tokens.shape[1] + bucket(self.longest))
-        chunk = tokens.shape[1] if self.budget is None else self.budget.buffer
+        extents = lengths if given.budget is None else lengths + self.longest
+        cache = _own_cache(model, given, before, tokens.shape[1], bucket(self.longest), extents)
+        chunk = CHUNK if self.budget is None else self.budget.buffer
         logits, cache, _ = read_in_pieces(
             model, tokens, lengths, cache, chunk, memory=memory, budget=self.budget
         )
@@ -108,25 +117,48 @@ class GenerationRun:
             buffer=buffer,
         )
 
-    def _enforce_budget(self, tail: DenseCache, scores) -> DenseCache:
-        """An empty tail behind a context that holds the budget."""
+    def _until_enforced(self) -> int:
+        """How many tokens can be made before the budget is kept again; keeps it where that is due."""
         assert self.budget is not None
-        self.until_enforced = self.budget.buffer
-        cache = self.budget.enforce(kv.with_context(self.requests.context, tail), scores)
-        context, tail = kv.split_context(cache)
-        self.requests = dataclasses.replace(self.requests, context=context)
-        return tail
+        if self.until_enforced == 0:
+            self.until_enforced = self.budget.buffer
+            whole = kv.with_context(self.requests.context, self.state.cache)
+            context, tail = kv.split_context(self.budget.enforce(whole, self.state.scores))
+            self.requests = dataclasses.replace(self.requests, context=context)
+            self.state = dataclasses.replace(self.state, cache=tail)
+        return self.until_enforced
+
+    def _until_switch(self) -> int:
+        """Tokens that can be made before a text passes where its rotation changes; reads it again there."""
+        assert self.switch is not None
+        state = self.state
+        on, counts, extents = jax.device_get(
+            (active(self.requests, state), state.counts, state.cache.extents)
+        )
+        ends = np.asarray([len(ids) for ids in self.fed]) + counts  # with the token that is fed next
+        short = on & (extents <= self.switch)
+        if short.any() and ends[short].max() > self.switch:
+            made = np.asarray(state.tokens)
+            texts = [ids + made[i, : max(counts[i] - 1, 0)].tolist() for i, ids in enumerate(self.fed)]
+            tokens, lengths = _pad(texts, len(texts))
+            T, more = tokens.shape[1], bucket(self.longest)
+            for old in jax.tree.leaves(state.cache):  # never two caches at once
+                old.delete()
+            made_as = {"slack": _slack(T), "bits": self.bits, "extents": ends}
+            cache = self.model.make_cache(len(texts), T + more, **made_as)
+            _, cache, _ = read_in_pieces(self.model, tokens, lengths, cache, CHUNK)
+            self.state = dataclasses.replace(state, cache=cache)
+            short = short & (ends <= self.switch)
+        return self.switch + 1 - int(ends[short].max()) if short.any() else self.longest
 
     def advance(self, steps: int) -> None:
         """Makes up to `steps` more tokens for every request that has not ended."""
-        if self.budget is None:
-            self.state = decode_until(self.model, self.requests, self.state, self.state.step + steps)
-            return
-        while steps > 0 and not self.ended():
-            if self.until_enforced == 0:
-                tail = self._enforce_budget(self.state.cache, self.state.scores)
-                self.state = dataclasses.replace(self.state, cache=tail)
-            some = min(steps, self.until_enforced)
+        while steps > 0 and (self.budget is None or not self.ended()):
+            some = steps
+            if self.budget is not None:
+                some = min(steps, self._until_enforced())
+            elif self.switch is not None:
+                some = min(steps, self._until_switch())
             self.state = decode_until(self.model, self.requests, self.state, self.state.step + some)
             steps, self.until_enforced = steps - some, self.until_enforced - some
 
@@ -147,12 +179,12 @@ class GenerationRun:
         tokens = np.asarray(self.state.tokens)
         for i in range(len(self.prompts)):
             ids = tokens[i, : counts[i]].tolist()
-            if not self._has_stop_string(i, ids):
+            if self.text(i, ids).first_stop(self.stop) is None:
                 continue
             least, most = 1, len(ids)  # the fewest tokens whose text has one
             while least < most:
                 middle = (least + most) // 2
-                if self._has_stop_string(i, ids[:middle]):
+                if self.text(i, ids[:middle]).first_stop(self.stop) is not None:
                     most = middle
                 else:
                     least = middle + 1
@@ -162,40 +194,43 @@ class GenerationRun:
     def completions(self, timings: Timings | None = None) -> list[Completion]:
         """What has been made so far."""
         state = self.state
-        counts, stopped, tokens, logprobs = jax.device_get(
-            (state.counts, state.stopped, state.tokens, state.logprobs)
+        counts, stopped, nonfinite, tokens, logprobs = jax.device_get(
+            (state.counts, state.stopped, state.nonfinite, state.tokens, state.logprobs)
         )
         outs = []
         for i, prompt in enumerate(self.prompts):
             count = int(counts[i])
             ids = tokens[i, :count].tolist()
-            text = self._text(i, ids)
-            cuts = [text.find(string) for string in self.stop if string in text]
+            text = self.text(i, ids)
             outs.append(
                 Completion(
-                    text=text[: min(cuts)] if cuts else text,
+                    text=text.shown(text.first_stop(self.stop)),
                     token_ids=ids,
                     logprobs=None if logprobs is None else logprobs[i, :count].tolist(),
-                    finish_reason="stop" if stopped[i] else "length",
+                    finish_reason="nonfinite" if nonfinite[i] else "stop" if stopped[i] else "length",
                     prompt_ids=list(prompt),
+                    error=self._why_nonfinite(i, ids) if nonfinite[i] else None,
                     timings=timings,
                 )
             )
         return outs
 
-    def _has_stop_string(self, i: int, ids: list[int]) -> bool:
-        text = self._text(i, ids)
-        return any(string in text for string in self.stop)
-
-    def _text(self, i: int, ids: list[int]) -> str:
-        """The new tokens as text: what they add to the prompt's text, for a first space may depend on it."""
-        if self.tokenizer is None:
-            return ""
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+    def _why_nonfinite(self, i: int, ids: list[int]) -> str:
+        """What a second pass over request i says, warned of as well."""
+        prompt, start = self.prompts[i], self.start
+        source = None
         if hasattr(self.model, "encode"):
-            return decode(ids)
-        before, whole = decode(list(self.prompts[i])), decode(list(self.prompts[i]) + ids)
-        return whole[len(before) :] if whole.startswith(before) else decode(ids)
+            source, prompt = prompt, [self.model.config.decoder_start]
+        if start is not None:
+            start = kv.select(start, jnp.asarray([i if start.lengths.shape[0] > 1 else 0]))
+        where = first_nonfinite(self.model, [*prompt, *ids], source=source, cache=start)
+        message = nonfinite_message("generate", self.model, where, f"request {i} after {len(ids)} tokens")
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return message
+
+    def text(self, i: int, ids: list[int]) -> NewText:
+        """What new tokens of request i say."""
+        return NewText(self.tokenizer, () if hasattr(self.model, "encode") else self.prompts[i], ids)
 
 
 def _encode_all(tokenizer, prompts: Sequence[Prompt], vocab: int) -> list[list[int]]:
@@ -303,17 +338,48 @@ def _check_budget(model, budget: CacheBudget, cache: Cache | None) -> None:
         )
 
 
-def _own_cache(model, given: CacheOptions, before: list[int], B: int, new: int) -> Cache:
-    """A cache with room for `new` tokens more a request: empty, or a copy of the one given."""
+def _switch(model, given: CacheOptions, ends: list[int]) -> int | None:
+    """The length at which a text is read again, as its rotation has other factors from there on; None: never.
+
+    Raises ValueError where a given cache was turned by the factors of shorter texts. ends: tokens that
+    requests may have.
+    """
+    switch = min((rope.switch for rope in ropes(model.config) if rope.switch is not None), default=None)
+    if switch is None or given.budget is not None and given.start is None:
+        return None
+    if given.start is None:
+        return switch
+    extents = kv.split_context(given.start)[1].extents
+    least = int(extents.min())
+    if max(ends) > switch >= least:
+        raise ValueError(
+            f"generate: a cache must be prepared for the {max(ends)} tokens that requests may come to have "
+            f"(the rotation changes past {switch}), got one for {least}: see prefill's extent"
+        )
+    return None
+
+
+def _slack(T: int) -> int:
+    """What layers with a window need to be able to take another piece of T tokens."""
+    return CHUNK - 1 if T > CHUNK else 0
+
+
+def _own_cache(
+    model, given: CacheOptions, before: list[int], T: int, new: int, extents: Int[np.ndarray, " B"]
+) -> Cache:
+    """A cache with room for T tokens of prompts and `new` ones: empty, or a copy of the one given."""
+    B, new = len(extents), T + new
     cache = given.start
     if cache is not None:
         order = [0] * B if cache.lengths.shape[0] == 1 else [min(i, len(before) - 1) for i in range(B)]
         cache = kv.select(cache, jnp.asarray(order))
     if given.budget is not None:
-        cache = model.make_cache(B, 1, slack=given.budget.buffer, bits=given.bits) if cache is None else cache
+        if cache is None:
+            made = {"slack": given.budget.buffer, "bits": given.bits, "extents": extents}
+            cache = model.make_cache(B, 1, **made)
         return given.budget.enforce(cache, None)
     if cache is None:
-        return model.make_cache(B, new, bits=given.bits)
+        return model.make_cache(B, new, slack=_slack(T), bits=given.bits, extents=extents)
     longest = max(before)
     if isinstance(cache, kv.PagedCache):
         assert cache.tail.start is not None  # it stands behind a context

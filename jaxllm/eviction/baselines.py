@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.cache.dense import global_layers
+from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.eviction.attention_per_key import attention_per_key
 from jaxllm.models.inputs import pad_batch, require_global_layer
 from jaxllm.models.rope import rotate
@@ -139,7 +139,7 @@ def _attention(
         found.append(attention_per_key(q, heads_first(k), seen, reduce=reduce, **rule))
 
     tap = layer_tap(of_layer, ("attention.queries", "attention.keys"), global_layers(model.windows))
-    model(tokens, lengths=lengths, logits="last", tap=tap)
+    model(tokens, _empty_cache(model, tokens), lengths=lengths, logits="last", tap=tap)
     return jnp.stack(found)
 
 
@@ -158,6 +158,7 @@ def _expected(
     real = (step[None] < lengths[:, None]) & (step[None] >= sinks)  # [B, T]
     mine = real.astype(jnp.float32)
     later = lengths[:, None] + jnp.arange(future)[None]
+    cache = _empty_cache(model, tokens)
     found: list[jax.Array] = []
 
     def of_layer(
@@ -165,7 +166,7 @@ def _expected(
     ) -> None:
         attention = model.layers[layer].attention
         (_, _, K, E), square = k.shape, attention.scale**2
-        mean, cov = _later_queries(attention, q.reshape(B, T, -1, E), mine, later, lengths)
+        mean, cov = _later_queries(attention, q.reshape(B, T, -1, E), mine, later, cache.extents)
         k, v = k.astype(jnp.float32), v.astype(jnp.float32)
         mean, cov = mean.reshape(B, K, -1, E), cov.reshape(B, K, -1, E, E)
         logits = jnp.einsum("bkgd,btkd->bkgt", mean, k, **FLOAT32) * attention.scale
@@ -179,8 +180,13 @@ def _expected(
     tap = layer_tap(
         of_layer, ("attention.q.out", "attention.keys", "attention.values"), global_layers(model.windows)
     )
-    model(tokens, lengths=lengths, logits="last", tap=tap)
+    model(tokens, cache, lengths=lengths, logits="last", tap=tap)
     return jnp.stack(found)
+
+
+def _empty_cache(model, tokens: Int[Array, "B T"]) -> DenseCache:
+    """What makes a pass turn keys as `prefill` did, of whose cache the scores are; it does nothing else."""
+    return model.make_cache(*tokens.shape, extents=model.config.context)
 
 
 def _later_queries(
@@ -188,7 +194,7 @@ def _later_queries(
     q: Float[Array, "B T H E"],
     mine: Float[Array, "B T"],
     later: Int[Array, "B F"],
-    lengths: Int[Array, " B"],
+    extents: Int[Array, " B"],
 ) -> tuple[Float[Array, "B 1 H E"], Float[Array, "B H E E"]]:
     """Mean m and covariance C of queries at later positions: R m and R C R^T, R the mean rotation there.
 
@@ -203,7 +209,7 @@ def _later_queries(
     if rope is None:
         return mean, cov
     # a rotation is linear in cos and sin, so that of mean angles' is the mean rotation
-    cos, sin = (x.mean(1, keepdims=True) for x in rope.angles(E, later, lengths + 1))
+    cos, sin = (x.mean(1, keepdims=True) for x in rope.angles(E, later, extents))
 
     def transposed_product(c: Float[Array, "B H E E"]) -> Float[Array, "B H E E"]:
         """(C R^T)^T, of rows that are rotated."""

@@ -237,7 +237,7 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
         )
     T, R = tokens.shape[1], cache.keys[0].shape[1]
     tokens = np.pad(tokens, ((0, 0), (0, -T % STEP)))
-    far = np.asarray(_key_distance(model, cache.keys[0], tokens, np.int32(prefix)))[:, :T]  # [B, T]
+    far = np.asarray(_key_distance(model, cache.keys[0], tokens, np.int32(prefix), cache.extents))[:, :T]
     at = prefix + np.arange(T)[None]
     in_cache = (at < np.asarray(held)[:, None]) & (at >= np.asarray(held)[:, None] - R)
     other = (far > MAX_KEY_DISTANCE) & in_cache
@@ -247,7 +247,9 @@ def _check(model, cache, tokens: np.ndarray, sizes: np.ndarray, prefix: int) -> 
 
 
 @jax.jit
-def _key_distance(model, held, tokens: Int[Array, "B T"], prefix: Int[Array, ""]) -> Float[Array, "B T"]:
+def _key_distance(
+    model, held, tokens: Int[Array, "B T"], prefix: Int[Array, ""], extents: Int[Array, " B"]
+) -> Float[Array, "B T"]:
     """How far the first layer's keys of these tokens are from those held, relative to their size."""
     B, T = tokens.shape
     keys: list[jax.Array] = []
@@ -257,7 +259,8 @@ def _key_distance(model, held, tokens: Int[Array, "B T"], prefix: Int[Array, ""]
 
     positions = jnp.broadcast_to(prefix + jnp.arange(T, dtype=jnp.int32), (B, T))
     tap = layer_tap(note, ("attention.keys",), [0])
-    model(tokens, positions=positions, logits="last", tap=tap)  # all but the keys is never computed
+    empty = model.make_cache(B, T, extents=extents)  # which says how keys are turned
+    model(tokens, empty, positions=positions, logits="last", tap=tap)  # all but the keys is never computed
     new, old = heads_first(keys[0]).astype(jnp.float32), dequantize(held).astype(jnp.float32)
     new = rotate_queries(new, held)  # keys turn as queries do
     old = old[:, (prefix + jnp.arange(T)) % old.shape[1]]

@@ -118,6 +118,8 @@ class HarnessModel(LM):
                     stop=stop,
                 )
                 for i, out in zip(some, outs, strict=True):
+                    if out.error is not None:
+                        raise FloatingPointError(out.error)
                     texts[i] = out.text
         return texts
 

@@ -8,8 +8,8 @@ dropped).
     perplexity(model, tokens, context=512)              # windows side by side, as in papers
     perplexity(model, tokens, context=512, stride=128)  # overlapping, as in Hugging Face's guide
 
-Any model with the forward signature `model(tokens, lengths=) -> (float32 logits [B, T, V], cache)`
-will do; with bits in `cache` it also needs `make_cache` and the argument `cache`.
+Any model with `model(tokens, lengths=, logits="none") -> (x [B, T, D], cache)` and `unembed(x)`, the
+float32 logits of any rows of x, will do; with bits in `cache` it also needs `make_cache`.
 """
 
 import dataclasses
@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from jaxllm.decoding.options import CacheOptions
 from jaxllm.models.inputs import check_token_ids, require_decoder_only
+from jaxllm.models.nonfinite import first_nonfinite, nonfinite_message
 
 # What one call may take: tokens (the host waits for it, the progress bar moves after it), and
-# numbers of logits.
+# numbers of logits; a window that has more is cut into slices of rows.
 CALL_TOKENS = 2**14
 CALL_LOGITS = 2**26
 SHORTEST = 16  # sequences are padded at least to this; lengths double from here
@@ -61,24 +62,47 @@ def _predict(
     bits: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """log p(target) after each token, and whether the target is the arg max."""
-    more = {} if bits is None else {"cache": model.make_cache(*tokens.shape, bits=bits)}
-    logits, _ = model(tokens, lengths=lengths, **more)
-    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
-    logprobs = chosen - jax.nn.logsumexp(logits, axis=2)
-    return logprobs, jnp.argmax(logits, axis=2) == targets
+    more = {} if bits is None else {"cache": model.make_cache(*tokens.shape, bits=bits, extents=lengths)}
+    x, _ = model(tokens, lengths=lengths, logits="none", **more)
+    rows = max(1, CALL_LOGITS // model.config.vocab)
+    if targets.size <= rows:
+        return _of_logits(model.unembed(x), targets)
+    # Slices of rows: logits of all of them would take context x vocabulary.
+    x, flat = (jnp.reshape(v, (targets.size, *v.shape[2:])) for v in (x, targets))
+    x, flat = (jnp.pad(v, ((0, -len(v) % rows), *[(0, 0)] * (v.ndim - 1))) for v in (x, flat))
+    slices = x.reshape(-1, rows, x.shape[1]), flat.reshape(-1, rows)
+    found = jax.lax.map(lambda some: _of_logits(model.unembed(some[0]), some[1]), slices)
+    logprobs, greedy = (v.reshape(-1)[: targets.size].reshape(targets.shape) for v in found)
+    return logprobs, greedy
+
+
+def _of_logits(
+    logits: Float32[Array, "*B V"], targets: Integer[Array, "*B"]
+) -> tuple[Float32[Array, "*B"], Bool[Array, "*B"]]:
+    """The targets' log-probabilities, and whether they are the arg max."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return logprobs, jnp.argmax(logits, axis=-1) == targets
 
 
 def _call(
-    model: Any, rows: list[np.ndarray], batch: int, length: int, bits: int | None = None
+    who: str, model: Any, rows: list[np.ndarray], batch: int, length: int, bits: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`_predict` for up to `batch` sequences of up to length + 1 tokens, padded to one shape."""
+    """`_predict` for up to `batch` sequences of up to length + 1 tokens, padded to one shape.
+
+    Raises FloatingPointError where a log-probability is not finite.
+    """
     tokens, targets = np.zeros((2, batch, length), np.int32)
     lengths = np.ones((batch,), np.int32)
     for i, row in enumerate(rows):
         n = len(row) - 1
         tokens[i, :n], targets[i, :n], lengths[i] = row[:-1], row[1:], n
-    logprobs, greedy = _predict(model, tokens, lengths, targets, bits)
-    return np.asarray(logprobs), np.asarray(greedy)
+    logprobs, greedy = map(np.asarray, _predict(model, tokens, lengths, targets, bits))
+    for row, values in zip(rows, logprobs, strict=False):
+        if not np.isfinite(values[: len(row) - 1]).all():
+            where = first_nonfinite(model, row[:-1])
+            raise FloatingPointError(nonfinite_message(who, model, where, f"a text of {len(row)} tokens"))
+    return logprobs, greedy
 
 
 def _rows_per_call(model: Any, length: int, batch: int | None) -> int:
@@ -102,6 +126,8 @@ def score(
     Sequences are grouped by length (padded to 16, 32, 64, ...), so that few shapes are compiled. A
     sequence has at least 2 and at most context + 1 tokens (the last one is only predicted).
     batch: sequences a call; None chooses by their length.
+
+    Raises FloatingPointError where logits are not finite, with the layer that was first.
     """
     require_decoder_only("score", model)
     context = model.config.context
@@ -122,7 +148,7 @@ def score(
             size = min(_rows_per_call(model, length, batch), 1 << (len(members) - 1).bit_length())
             for start in range(0, len(members), size):
                 some = members[start : start + size]
-                values, hits = _call(model, [rows[i] for i in some], size, length)
+                values, hits = _call("score", model, [rows[i] for i in some], size, length)
                 for j, i in enumerate(some):
                     n = len(rows[i]) - 1
                     logprobs[i], greedy[i] = values[j, :n].copy(), hits[j, :n].copy()
@@ -163,6 +189,8 @@ def perplexity(
       / num_bytes, so tokens that were not predicted count as average ones.
     cache: its bits, 2, 4 or 8: keys and values are read as a cache in codes of so many gives them back.
     progress: draws a bar on stderr.
+
+    Raises FloatingPointError where logits are not finite, with the layer that was first.
     """
     require_decoder_only("perplexity", model)
     if cache is not None and (cache.start is not None or cache.budget is not None):
@@ -195,7 +223,7 @@ def perplexity(
             rows = [np.concatenate([front, text[s : s + room]]) for s in some]
             # subtle: without bos the last window can be one token, which nothing predicts
             rows = [row for row in rows if len(row) > 1]
-            values, _ = _call(model, rows, size, length, bits)
+            values, _ = _call("perplexity", model, rows, size, length, bits)
             seen = 0
             for row, value, start in zip(rows, values, some, strict=False):
                 known = 0 if start == 0 else room - stride  # tokens of text that an earlier window predicted

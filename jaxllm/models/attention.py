@@ -10,6 +10,7 @@ Letters: B batch, T tokens of this chunk, H query heads, K key heads, E head siz
 
 from typing import TypeVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
@@ -22,6 +23,16 @@ C = TypeVar("C", bound=Cache)
 def split_heads(x: Float[Array, "B T N"], head_dim: int) -> Float[Array, "B T H E"]:
     """A linear's outputs cut into heads."""
     return x.reshape(*x.shape[:2], -1, head_dim)
+
+
+def extents(cache: Cache | None, positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+    """How many tokens each request may come to have: what its cache is for, or else the end of this chunk."""
+    last = jnp.maximum(lengths - 1, 0)[:, None]
+    ends = jnp.take_along_axis(positions, last, axis=1)[:, 0] + 1
+    if cache is None:
+        return ends
+    of_cache = kv.split_context(cache)[1].extents
+    return jnp.where(of_cache > 0, of_cache, ends)
 
 
 def cached_attention(

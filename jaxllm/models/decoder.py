@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache
-from jaxllm.models.attention import cached_attention, split_heads
+from jaxllm.models.attention import cached_attention, extents, split_heads
 from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import (
     ACTIVATIONS,
@@ -136,8 +136,7 @@ class Attention(nnx.Module):
         v = split_heads(self.v(x, scoped(tap, "v")), self.head_dim)  # [B, T, K, E]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        end = jnp.take_along_axis(positions, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0] + 1
-        cos, sin = self.rope.angles(self.head_dim, positions, end)
+        cos, sin = self.rope.angles(self.head_dim, positions, extents(cache, positions, lengths))
         q = probe(tap, "queries", rotate(q, cos, sin))
         k = probe(tap, "keys", rotate(k, cos, sin))
         v = probe(tap, "values", v)
@@ -261,7 +260,7 @@ class Decoder(LanguageModel):
         *,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all", "last", "none"] = "all",
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache | None]:
         """Float32 logits of a chunk, and the cache with the chunk in it (None if none was given).
@@ -270,7 +269,8 @@ class Decoder(LanguageModel):
           on the right with any valid id and `lengths` says how many tokens are real.
         cache: what came before; from `make_cache`. A chunk sees it and itself.
         positions: where the tokens stand, if not right behind the cache.
-        logits: "last" gives one row a request, that of its last real token, and saves the other products.
+        logits: "last" gives one row a request, that of its last real token, and saves the other products;
+          "none" gives what `unembed` reads [B, T, D], which is cut into slices where all logits are too many.
         tap: see `taps.py`.
         """
         positions, lengths = default_positions(tokens.shape, cache, positions, lengths)
@@ -288,4 +288,4 @@ class Decoder(LanguageModel):
             cache = kv.advance(cache, lengths)
         if logits == "last":
             x = last_token(x, lengths)
-        return self.unembed(x, tap), cache
+        return (x if logits == "none" else self.unembed(x, tap)), cache

@@ -302,7 +302,7 @@ class Gpt(LanguageModel):
         *,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all", "last", "none"] = "all",
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache | None]:
         """Float32 logits of a chunk, and the cache with the chunk in it (None if none was given).
@@ -324,4 +324,4 @@ class Gpt(LanguageModel):
             cache = kv.advance(cache, lengths)
         if logits == "last":
             x = last_token(x, lengths)
-        return self.unembed(x, tap), cache
+        return (x if logits == "none" else self.unembed(x, tap)), cache

@@ -1,5 +1,6 @@
 """What every language model offers beside its forward pass: its type, its windows, its cache, its stages."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -57,15 +58,24 @@ class LanguageModel(nnx.Module):
         return [Stage("", self, None, "target", embed_target), *blocks]
 
     def make_cache(
-        self, batch: int, capacity: int, *, slack: int = 0, dtype: Any = None, bits: int | None = None
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        slack: int = 0,
+        dtype: Any = None,
+        bits: int | None = None,
+        extents: Any = 0,
     ) -> DenseCache:
         """An empty cache for `capacity` tokens a request.
 
         slack: the longest chunk after the first, or rollback, that layers with a window must survive.
         dtype: of keys and values; None is the model's.
         bits: of the codes that hold keys and values, 2, 4 or 8; None holds them as they are.
+        extents: how many tokens a request may come to have, for all or each; 0: as many as its first chunk.
+          A rotation with two lists of factors (longrope) chooses once, by it; others do not look at it.
         """
-        return kv.dense.make(
+        cache = kv.dense.make(
             batch,
             windows=self.windows,
             kv_heads=self.config.kv_heads,
@@ -75,6 +85,7 @@ class LanguageModel(nnx.Module):
             dtype=self.dtype if dtype is None else jnp.dtype(dtype),
             bits=bits,
         )
+        return dataclasses.replace(cache, extents=jnp.broadcast_to(jnp.asarray(extents, jnp.int32), (batch,)))
 
 
 def embed_target(model, shared, state: State, batch, tap) -> State:

@@ -7,15 +7,20 @@ the pairing of halves is Hugging Face's; llama2.c's neighbouring pairs are permu
     linear     all frequencies divided by `factor` (Chen et al., arXiv:2306.15595)
     llama3     low frequencies divided by `factor`, high ones kept, a ramp between (Llama 3.1's config)
     yarn       a ramp by number of turns, and attention scaled (Peng et al., arXiv:2309.00071)
-    longrope   one divisor a plane, a short list and a long one (Ding et al., arXiv:2402.13753); which of
-               the two is chosen by the length of each request, not by the longest of its batch
+    longrope   one divisor a plane, a short list and a long one (Ding et al., arXiv:2402.13753)
+
+Which list of longrope's is chosen for each request of a batch, and once for all of its rows in a cache: by
+how many tokens it may come to have. That is the end of the text where there is no cache, and what a cache was
+prepared for where there is (`prefill(extent=)`, by default the model's context). `generate` without a given
+cache chooses by the text so far and reads it again where it passes `original_context`, as Hugging Face does;
+behind a given cache, or within a budget, there is no text to be read again, and the choice stays.
 
 Letters: B batch, T tokens, R = rotary / 2 planes, H heads, E head size.
 """
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -86,27 +91,38 @@ class Rope:
                 return base / np.asarray([self.short_factors, self.long_factors], dtype=np.float64)
         raise ValueError(f"rope: unknown kind, got {self.kind=}")
 
+    @property
+    def switch(self) -> int | None:
+        """The extent past which other factors turn all positions, also those before it; None: none is."""
+        return self.original_context if self.kind == "longrope" else None
+
     def _plane(self, turns: float, rotary: int) -> float:
         """The plane (not rounded) that makes `turns` turns within the trained length."""
         span = math.log(self.original_context / (turns * 2 * math.pi))
         return rotary * span / (2 * math.log(self.theta))
 
     def angles(
-        self, head_dim: int, positions: Int[Array, "B T"], ends: Int[Array, " B"]
+        self, head_dim: int, positions: Int[Array, "B T"], extents: Int[Array, " B"]
     ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
         """Cosines and sines for each position, float32, already scaled.
 
-        ends: the length of each request with this chunk; longrope reads its long list past
+        extents: how many tokens each request may come to have; longrope reads its long list past
           `original_context`.
         """
         frequencies = jnp.asarray(self.frequencies(head_dim), jnp.float32)
         if self.kind == "longrope":
-            frequencies = frequencies[(ends > self.original_context).astype(jnp.int32)]  # [B, R]
+            frequencies = frequencies[(extents > self.original_context).astype(jnp.int32)]  # [B, R]
             frequencies = frequencies[:, None, :]
         else:
             frequencies = frequencies[None, None, :]
         angle = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angle) * self.attention_factor, jnp.sin(angle) * self.attention_factor
+
+
+def ropes(config: Any) -> list[Rope]:
+    """The rotations of a model's config; none where positions are not rotated."""
+    found = [getattr(config, name, None) for name in ("rope", "local_rope")]
+    return [rope for rope in found if rope is not None]
 
 
 def rotate(

@@ -374,7 +374,7 @@ class T5(LanguageModel):
         memory: CrossKV,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all", "last", "none"] = "all",
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DenseCache | None]:
         """Float32 logits of a chunk of targets, and the cache with it (None if none was given).
@@ -397,7 +397,7 @@ class T5(LanguageModel):
             cache = kv.advance(cache, lengths)
         if logits == "last":
             x = last_token(x, lengths)
-        return self.unembed(x, tap), cache
+        return (x if logits == "none" else self.unembed(x, tap)), cache
 
 
 # -- stages (`models/stages.py`), and what runs one

@@ -1,21 +1,27 @@
 """Attention over keys and values that are at hand: the meaning, in jnp, for every backend.
 
 Grouped queries (Ainslie et al., arXiv:2305.13245): query head j reads key head j // G. Scores, softmax and
-the sum over values are accumulated in float32. Letters: B batch, T queries, S keys, H query heads, K key
+the sum over values are accumulated in float32. Where all scores at once would be too many, queries and keys
+are taken in tiles with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; Rabe and Staats,
+arXiv:2112.05682), so that memory is linear in both. Letters: B batch, T queries, S keys, H query heads, K key
 heads, G = H / K, J = B K, E head size.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # What is added to the scores [B, H, T, S] for distances [B, T, S], negative for keys behind.
 DistanceBias = Callable[[jax.Array], jax.Array]
 
 # What a hidden key scores: finite, so that a row that may see nothing (padding) stays free of NaN.
 MASK_VALUE = -1e30
+
+MAX_SCORES = 2**25  # B H T S that are held at once; with more, attention goes by tiles of
+TILE_SCORES, TILE_KEYS, MIN_QUERIES = 2**21, 512, 16
 
 
 def attention(
@@ -66,6 +72,136 @@ def heads_first(x: Float[Array, "B T K E"]) -> Float[Array, "J T E"]:
 FLOAT32 = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 
 
+class PartialSoftmax(NamedTuple):
+    """A softmax over some of the rows that queries see, not yet divided by its sum (online softmax)."""
+
+    greatest: Float[Array, "*J n"]  # score
+    total: Float[Array, "*J n"]  # sum of weights e^(score - greatest)
+    out: Float[Array, "*J n E"]  # sum of weighted values
+
+
+def partial_softmax(
+    q: Float[Array, "J n E"],
+    k: Float[Array, "J S E"],
+    v: Float[Array, "J S E"],
+    seen: Bool[Array, "J _ S"],
+    *,
+    scale: float,
+    softcap: float | None,
+    bias: Float[Array, "J n S"] | None = None,
+) -> PartialSoftmax:
+    """Of the rows of some keys; bias: added to the scores."""
+    scores = jnp.einsum("jne,jse->jns", q, k, **FLOAT32) * scale
+    scores = soft_cap(scores if bias is None else scores + bias, softcap)
+    scores = jnp.where(seen, scores, MASK_VALUE)
+    greatest = scores.max(-1)
+    weights = jnp.where(seen, jnp.exp(scores - greatest[..., None]), 0.0)
+    out = jnp.einsum("jns,jse->jne", weights.astype(v.dtype), v, **FLOAT32)
+    return PartialSoftmax(greatest, weights.sum(-1), out)
+
+
+def merge(one: PartialSoftmax, other: PartialSoftmax) -> PartialSoftmax:
+    """The softmax over the rows of both."""
+    greatest = jnp.maximum(one.greatest, other.greatest)
+    a, b = jnp.exp(one.greatest - greatest), jnp.exp(other.greatest - greatest)
+    out = a[..., None] * one.out + b[..., None] * other.out
+    return PartialSoftmax(greatest, a * one.total + b * other.total, out)
+
+
+class Reach(NamedTuple):
+    """Which keys a query sees, by where both stand; what a tile needs to know of a mask."""
+
+    queries: Int[Array, "#B T"]  # positions
+    keys: Int[Array, "#B S"]  # positions, negative where there is no key
+    causal: bool = True  # sees none behind itself
+    window: int | None = None  # tokens that it sees, itself included
+
+    def mask(self) -> Bool[Array, "#B T S"]:
+        """Which key each query may see."""
+        at, of = self.queries[:, :, None], self.keys[:, None]
+        seen = jnp.broadcast_to(of >= 0, jnp.broadcast_shapes(at.shape, of.shape))
+        if self.causal:
+            seen = seen & (of <= at)
+        return seen if self.window is None else seen & (of > at - self.window)
+
+
+def needs_tiles(q: Float[Array, "B T H E"], S: int) -> bool:
+    """Whether scores of all queries with S keys are too many to be held at once; one query's never are."""
+    B, T, H, _ = q.shape
+    return T > 1 and B * T * H * S > MAX_SCORES
+
+
+def tiled_softmax(
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "J S E"],
+    v: Float[Array, "J S E"],
+    reach: Reach,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: DistanceBias | None = None,
+) -> PartialSoftmax:
+    """The softmax [J, T, G] of `attention` by tiles, of which those where nothing is seen are left out.
+
+    What a tile computes is computed again in the backward pass: no scores are ever stored.
+    """
+    (B, T, H, E), (J, S) = q.shape, k.shape[:2]
+    K, G = J // B, H * B // J
+    s = min(S, TILE_KEYS)
+    t = min(T, max(MIN_QUERIES, TILE_SCORES // (B * H * s)))
+
+    def tiles(x: jax.Array, size: int, fill=0) -> jax.Array:
+        """Tiles of axis 1, in front; the last one is filled up."""
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    of_keys = tiles(k, s), tiles(v, s), tiles(reach.keys, s, -1)
+
+    @jax.checkpoint
+    def of_queries(tile: tuple[jax.Array, jax.Array]) -> PartialSoftmax:
+        asked, at = tile
+        asked = asked.reshape(B, t, K, G, E).swapaxes(1, 2).reshape(J, t * G, E)
+
+        @jax.checkpoint
+        def step(so_far: PartialSoftmax, keys) -> tuple[PartialSoftmax, None]:
+            k, v, of = keys
+            seen = reach._replace(queries=at, keys=of).mask()  # [#B, t, s]
+
+            def with_tile() -> PartialSoftmax:
+                by_row = jnp.broadcast_to(seen[:, None, :, None], (B, K, t, G, s)).reshape(J, t * G, s)
+                added = None
+                if bias is not None:
+                    added = bias(of[:, None] - at[:, :, None])  # [#B, H, t, s]
+                    added = jnp.broadcast_to(added, (B, H, t, s)).reshape(B, K, G, t, s)
+                    added = added.swapaxes(2, 3).reshape(J, t * G, s)
+                new = partial_softmax(asked, k, v, by_row, scale=scale, softcap=softcap, bias=added)
+                return merge(so_far, new)
+
+            return jax.lax.cond(seen.any(), with_tile, lambda: so_far), None
+
+        none = jnp.full((J, t * G), MASK_VALUE), jnp.zeros((J, t * G)), jnp.zeros((J, t * G, E))
+        return jax.lax.scan(step, PartialSoftmax(*none), of_keys)[0]
+
+    # subtle: what fills up stands before all keys, and sees none
+    found = jax.lax.map(of_queries, (tiles(q, t), tiles(reach.queries, t, -1)))
+
+    def whole(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], J, t, G, *x.shape[3:]).swapaxes(0, 1)
+        return x.reshape(J, -1, G, *x.shape[4:])[:, :T]
+
+    return PartialSoftmax(*map(whole, found))
+
+
+def tiled_attention(
+    q: Float[Array, "B T H E"], k: Float[Array, "J S E"], v: Float[Array, "J S E"], reach: Reach, **rule
+) -> Float[Array, "B T H E"]:
+    """`attention` by tiles: the same numbers but for rounding, without memory for all scores."""
+    B, T, H, E = q.shape
+    _, total, out = tiled_softmax(q, k, v, reach, **rule)
+    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(v.dtype)  # [J, T, G, E]
+    return out.reshape(B, -1, T, H * B // k.shape[0], E).swapaxes(1, 2).reshape(B, T, H, E)
+
+
 def causal_attention(
     q: Float[Array, "B T H E"],
     k: Float[Array, "B T K E"],
@@ -80,10 +216,15 @@ def causal_attention(
 
     Queries are taken in at most eight blocks, each against the keys it can see and no others, which saves up
     to 44 % of the work, and each block is recomputed in the backward pass, so that scores are never stored.
+    Where a block has too many scores, all goes by tiles.
     """
     T = q.shape[1]
     k, v = heads_first(k), heads_first(v)
     size = max(64, -(-T // 8))
+    if needs_tiles(q[:, :size], T):
+        at = jnp.arange(T)[None]
+        reach = Reach(at, at, window=window)
+        return tiled_attention(q, k, v, reach, scale=scale, softcap=softcap, bias=bias)
     block = jax.checkpoint(
         lambda q, k, v, mask, bias: attention(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)
     )

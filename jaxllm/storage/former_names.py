@@ -25,6 +25,9 @@ FIELDS = {
     "HostResidual": {"hint": "selector_state", "select": "selector"},
 }
 
+# By class: fields that came later, and the field of which they are a copy where a file has none.
+LATER = {"DenseCache": {"extents": "lengths"}}
+
 # Options of methods and of calibrations: in recipes, calibration.json and run.json.
 OPTIONS = {
     "group": "group_size",

@@ -91,6 +91,9 @@ def build(described: dict[str, Any] | None, name: str, make: Make, classes: Clas
     described = {"fields": {}, "static": {}} | described
     fields, now = entry_of(described, "fields", dict, name), former_names.FIELDS.get(kind, {})
     parts = {now.get(key, key): build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
+    for later, same in former_names.LATER.get(kind, {}).items():
+        if later not in parts and same in fields:  # an array of its own: each may be given away
+            parts[later] = build(fields[same], f"{name}/{same}", make, classes)
     given = entry_of(described, "static", dict, name)
     static = {now.get(key, key): from_json(part) for key, part in given.items()}
     must = {f.name: bool(f.metadata.get("static")) for f in dataclasses.fields(known[kind])}

@@ -102,4 +102,4 @@ def test_select_forks_requests_and_with_capacity_keeps_them():
 
 def test_bytes_are_those_of_the_arrays_held():
     cache = make(window=4, capacity=64, slack=5)
-    assert kv.num_bytes(cache) == 2 * B * K * 9 * E * 4 + 4 * B
+    assert kv.num_bytes(cache) == 2 * B * K * 9 * E * 4 + 2 * 4 * B  # lengths, extents

@@ -73,7 +73,7 @@ def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
         assert bias is None  # of models whose cache cannot be evicted
         if cache.windows[layer] is not None:
             return kv.dense.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap)
-        _, seen = kv.dense.visible(cache, layer, positions, lengths, None)
+        seen = kv.dense.reach(cache, layer, positions, lengths).mask()
         outs = []
         for head in range(2):  # a key head at a time, as each hides others
             gone = jnp.asarray(hidden[layer // 2, :, head])[:, None]
@@ -131,7 +131,7 @@ def test_each_head_keeps_its_rows_at_their_positions_and_nothing_else_is_held(fi
     context = small.context
     pages = context.page_head.shape[0]
     page = 2 * 4 * CONFIG.head_dim * 4  # keys and values of 4 rows, float32
-    tail = 2 * (2 * 6 * 8 + 6 * 24) * CONFIG.head_dim * 4 + 2 * 3 * 4  # 8 rows, a window with slack; lengths
+    tail = 2 * (2 * 6 * 8 + 6 * 24) * CONFIG.head_dim * 4 + 3 * 3 * 4  # 8 rows, a window; 3 numbers
     table = pages * (2 * 4 + 2) * 4 + 2 * 7 * 4 + (3 + 1 + 3) * 4  # positions, scores, head, filled; the rest
     assert kv.num_bytes(small) == pages * page + tail + table
     used = sum(-(-len(rows) // 4) for layer in found for b in layer for rows in b)

@@ -188,13 +188,15 @@ def test_logits_equal_theirs_in_prefill_and_decode_of_a_ragged_batch(torch, made
         assert scale > 0.5
         difference = np.abs(ours_b - theirs_b).max(-1)
         assert difference[:n].max() <= 1e-4 * scale, (name, b, difference[:n].max(), scale)
+        if name == "phi3_between" and n <= ORIGINAL:  # past it, theirs turns keys of one text by two lists
+            difference = difference[:ORIGINAL]
         assert difference[n:].max() <= 1e-4 * scale, (name, b, difference[n:].max(), scale)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "phi3_between"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_greedy_generation_equals_theirs_over_64_tokens_on_three_seeds(torch, made, name):
-    """Not for `phi3_between`: where a text outgrows the trained length, theirs starts again."""
+    """Also where a text outgrows the trained length (`phi3_between`): both read it again there."""
     for seed in range(3):
         theirs, ours = made(name, seed)
         prompt = texts()[seed, :12]

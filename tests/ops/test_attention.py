@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.attention import attention, causal_attention, heads_first
+import jaxllm.ops.attention as tiles
+from jaxllm.ops.attention import Reach, attention, causal_attention, heads_first
 
 
 def brute_force(q, k, v, see, scale, softcap):
@@ -78,3 +79,42 @@ def test_gradients_flow_through_every_block():
         return causal_attention(q, k, v, scale=0.3).sum()
 
     assert np.abs(np.asarray(jax.jit(jax.grad(loss))(v))).min() > 0
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Many of them, none of which divides what it is cut from."""
+    monkeypatch.setattr(tiles, "MAX_SCORES", 0)
+    monkeypatch.setattr(tiles, "TILE_SCORES", 0)
+    monkeypatch.setattr(tiles, "TILE_KEYS", 19)
+
+
+@pytest.mark.parametrize("window, softcap, biased", [(None, None, True), (30, 2.0, False)])
+def test_tiles_give_what_whole_rows_give_and_so_do_their_gradients(small_tiles, window, softcap, biased):
+    T = 45
+    q, k, v = example(T, T)
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2 * T)), jnp.float32)
+
+    def bias(distance):  # [B, T, S] -> [B, H, T, S]
+        return jnp.moveaxis(table.T[distance + T], -1, 1)
+
+    rule = {"scale": 0.3, "softcap": softcap}
+    at = jnp.arange(T)[None]
+    mask = Reach(at, at, window=window).mask()
+
+    def whole(q, k, v):
+        added = bias(at[:, None] - at[:, :, None]) if biased else None
+        return attention(q, heads_first(k), heads_first(v), mask, bias=added, **rule)
+
+    def tiled(q, k, v):
+        return causal_attention(q, k, v, window=window, bias=bias if biased else None, **rule)
+
+    def both(f):
+        return jax.jit(lambda *x: (f(*x), jax.grad(lambda *x: jnp.sin(f(*x)).sum(), (0, 1, 2))(*x)))(q, k, v)
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), both(tiled), both(whole))
+
+
+def test_one_query_is_never_cut_into_tiles():
+    assert not tiles.needs_tiles(jnp.zeros((1, 1, 32, 128)), 2**25)
+    assert tiles.needs_tiles(jnp.zeros((1, 2, 32, 128)), 2**25)

@@ -7,7 +7,7 @@ import click
 
 import jaxllm as jl
 from jaxllm.cli.options import JSON, OpenModel, loads_a_model
-from jaxllm.cli.output import read_text, tell
+from jaxllm.cli.output import read_text, shows_progress, tell
 
 
 @click.command("eval")
@@ -50,7 +50,7 @@ def evaluate(
         bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
         options: dict[str, Any] = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
         options["cache"] = jl.CacheOptions(bits=kv_bits)
-        found = jl.perplexity(model, ids, progress=True, **options)
+        found = jl.perplexity(model, ids, progress=shows_progress(), **options)
         held = jl.report_bytes(model)
         result = {
             "perplexity": found.perplexity,
@@ -62,7 +62,7 @@ def evaluate(
         }
     else:
         assert task is not None and data is not None
-        scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=True)
+        scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=shows_progress())
         fields = ("task", "accuracy", "stderr", "examples")
         result = {name: getattr(scored, name) for name in fields}
     tell(result, as_json)

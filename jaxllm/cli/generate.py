@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import jaxllm as jl
-from jaxllm.cli.options import JSON, OpenModel, loads_a_model
+from jaxllm.cli.options import JSON, SEED, OpenModel, loads_a_model
 from jaxllm.cli.output import note, print_json, read_text
 from jaxllm.eviction import METHODS
 
@@ -26,7 +26,7 @@ KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens of this total only.")
 @click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid repeating.")
-@click.option("--seed", type=int, default=0)
+@SEED
 @click.option("--stop", multiple=True, help="Text that ends a completion; repeatable.")
 @click.option("--kv-bits", type=int, help="Keep keys and values in 2, 4 or 8 bits. [default: as they are]")
 @click.option("--context", type=click.Path(path_type=Path), help="UTF-8 file that all prompts follow.")

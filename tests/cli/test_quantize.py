@@ -75,7 +75,7 @@ def test_quantize_tunes_what_is_fetched_for_a_gpu_and_says_so(jaxllm, tiny_check
     [
         (("--method", "nope", "--out", "o"), "method must be one of rtn, gptq, .*, got 'nope'"),
         (("--method", "rtn", "--option", "foo=3", "--out", "o"), "rtn has the options bits, .*, got 'foo'"),
-        (("--method", "rtn", "--option", "foo", "--out", "o"), "--option must be NAME=JSON, got 'foo'"),
+        (("--method", "rtn", "--option", "foo", "--out", "o"), "--option must be NAME=VALUE, got 'foo'"),
         (("--method", "gptq", "--out", "o"), "hessian need calibration text, got none"),
         (("--method", "rtn", "--bits", 9, "--out", "o"), "bits must be 1 to 8, got"),
         (("--method", "rtn"), "--out and exactly one of --method and --recipe"),

@@ -99,7 +99,7 @@ def test_a_budget_comes_from_a_file(tmp_path):
     file.write_text(json.dumps({"bits": 2.5, "methods": [{"method": "rtn", "bits": 2}, {"method": "rtn"}]}))
     assert read_recipe(file) == Budget(2.5, (jl.Rtn(bits=2), jl.Rtn()))
     file.write_text(json.dumps({"bits": "many", "methods": [{"method": "rtn"}]}))
-    with pytest.raises(ValueError, match='a budget has "bits", a number'):
+    with pytest.raises(ValueError, match='where "bits" is a number above 0, got "many"'):
         read_recipe(file)
 
 

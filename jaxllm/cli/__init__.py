@@ -27,8 +27,6 @@ from typing import NoReturn
 
 from jaxllm.cli import interrupt
 
-INTERRUPTED = 130
-
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Runs the command line and ends the process: 0 done, 2 what was asked cannot be, 130 interrupted."""
@@ -37,10 +35,9 @@ def main(args: list[str] | None = None) -> NoReturn:
         code = status(args)
         interrupt.ignore()  # what was asked is done, or has been undone
     except KeyboardInterrupt:
-        code = interrupted()
-    if code == INTERRUPTED:  # without waiting for threads, which would go on writing
-        sys.stdout.flush()
-        os._exit(code)
+        code = interrupt.INTERRUPTED
+    if code == interrupt.INTERRUPTED:
+        interrupt.end()
     sys.exit(code)
 
 
@@ -50,16 +47,17 @@ def status(args: list[str] | None = None) -> int:
         prepare_libraries()
         from jaxllm.cli.commands import run
 
+        interrupt.begin()
         return run(args)
     except BrokenPipeError:  # the reader of stdout went away, as in `jaxllm ... | head`
         silence_stdout()
         return 141
     except Exception as error:
         if interrupt.pressed():  # some libraries make another error of it
-            return interrupted()
+            return interrupt.INTERRUPTED
         return refuse(reason(error))
     except KeyboardInterrupt:
-        return interrupted()
+        return interrupt.INTERRUPTED
 
 
 def prepare_libraries() -> None:
@@ -94,9 +92,3 @@ def refuse(message: str) -> int:
     """Says in one line why not; exit status 2."""
     print("jaxllm: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
-
-
-def interrupted() -> int:
-    """Says so in one line; exit status 130."""
-    print("jaxllm: interrupted", file=sys.stderr, flush=True)
-    return INTERRUPTED

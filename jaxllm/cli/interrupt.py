@@ -1,10 +1,10 @@
 """What Ctrl-C does in a process of the command line.
 
-Before the command begins, while libraries are imported, nothing is to be cleaned up: the process ends at once.
-Then it raises KeyboardInterrupt, which takes the way of any error: files that are not finished are removed.
+Before the command begins, while libraries are imported, nothing is to be cleaned up: the process ends. Then
+it raises KeyboardInterrupt, which takes the way of any error: files that are not finished are removed.
 Pressed again while that goes on it does nothing, so that what cleans up is not stopped on its way. Where
-nothing can be raised, it is raised a moment later: within an import, for numpy and others crash when theirs is
-cut short, and within a destructor or a hook of the garbage collector.
+nothing can be raised, it is raised a moment later: within an import, for numpy and others crash when theirs
+is cut short, and within a destructor or a hook of the garbage collector.
 """
 
 import os

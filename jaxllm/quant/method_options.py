@@ -11,8 +11,8 @@ another one's result has that one as `base`; its options are written behind a do
 
 import dataclasses
 import difflib
-import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from typing import Any, Literal
 from jaxllm.quant.methods import METHODS
 from jaxllm.quant.statistics import Method
 
+LARGEST = sys.float_info.max
 LARGEST_SEED = 2**32 - 1  # JAX cuts larger ones down, so that two seeds would be one
 
 
@@ -50,6 +51,8 @@ def make_method(name: Any, options: dict[str, Any]) -> Method:
             part = given.get(field, defaults.get(field))
             given[field] = _part(f"{field} of {name}", part, of_part.get(field, {}))
         _check(f"{field} of {name}", field, given[field], hint)
+        if float in _kinds(hint) and _is_of(given[field], int):
+            given[field] = float(given[field])
     return made(**given)
 
 
@@ -157,28 +160,33 @@ def _check(what: str, field: str, value: Any, hint: Any) -> None:
 
 def _is_of(value: Any, hint: Any) -> bool:
     """Whether a value is of a type, as strictly as JSON tells types apart: 1 is no bool and 1.0 no int."""
-    if _is_union(hint):
-        return any(_is_of(value, one) for one in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)  # None, a method
+    return any(_is_of_kind(value, kind) for kind in _kinds(hint))
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is int:
+        return isinstance(value, numbers.Integral)
+    if kind is float:
+        return isinstance(value, numbers.Real) and abs(value) <= LARGEST  # NaN is not
+    return isinstance(value, kind)  # bool, None, a method
 
 
 def _in_words(hint: Any) -> str:
-    if _is_union(hint):
-        return " or ".join(_in_words(one) for one in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        names = typing.get_args(hint)
+    return " or ".join(map(_kind_in_words, _kinds(hint)))
+
+
+def _kind_in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        names = typing.get_args(kind)
         return ("one of " if len(names) > 1 else "") + ", ".join(map(repr, names))
     words = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "null"}
-    return words.get(hint, "a method")
+    return words.get(kind, "a method")
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of which a union is made; the type itself where it is none."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

@@ -1,4 +1,4 @@
-"""Ctrl-C in a real process, at moments that an audit hook finds: one line, status 130, nothing left behind."""
+"""Ctrl-C in a real process, at moments that an audit hook finds: one line, status 130, nothing left."""
 
 import subprocess
 import sys

@@ -23,6 +23,7 @@ Nothing heavy is imported here: Ctrl-C is taken care of before jax is loaded.
 
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 from jaxllm.cli import interrupt
@@ -31,6 +32,7 @@ from jaxllm.cli import interrupt
 def main(args: list[str] | None = None) -> NoReturn:
     """Runs the command line and ends the process: 0 done, 2 what was asked cannot be, 130 interrupted."""
     interrupt.install()
+    warnings.showwarning = show_warning
     try:
         code = status(args)
         interrupt.ignore()  # what was asked is done, or has been undone
@@ -81,6 +83,11 @@ def reason(error: Exception) -> str:
         case ValueError() | NotImplementedError():
             return str(error)
     raise error
+
+
+def show_warning(message, *where, **more) -> None:
+    """A warning as a line for people, without the line of source that it comes from."""
+    print("jaxllm: warning: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
 
 
 def silence_stdout() -> None:

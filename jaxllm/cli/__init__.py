@@ -80,7 +80,7 @@ def reason(error: Exception) -> str:
         case OSError():  # without "[Errno 2]"
             where = "" if error.filename is None else f": {error.filename}"
             return f"{error.strerror}{where}" if error.strerror else str(error)
-        case ValueError() | NotImplementedError():
+        case ValueError() | NotImplementedError() | FloatingPointError():
             return str(error)
     raise error
 

@@ -37,7 +37,7 @@ DTYPE = click.option(
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 OFFLINE = click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
 # subtle: JAX takes larger seeds and cuts them down, so that two would be one
-SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of what is random.")
+SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of what is random.")
 JSON = click.option(
     "--json",
     "as_json",

@@ -15,7 +15,7 @@ from jaxllm.cli.output import print_json, read_text, shows_progress, tell
 @click.command()
 @loads_a_model
 @click.option("--list", "lists", is_flag=True, help="Show the methods, or --method's options, and exit.")
-@click.option("--method", metavar="NAME", help="How linears are stored; see --list.")
+@click.option("--method", metavar="NAME", help="How linears are stored: a name of --list.")
 @click.option("--bits", type=COUNT, help="Bits a code. [default: the method's]")
 @click.option("--group-size", type=COUNT, help="Inputs that share a scale. [default: the method's]")
 @click.option(
@@ -27,16 +27,24 @@ from jaxllm.cli.output import print_json, read_text, shows_progress, tell
 )
 @click.option("--tune", metavar="GPU", help="For dec-dec: a GPU by name, or by its memory/link in GB/s.")
 @click.option("--slowdown", type=FINITE, help="With --tune: slower by so much at most. [default: 0.05]")
-@click.option("--recipe", type=click.Path(path_type=Path), help="JSON: a method by pattern, or a budget.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="JSON file: a method for each pattern of names, or a budget.",
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="UTF-8 text; for a T5, lines of source, tab, target.",
+    help="UTF-8 file that most methods learn from; for a T5, lines of source, tab, target.",
 )
-@click.option("--sequences", type=COUNT, default=128, help="Take so many pieces of it at most.")
+@click.option("--sequences", type=COUNT, default=128, help="Pieces of the calibration text, at most.")
 @click.option("--length", type=COUNT, default=512, help="Tokens of a piece.")
 @click.option("--sequential", is_flag=True, help="Calibrate each block on quantized ones before it.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Directory to go on from if stopped.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Directory of finished blocks; a run that was stopped goes on there.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to make.")
 @JSON
 def quantize(

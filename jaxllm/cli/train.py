@@ -27,8 +27,13 @@ def train(context: click.Context) -> None:
 )
 @click.option("--stories", type=PATH, help="File of stories, each followed by a line <|endoftext|>.")
 @click.option("--out", type=PATH, required=True, help="Directory to make.")
-@click.option("--member", type=click.Choice(["target", "draft", "companion"]), default="target")
-@click.option("--steps", type=COUNT, required=True)
+@click.option(
+    "--member",
+    type=click.Choice(["target", "draft", "companion"]),
+    default="target",
+    help="Which of the models.",
+)
+@click.option("--steps", type=COUNT, required=True, help="Steps of the optimizer.")
 @click.option("--stop", type=COUNT, help="End after so many of the steps, with the weights of that time.")
 @click.option(
     "--plan",
@@ -41,10 +46,10 @@ def train(context: click.Context) -> None:
 @click.option("--accumulate", type=COUNT, default=1, help="Microbatches a step.")
 @click.option("--muon", type=FINITE, default=0.006, help="Peak rate of Muon.")
 @click.option("--adam", type=FINITE, default=0.0015, help="Peak rate of Adam.")
-@click.option("--warmup", type=click.IntRange(min=0), default=50, help="Steps.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=1)
+@click.option("--warmup", type=click.IntRange(min=0), default=50, help="Steps before the peak rate.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=1, help="Seed of what is random.")
 @click.option("--checkpoint", type=PATH, help="Directory of checkpoints; a run found there goes on.")
-@click.option("--save-every", type=COUNT, default=100, help="Steps.")
+@click.option("--save-every", type=COUNT, default=100, help="Steps between checkpoints.")
 @click.option("--tokenizer", type=PATH, help="Directory of a tokenizer.json. [default: a new one]")
 @click.option("--init", type=PATH, help="Hugging Face directory to start from.")
 @click.option("--plain", is_flag=True, help="Start from plain random weights, not wired to copy.")
@@ -63,12 +68,17 @@ def pico(as_json: bool, **settings: Any) -> None:
 @click.option("--model", metavar="DIR|ID", help="A model with pico's tokenizer. [default: pico]")
 @click.option("--data", type=PATH, required=True, help="Directory of the texts that pico is trained on.")
 @click.option("--stories", type=PATH, help="File of stories.")
-@click.option("--form", type=click.Choice(["fast", "zap", "zap-linear"]), default="fast")
+@click.option(
+    "--form",
+    type=click.Choice(["fast", "zap", "zap-linear"]),
+    default="fast",
+    help="Fast KVzip's, or KVzap's.",
+)
 @click.option("--hidden", type=COUNT, default=512, help="Width of the MLP of zap.")
-@click.option("--texts", type=COUNT, default=1024)
+@click.option("--texts", type=COUNT, default=1024, help="Texts to learn from.")
 @click.option("--longest", type=COUNT, default=448, help="Tokens of a text; it must fit the context twice.")
 @click.option("--tokens", type=COUNT, default=2**18, help="Of the texts, to learn from at most.")
-@click.option("--steps", type=COUNT, default=4000)
+@click.option("--steps", type=COUNT, default=4000, help="Steps of the optimizer.")
 @click.option("--batch", type=COUNT, default=2048, help="Tokens a step.")
 @SEED
 @click.option("--out", type=PATH, required=True, help="Directory to make.")
@@ -95,10 +105,10 @@ def gates(
 
 @train.command()
 @click.option("--model", metavar="DIR|ID", required=True, help="A story model, any that jaxllm loads.")
-@click.option("--tokens", type=COUNT, default=10_000_000)
-@click.option("--batch", type=COUNT, default=256)
-@click.option("--max-new-tokens", type=COUNT, default=500)
-@click.option("--temperature", type=FINITE, default=1.0)
+@click.option("--tokens", type=COUNT, default=10_000_000, help="Tokens to write, at least.")
+@click.option("--batch", type=COUNT, default=256, help="Stories at a time.")
+@click.option("--max-new-tokens", type=COUNT, default=500, help="Tokens of a story; longer ones go.")
+@click.option("--temperature", type=FINITE, default=1.0, help="0 takes the likeliest token.")
 @SEED
 @click.option("--out", type=PATH, required=True, help="File to write.")
 @JSON

@@ -1,4 +1,4 @@
-"""Compiled programs kept between runs of the command line: where, how many, and never at the cost of a run."""
+"""Compiled programs kept between runs of the command line: where, how many; never at a run's cost."""
 
 import os
 import subprocess
@@ -29,9 +29,7 @@ def without_jaxs_own(monkeypatch, tmp_path):
         jax.config.update(name, value)
 
 
-def test_programs_are_kept_in_the_users_cache_directory_unless_jax_is_told_where(
-    without_jaxs_own, monkeypatch
-):
+def test_programs_are_kept_for_the_user_unless_jax_is_told_where(without_jaxs_own, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     for name in compilation_cache.OF_JAX:
         with monkeypatch.context() as patch:
@@ -40,6 +38,14 @@ def test_programs_are_kept_in_the_users_cache_directory_unless_jax_is_told_where
         assert jax.config.jax_compilation_cache_dir == before and not without_jaxs_own.exists()
     compilation_cache.start()
     assert jax.config.jax_compilation_cache_dir == str(without_jaxs_own) and without_jaxs_own.is_dir()
+
+
+def test_an_option_and_a_variable_keep_nothing(without_jaxs_own, monkeypatch, jaxllm):
+    assert jaxllm("--no-compilation-cache", "train").status == 0 and not without_jaxs_own.exists()
+    with monkeypatch.context() as patch:
+        patch.setenv("JAXLLM_NO_COMPILATION_CACHE", "1")
+        assert jaxllm("train").status == 0 and not without_jaxs_own.exists()
+    assert jaxllm("train").status == 0 and without_jaxs_own.is_dir()
 
 
 def test_a_directory_that_cannot_be_made_is_one_line_and_no_error(without_jaxs_own, capsys):
@@ -63,10 +69,10 @@ def test_a_large_cache_is_halved_from_the_least_recently_read_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing_and_a_broken_entry_fails_nothing(tiny_checkpoint, tmp_path):
-    def generate(*options: str) -> str:
+    def generate() -> str:
         environment = {k: v for k, v in os.environ.items() if k not in compilation_cache.OF_JAX}
         done = subprocess.run(
-            [sys.executable, "-m", "jaxllm", *options, "generate", "--model", str(tiny_checkpoint),
+            [sys.executable, "-m", "jaxllm", "generate", "--model", str(tiny_checkpoint),
              "--prompt", "the", "--max-new-tokens", "2"],
             capture_output=True, text=True, timeout=300, env=environment | {"XDG_CACHE_HOME": str(tmp_path)},
         )  # fmt: skip
@@ -76,9 +82,7 @@ def test_a_second_process_compiles_nothing_and_a_broken_entry_fails_nothing(tiny
     def entries() -> list[Path]:
         return sorted((tmp_path / "jaxllm").rglob("*-cache"))
 
-    plain = generate("--no-compilation-cache")
-    assert entries() == []
-    assert generate() == plain
+    plain = generate()
     kept = entries()
     assert generate() == plain and entries() == kept != []
     for entry in kept:

@@ -171,7 +171,7 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, numbers.Integral)
     if kind is float:
-        return isinstance(value, numbers.Real) and abs(value) <= LARGEST  # NaN is not
+        return isinstance(value, numbers.Real) and bool(abs(typing.cast(Any, value)) <= LARGEST)  # NaN is not
     return isinstance(value, kind)  # bool, None, a method
 
 

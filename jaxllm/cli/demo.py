@@ -6,7 +6,6 @@ function there. `run` gives the same report as a dict, `report.json` and `report
 """
 
 import dataclasses
-import json
 import os
 import platform
 import time
@@ -21,7 +20,7 @@ from tabulate import tabulate
 
 import jaxllm as jl
 from jaxllm.cli.options import JSON
-from jaxllm.cli.output import note, print_json
+from jaxllm.cli.output import note, print_json, to_json
 from jaxllm.measure.perplexity import score
 from jaxllm.measure.report import linear_bits
 from jaxllm.models.linears import linear_weights
@@ -261,7 +260,7 @@ def run(
             "seconds": round(time.perf_counter() - begin, 1),
             "sections": [dataclasses.asdict(section) for section in sections],
         }
-        (unfinished / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
+        (unfinished / "report.json").write_text(to_json(report, indent=1), "utf-8")
         (unfinished / "report.md").write_text(markdown(report), "utf-8")
     return report
 

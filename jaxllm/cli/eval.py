@@ -7,16 +7,19 @@ import click
 
 import jaxllm as jl
 from jaxllm.cli.options import JSON, OpenModel, loads_a_model
-from jaxllm.cli.output import read_text, tell
+from jaxllm.cli.output import read_text, shows_progress, tell
+from jaxllm.measure.choices import TASKS
 
 
 @click.command("eval")
 @loads_a_model
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file: its perplexity.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="UTF-8 file of which to measure the perplexity."
+)
 @click.option("--context", type=int, help="Tokens of a window. [default: the model's context]")
 @click.option("--stride", type=int, help="Tokens between windows. [default: side by side]")
-@click.option("--kv-bits", type=int, help="Keys and values in 2, 4 or 8 bits; with --text.")
-@click.option("--task", help="Multiple-choice task; needs --data.")
+@click.option("--kv-bits", type=int, help="Store keys and values in 2, 4 or 8 bits; with --text.")
+@click.option("--task", metavar="NAME", help=f"One of {', '.join(TASKS)}; needs --data.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines file of the task.")
 @click.option("--limit", type=int, help="Take the first examples only.")
 @JSON
@@ -50,7 +53,7 @@ def evaluate(
         bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
         options: dict[str, Any] = {"context": context, "stride": stride, "bos": bos, "num_bytes": size}
         options["cache"] = jl.CacheOptions(bits=kv_bits)
-        found = jl.perplexity(model, ids, progress=True, **options)
+        found = jl.perplexity(model, ids, progress=shows_progress(), **options)
         held = jl.report_bytes(model)
         result = {
             "perplexity": found.perplexity,
@@ -62,7 +65,7 @@ def evaluate(
         }
     else:
         assert task is not None and data is not None
-        scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=True)
+        scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=shows_progress())
         fields = ("task", "accuracy", "stderr", "examples")
         result = {name: getattr(scored, name) for name in fields}
     tell(result, as_json)

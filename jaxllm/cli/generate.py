@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import jaxllm as jl
-from jaxllm.cli.options import JSON, OpenModel, loads_a_model
+from jaxllm.cli.options import JSON, SEED, OpenModel, loads_a_model
 from jaxllm.cli.output import note, print_json, read_text
 from jaxllm.eviction import METHODS
 
@@ -19,21 +19,25 @@ KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in
 
 @click.command()
 @loads_a_model
-@click.option("--prompt", "prompts", multiple=True, help="Text to go on from; repeatable.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; repeatable.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="UTF-8 file, one prompt.")
-@click.option("--max-new-tokens", type=int, default=64)
+@click.option("--max-new-tokens", type=int, default=64, help="Tokens to add at most.")
 @click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token.")
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
-@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this total only.")
-@click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest.")
+@click.option(
+    "--top-p", type=float, help="Draw from the likeliest tokens that together have this probability."
+)
+@click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one's probability.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: avoid repeating.")
-@click.option("--seed", type=int, default=0)
+@SEED
 @click.option("--stop", multiple=True, help="Text that ends a completion; repeatable.")
-@click.option("--kv-bits", type=int, help="Keep keys and values in 2, 4 or 8 bits. [default: as they are]")
+@click.option("--kv-bits", type=int, help="Store keys and values in 2, 4 or 8 bits. [default: as they are]")
 @click.option("--context", type=click.Path(path_type=Path), help="UTF-8 file that all prompts follow.")
 @click.option("--kv-ratio", type=float, help="Keep this part of the context's keys and values only.")
 @click.option("--kv-method", type=click.Choice(list(METHODS)), default="kvzip", help=KV_METHOD_HELP)
-@click.option("--kv-budget", type=int, help="Keep about so many tokens, however long the text grows.")
+@click.option(
+    "--kv-budget", type=int, help="Keep the keys and values of about so many tokens, however long the text."
+)
 @click.option("--kv-gates", type=click.Path(path_type=Path), help="Gates of the model. [default: pico's]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
@@ -53,7 +57,7 @@ def generate(
     as_json: bool,
     **more: Any,
 ) -> None:
-    """Go on from one or more prompts. tokens_per_s counts compilation too."""
+    """Continue one or more prompts; what is timed has the compilation in it."""
     if prompt_file is not None:
         prompts = (*prompts, read_text(prompt_file, "--prompt-file").removesuffix("\n"))
     if not prompts:

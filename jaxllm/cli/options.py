@@ -1,16 +1,34 @@
-"""Options that several commands share, and the decorator that opens a model by them."""
+"""Options that several commands share, their types, and the decorator that opens a model by them."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 import jaxllm as jl
+from jaxllm.cli.output import results_alone
 
 OpenModel = Callable[..., tuple[Any, Any]]
 
-MODEL = click.option("--model", metavar="DIR|ID", help="Directory or hub id. [default: pico]")
+
+class FiniteNumber(click.ParamType):
+    """A number; NaN and the infinities, which Python reads too, are none."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = click.FLOAT.convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+FINITE = FiniteNumber()
+COUNT = click.IntRange(min=1)
+
+MODEL = click.option("--model", metavar="DIR|ID", help="Directory or hub id. [default: pico, which ships]")
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -18,7 +36,15 @@ DTYPE = click.option(
 )
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 OFFLINE = click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+# subtle: JAX takes larger seeds and cuts them down, so that two would be one
+SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of what is random.")
+JSON = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=results_alone,
+    help="Print one JSON object on stdout, all else on stderr.",
+)
 
 
 def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:

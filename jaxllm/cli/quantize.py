@@ -8,29 +8,43 @@ from typing import Any
 import click
 
 import jaxllm as jl
-from jaxllm.cli.options import JSON, OpenModel, loads_a_model
-from jaxllm.cli.output import print_json, read_text, tell
+from jaxllm.cli.options import COUNT, FINITE, JSON, OpenModel, loads_a_model
+from jaxllm.cli.output import print_json, read_text, shows_progress, tell
 
 
 @click.command()
 @loads_a_model
-@click.option("--list", "lists", is_flag=True, help="Show the methods and exit.")
-@click.option("--method", metavar="NAME", help="How linears are stored; see --list.")
-@click.option("--bits", type=int, help="Bits a code. [default: the method's]")
-@click.option("--group-size", type=int, help="Inputs that share a scale. [default: the method's]")
-@click.option("--option", "more", multiple=True, metavar="NAME=JSON", help="Another option; repeatable.")
+@click.option("--list", "lists", is_flag=True, help="Show the methods, or --method's options, and exit.")
+@click.option("--method", metavar="NAME", help="How linears are stored: a name of --list.")
+@click.option("--bits", type=COUNT, help="Bits a code. [default: the method's]")
+@click.option("--group-size", type=COUNT, help="Inputs that share a scale. [default: the method's]")
+@click.option(
+    "--option",
+    "more",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another option, as --list --method NAME shows them; repeatable. A value is JSON or a word.",
+)
 @click.option("--tune", metavar="GPU", help="For dec-dec: a GPU by name, or by its memory/link in GB/s.")
-@click.option("--slowdown", type=float, help="By how much fetching may slow a token down. [default: 0.05]")
-@click.option("--recipe", type=click.Path(path_type=Path), help="JSON: a method by pattern, or a budget.")
+@click.option("--slowdown", type=FINITE, help="With --tune: slower by so much at most. [default: 0.05]")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="JSON file: a method for each pattern of names, or a budget.",
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="UTF-8 text; for a T5, lines of source, tab, target.",
+    help="UTF-8 file that most methods learn from; for a T5, lines of source, tab, target.",
 )
-@click.option("--sequences", type=int, default=128, help="Take so many pieces of it at most.")
-@click.option("--length", type=int, default=512, help="Tokens of a piece.")
+@click.option("--sequences", type=COUNT, default=128, help="Pieces of the calibration text, at most.")
+@click.option("--length", type=COUNT, default=512, help="Tokens of a piece.")
 @click.option("--sequential", is_flag=True, help="Calibrate each block on quantized ones before it.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Directory to go on from if stopped.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Directory of finished blocks; a run that was stopped goes on there.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to make.")
 @JSON
 def quantize(
@@ -49,17 +63,26 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Store a model's weights in fewer bits; write it to a new directory."""
+    """Store a model's weights in fewer bits; write it to a new directory.
+
+    Methods that stand on another one, dec-dec and rotate, call it base, and its options follow a dot:
+
+    \b
+        jaxllm quantize --method rotate --option base=rtn --option base.bits=3 --out SMALL
+    """
     from jaxllm.measure.report import linear_bits
     from jaxllm.quant.dec_dec_tuner import tune_dec_dec
-    from jaxllm.quant.methods import METHODS, make_method
+    from jaxllm.quant.method_options import make_method
     from jaxllm.quant.recipe import Budget, read_recipe
     from jaxllm.quant.sensitivity import allocate_bits, sensitivity
     from jaxllm.quant.text import text_sequences
     from jaxllm.weights.host_residual import bytes_fetched
 
     if lists:
-        list_methods(METHODS, as_json)
+        if method is None:
+            list_methods(as_json)
+        else:
+            list_options(method, as_json)
         return
     if (method is None) == (recipe is None) or out is None:
         raise click.UsageError("quantize: --out and exactly one of --method and --recipe must be given")
@@ -82,8 +105,17 @@ def quantize(
     if tune is not None:
         chosen = tune_dec_dec(model, chosen, gpu=tune, slowdown=0.05 if slowdown is None else slowdown)
     if isinstance(chosen, Budget):
-        chosen = allocate_bits(sensitivity(model, chosen.methods, rows), bits=chosen.bits)
-    small = jl.quantize(model, chosen, rows, sequential=sequential, checkpoint=checkpoint, consume=True)
+        table = sensitivity(model, chosen.methods, rows, progress=shows_progress())
+        chosen = allocate_bits(table, bits=chosen.bits)
+    small = jl.quantize(
+        model,
+        chosen,
+        rows,
+        sequential=sequential,
+        checkpoint=checkpoint,
+        consume=True,
+        progress=shows_progress(),
+    )
     seconds = time.perf_counter() - start
     jl.save(small, out, tokenizer)
     held = jl.report_bytes(small)
@@ -104,19 +136,36 @@ def method_options(bits: int | None, group_size: int | None, more: tuple[str, ..
     for text in more:
         name, equals, value = text.partition("=")
         if not equals:
-            raise click.UsageError(f"quantize: --option must be NAME=JSON, got {text!r}")
+            raise click.UsageError(f"quantize: --option must be NAME=VALUE, got {text!r}")
+        if name in found:
+            raise click.UsageError(f"quantize: an option must be given once, got {name} twice")
         try:
             found[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             found[name] = value  # a word without quotes
     return found
 
 
-def list_methods(methods: dict[str, Any], as_json: bool) -> None:
-    """Names, bits, exactness and options of the methods."""
+def list_methods(as_json: bool) -> None:
+    """Names, bits and exactness of the methods."""
+    from jaxllm.quant.methods import METHODS
+
     if as_json:
         fields = ("bits", "exactness", "about")
-        print_json({name: {key: getattr(entry, key) for key in fields} for name, entry in methods.items()})
+        print_json({name: {key: getattr(entry, key) for key in fields} for name, entry in METHODS.items()})
         return
-    for name, entry in methods.items():
+    for name, entry in METHODS.items():
         click.echo(f"{name:14} {entry.bits:14} {entry.exactness:30} {entry.about}")
+
+
+def list_options(method: str, as_json: bool) -> None:
+    """Names, types and defaults of a method's options."""
+    from jaxllm.quant.method_options import describe_options
+
+    options = describe_options(method)
+    if as_json:
+        print_json(options)
+        return
+    for name, option in options.items():
+        default = f"[default: {json.dumps(option['default'])}]" if "default" in option else "[must be given]"
+        click.echo(f"{name:23} {option['type']:44} {default}")

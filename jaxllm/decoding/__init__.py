@@ -1,6 +1,7 @@
 """Text from a model, and models that read text.
 
 generate   prompts in, completions out: generate, stream, chat
+messages   a conversation laid out by a chat template
 options    what a run may be asked for
 run        one batch of requests on the host: checks, shapes, texts
 loop       one batch of requests on the device: the compiled loop

@@ -14,6 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jaxllm.decoding.messages import encode_messages
 from jaxllm.decoding.options import GenerationOptions, spells_out_options
 from jaxllm.decoding.run import Completion, GenerationRun, Prompt, Timings
 from jaxllm.decoding.text import stable_prefix
@@ -42,8 +46,10 @@ def generate(
     options: as in `GenerationOptions`: max_new_tokens, sampler, seed, stop, stop_tokens, cache, logprobs.
 
     A request whose logits cease to be finite (a float16 overflows) ends there, "nonfinite", with a warning.
-    Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context.
+    Raises ValueError for an empty prompt, a token out of range, or a prompt that fills the context, TypeError
+    inside of jax.jit and its kind: its loop is compiled, and the host looks at the tokens between the parts.
     """
+    refuse_tracing(model, prompts)
     begin = time.perf_counter()
     run = GenerationRun(model, tokenizer, prompts, GenerationOptions(**options))
     first = run.wait() if timings else begin
@@ -62,6 +68,7 @@ def stream(model, tokenizer, prompt: Prompt, **options: Any) -> Iterator[Token]:
 
     Raises FloatingPointError behind the last good token where logits cease to be finite.
     """
+    refuse_tracing(model, prompt)
     return _tokens(GenerationRun(model, tokenizer, [prompt], GenerationOptions(**options)))
 
 
@@ -85,15 +92,21 @@ def _tokens(run: GenerationRun) -> Iterator[Token]:
         run.advance(1)
 
 
+def refuse_tracing(model, prompts) -> None:
+    """Raises TypeError where JAX is tracing: inside of jit, grad, vmap, scan."""
+    leaves = jax.tree.leaves((model, prompts))
+    if any(isinstance(x, jax.core.Tracer) for x in (*leaves, jnp.zeros(()))):
+        raise TypeError(
+            "generate: must be called outside of jax.jit, grad, vmap and scan, for it compiles its own loop, "
+            "got a call inside; there use model(tokens, cache), or decoding.loop.decode_until for the loop"
+        )
+
+
 @spells_out_options
 def chat(model, tokenizer, messages: Sequence[dict[str, str]], **options: Any) -> Completion:
     """The model's answer to a conversation, laid out by the tokenizer's chat template.
 
     messages: dicts with "role" and "content". options: as for `generate`.
-    Raises ValueError when the tokenizer has no template.
+    Raises ValueError when the tokenizer has no template, and for messages or roles that it does not take.
     """
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat: the tokenizer must have a chat template, this model's has none")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes its own
-    return generate(model, tokenizer, [ids], **options)[0]
+    return generate(model, tokenizer, [encode_messages(tokenizer, messages)], **options)[0]

@@ -7,12 +7,13 @@ method alone takes every linear of the blocks.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm.quant.methods import make_method
+from jaxllm.quant.method_options import check_method, make_method
 from jaxllm.quant.statistics import Grouped, Method, output_groups_of
 from jaxllm.storage import former_names
 from jaxllm.weights.dense import Dense
@@ -30,28 +31,84 @@ def read_recipe(path: Path) -> list[tuple[str, Method | None]] | Budget:
     """A recipe from a JSON file: a list of {"pattern": ..., "method": name or null, option: value, ...}.
 
     Or {"bits": 2.5, "methods": [{"method": name, option: value, ...}, ...]}, a budget for the whole.
+    Raises ValueError, in one line, for anything else.
     """
-
-    def make(options: dict[str, Any]) -> Method | None:
-        name = options.pop("method")
-        return None if name is None else make_method(name, options)
-
     try:
-        rules = json.loads(path.read_text("utf-8"), object_pairs_hook=former_names.options)
-        if isinstance(rules, dict):
-            chosen = [make(dict(rule)) for rule in rules.pop("methods")]
-            if None in chosen or not isinstance(rules["bits"], int | float) or len(rules) > 1:
-                raise TypeError('a budget has "bits", a number, and "methods", no more')
-            return Budget(rules["bits"], tuple(method for method in chosen if method is not None))
-        recipe: list[tuple[str, Method | None]] = []
-        for rule in map(dict, rules):
-            recipe.append((rule.pop("pattern"), make(rule)))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            'quantize: a recipe must be a JSON list of {"pattern", "method", options}, '
-            f"got {str(path)!r}: {error}"
-        ) from error
+        rules = json.loads(path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        return _budget(rules) if isinstance(rules, dict) else _rules(rules)
+    except _NotARecipe as error:
+        raise ValueError(f"quantize: {str(path)!r} must be a recipe, {error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"quantize: a recipe must be a JSON file, got {str(path)!r}: {error}") from error
+
+
+class _NotARecipe(Exception):
+    """What a recipe must have, and what the file has in its place."""
+
+
+def _rules(rules: Any) -> list[tuple[str, Method | None]]:
+    if not isinstance(rules, list) or not rules:
+        raise _NotARecipe(f'a list of {{"pattern", "method", options}}, got {_brief(rules)}')
+    recipe: list[tuple[str, Method | None]] = []
+    for rule in rules:
+        if not isinstance(rule, dict) or not {"pattern", "method"} <= rule.keys():
+            raise _NotARecipe(f'where each rule has "pattern" and "method", got {_brief(rule)}')
+        pattern = rule["pattern"]
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError, RecursionError) as error:
+            raise _NotARecipe(f'where "pattern" is a regular expression, got {_brief(pattern)}') from error
+        recipe.append((pattern, _method({key: rule[key] for key in rule if key != "pattern"})))
     return recipe
+
+
+def _budget(wish: dict[str, Any]) -> Budget:
+    if wish.keys() != {"bits", "methods"}:
+        raise _NotARecipe(f'a list of rules or a budget of "bits" and "methods", got {_brief(wish)}')
+    bits, methods = wish["bits"], wish["methods"]
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
+        raise _NotARecipe(f'where "bits" is a number above 0, got {_brief(bits)}')
+    if not isinstance(methods, list) or not methods:
+        raise _NotARecipe(f'where "methods" is a list of some, got {_brief(methods)}')
+    chosen = []
+    for options in methods:
+        method = _method(options)
+        if method is None:
+            raise _NotARecipe(f"where each method of a budget has a name, got {_brief(options)}")
+        chosen.append(method)
+    return Budget(bits, tuple(chosen))
+
+
+def _method(options: Any) -> Method | None:
+    """The method of {"method": name or null, option: value, ...}."""
+    if not isinstance(options, dict) or "method" not in options:
+        raise _NotARecipe(f'where each method is {{"method": name, ...}}, got {_brief(options)}')
+    more = {key: options[key] for key in options if key != "method"}
+    if options["method"] is not None:
+        return make_method(options["method"], more)
+    if more:
+        raise _NotARecipe(f'where "method": null has no options, got {_brief(options)}')
+    return None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object by the names of now; one of two values of a name would be lost."""
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise _NotARecipe(f"where an object has each name once, got {twice[0]!r} twice")
+    return former_names.options(pairs)
+
+
+def _refuse_constant(name: str) -> Any:
+    """Raises for NaN and the infinities, which Python reads and JSON does not have."""
+    raise _NotARecipe(f"where numbers are finite, got {name}")
+
+
+def _brief(value: Any) -> str:
+    """What was given, as JSON; a long one is cut."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 Recipe = Method | Sequence[tuple[str, Method | None]]
@@ -74,6 +131,7 @@ def methods_by_linear(method: Recipe, weights: dict[str, Any]) -> dict[str, Meth
             continue
         if not isinstance(w, Dense):
             raise ValueError(f"quantize: {name} must be dense, got {type(w).__name__}")
+        check_method(chosen)
         _check_sizes(name, chosen, *w.shape)
         plan[name] = chosen
     if not all(used):

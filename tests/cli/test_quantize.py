@@ -8,6 +8,9 @@ import pytest
 from command_line import assert_refused
 
 import jaxllm as jl
+from jaxllm.models.linears import linear_weights
+from jaxllm.quant.methods import METHODS
+from jaxllm.weights.dense import Dense
 from jaxllm.weights.host_residual import bytes_fetched
 
 RTN = 'base={"method": "rtn", "bits": 3}'
@@ -24,6 +27,24 @@ def test_quantize_writes_a_model_that_eval_reads(jaxllm, tiny_checkpoint):
     assert 5 < done.json["linear_bits_per_weight"] < 6
     again = jaxllm("eval", "--model", "small", "--text", text, "--json")
     assert again.status == 0 and again.json["weight_bytes"] == done.json["weight_bytes"]
+
+
+SLOW = [name for name in METHODS if name not in ("rtn", "nested-fp")]  # the others compile long
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in METHODS]
+)
+def test_every_listed_method_runs_with_its_defaults(jaxllm, tiny_checkpoint, method):
+    Path("text.txt").write_text("Once upon a time there was a little dog. " * 40, "utf-8")
+    needed = ("--option", "base=rtn") if method == "dec-dec" else ()
+    calibration = ("--calibration", "text.txt", "--length", 32, "--sequences", 8)
+    model = ("--model", tiny_checkpoint, "--method", method, *needed)
+    done = jaxllm("quantize", *model, *calibration, "--out", "small", "--json")
+    assert done.status == 0, done.err
+    assert {type(w) for w in linear_weights(jl.load("small")[0]).values()} != {Dense}
+    listed = jaxllm("quantize", "--list", "--json").json
+    assert method in listed and jaxllm("quantize", "--list").out.count("\n") == len(listed)
 
 
 @pytest.mark.slow
@@ -75,10 +96,20 @@ def test_quantize_tunes_what_is_fetched_for_a_gpu_and_says_so(jaxllm, tiny_check
     [
         (("--method", "nope", "--out", "o"), "method must be one of rtn, gptq, .*, got 'nope'"),
         (("--method", "rtn", "--option", "foo=3", "--out", "o"), "rtn has the options bits, .*, got 'foo'"),
-        (("--method", "rtn", "--option", "foo", "--out", "o"), "--option must be NAME=JSON, got 'foo'"),
+        (("--method", "rtn", "--option", "foo", "--out", "o"), "--option must be NAME=VALUE, got 'foo'"),
         (("--method", "gptq", "--out", "o"), "hessian need calibration text, got none"),
         (("--method", "rtn", "--bits", 9, "--out", "o"), "bits must be 1 to 8, got"),
         (("--method", "rtn"), "--out and exactly one of --method and --recipe"),
+        (
+            ("--method", "rtn", "--option", 'group_size="64"', "--out", "o"),
+            "be a whole number, got '64'",
+        ),
+        (
+            ("--method", "rtn", "--option", "symmetric=maybe", "--out", "o"),
+            "must be true or false, got 'maybe'",
+        ),
+        (("--method", "rtn", "--bits", 3, "--option", "bits=4", "--out", "o"), "once, got bits twice"),
+        (("--method", "dec-dec", "--out", "o"), "base of dec-dec must be given, .*--option base=rtn"),
         (
             ("--method", "rtn", "--tune", "RTX 4090", "--out", "o"),
             "--tune applies to --method dec-dec, got rtn",

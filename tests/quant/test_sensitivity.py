@@ -1,7 +1,6 @@
 """Bits by layer: the table against its definition, the choice against every choice there is."""
 
 import itertools
-import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ from jaxllm.measure.report import linear_bits
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.models.linears import linear_weights
 from jaxllm.quant.calibrate import calibrate
-from jaxllm.quant.recipe import Budget, read_recipe
 from jaxllm.quant.sensitivity import COSTS, Choice, allocate_bits, sensitivity
 
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [30, 60, 90, 120, 3, 3]]
@@ -92,15 +90,6 @@ def test_the_recipe_keeps_the_budget_and_more_bits_cost_less(model, table):
         cost = {(f"^{name}$".replace(".", r"\."), c.method): c.cost for name, cs in table.items() for c in cs}
         costs.append(sum(cost[rule] for rule in recipe))
     assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
-
-
-def test_a_budget_comes_from_a_file(tmp_path):
-    file = tmp_path / "budget.json"
-    file.write_text(json.dumps({"bits": 2.5, "methods": [{"method": "rtn", "bits": 2}, {"method": "rtn"}]}))
-    assert read_recipe(file) == Budget(2.5, (jl.Rtn(bits=2), jl.Rtn()))
-    file.write_text(json.dumps({"bits": "many", "methods": [{"method": "rtn"}]}))
-    with pytest.raises(ValueError, match='a budget has "bits", a number'):
-        read_recipe(file)
 
 
 @pytest.mark.parametrize(

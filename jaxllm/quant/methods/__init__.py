@@ -19,7 +19,6 @@ Methods see rows [N, K] and statistics, and nothing of a model.
 """
 
 import dataclasses
-from typing import Any
 
 from jaxllm.quant.methods.any_precision import AnyPrecision
 from jaxllm.quant.methods.awq import Awq
@@ -32,7 +31,6 @@ from jaxllm.quant.methods.nested_fp import NestedFp
 from jaxllm.quant.methods.rotate import Rotate
 from jaxllm.quant.methods.rtn import Rtn
 from jaxllm.quant.methods.squeeze_llm import SqueezeLlm
-from jaxllm.quant.statistics import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +56,3 @@ METHODS = {
     "dec-dec": Entry(DecDec, "its base's", "lossy", "a base, and residual rows fetched for large inputs"),
     "rotate": Entry(Rotate, "its base's", "lossy", "a base in a rotated basis, activations of 4 or 8 bits"),
 }
-
-
-def make_method(name: str, options: dict[str, Any]) -> Method:
-    """The method called `name` with `options`; raises ValueError for a name or an option it does not have."""
-    if name not in METHODS:
-        raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {name!r}")
-    made = METHODS[name].make
-    known = {field.name for field in dataclasses.fields(made)}
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise ValueError(f"quantize: {name} has the options {', '.join(sorted(known))}, got {unknown[0]!r}")
-    if isinstance(options.get("base"), dict):  # a method of a method: {"method": "rtn", "bits": 3}
-        base = dict(options["base"])
-        options = options | {"base": make_method(base.pop("method", None), base)}
-    return made(**options)

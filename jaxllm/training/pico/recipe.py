@@ -212,8 +212,10 @@ class Settings:
     note: str | None = None
 
 
-def train_member(s: Settings) -> Run:
+def train_member(s: Settings, *, progress: bool = True) -> Run:
     """Trains a member and writes its directory `s.out`, whole or not at all; what was run.
+
+    progress: draws a bar on stderr.
 
     Raises FileExistsError where `out` exists, ValueError where `init` is not of the member.
     """
@@ -249,6 +251,7 @@ def train_member(s: Settings) -> Run:
         checkpoint=s.checkpoint / "steps" if s.checkpoint else None,
         save_every=s.save_every,
         trainable=student_only if s.teacher else None,
+        progress=progress,
     )
     # 4 what was run, and the directory
     run = Run(
@@ -270,12 +273,14 @@ def train_member(s: Settings) -> Run:
     )
     runs = [*history(s.init), run]
     model = trained.params["student"] if s.teacher else trained.params
-    partial = s.out.with_name(s.out.name + ".partial")
-    export(model, tokenizer, partial)
-    losses = np.concatenate([r.losses for r in runs])
-    trainer.plot_losses({s.member: losses}, partial / "loss.png", title=f"pico {s.member}")
-    (partial / HISTORY).write_text(json.dumps({"runs": [dataclasses.asdict(r) for r in runs]}) + "\n")
-    parameters = sum(x.size for x in jax.tree.leaves(model))
-    (partial / "README.md").write_text(card(s.member, config, parameters, runs, texts, plan))
-    partial.rename(s.out)
+    s.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=s.out.parent, prefix=f"{s.out.name}.") as place:
+        unfinished = Path(place) / s.out.name
+        export(model, tokenizer, unfinished)
+        losses = np.concatenate([r.losses for r in runs])
+        trainer.plot_losses({s.member: losses}, unfinished / "loss.png", title=f"pico {s.member}")
+        (unfinished / HISTORY).write_text(json.dumps({"runs": [dataclasses.asdict(r) for r in runs]}) + "\n")
+        parameters = sum(x.size for x in jax.tree.leaves(model))
+        (unfinished / "README.md").write_text(card(s.member, config, parameters, runs, texts, plan))
+        unfinished.rename(s.out)
     return run

@@ -11,6 +11,8 @@ story that has ended frees its place, and attention reads no more rows than its 
 stories in one go, which read 512 rows a token and throw 45 % of their steps away.
 """
 
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,13 +58,21 @@ def stories(
 
 
 def write_stories(model, tokenizer, out: Path, *, tokens: int, progress: bool = True, **options) -> int:
-    """Writes stories to a file until they have so many tokens; how many they have. options: of `stories`."""
+    """Writes stories to a file until they have so many tokens; how many they have. options: of `stories`.
+
+    The file is there when all of them are. progress: draws a bar on stderr.
+    """
     made, batches = 0, stories(model, tokenizer, **options)
-    bar = tqdm(total=tokens, unit="tok", disable=not progress)
-    with out.open("w", encoding="utf-8") as file, bar:
-        while made < tokens:
-            for _, story, size in next(batches):
-                file.write(f"{story}\n{END}\n")
-                made += size
-                bar.update(size)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f"{out.name}.") as place:
+        unfinished = Path(place) / out.name
+        with (
+            unfinished.open("w", encoding="utf-8") as file,
+            tqdm(total=tokens, unit="tok", file=sys.stderr, disable=not progress) as bar,
+        ):
+            while made < tokens:
+                for _, story, size in next(batches):
+                    file.write(f"{story}\n{END}\n")
+                    made += size
+                    bar.update(size)
+        unfinished.replace(out)
     return made

@@ -12,7 +12,7 @@ from flax import nnx
 import jaxllm as jl
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.ops import hadamard
-from jaxllm.quant.methods import make_method
+from jaxllm.quant.method_options import make_method
 from jaxllm.quant.methods.rotate import Rotate, rotated
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine

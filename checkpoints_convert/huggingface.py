@@ -24,11 +24,12 @@ from checkpoints_convert import pickle_files, tensor_files
 from checkpoints_convert.build_model import build_model
 from checkpoints_convert.families import gpt, llama_line, t5
 from checkpoints_convert.families.family import Family, Tensor, tensors_of
-from checkpoints_convert.json_fields import TOKENS, check_fields, read_object, shown
+from checkpoints_convert.json_fields import TOKENS, check_fields, read_object
 from checkpoints_convert.materialize import named_weights
 from checkpoints_convert.quantized import any_precision
 from checkpoints_convert.quantized import scheme as quantized
 from jaxllm.storage.directory import new_directory
+from jaxllm.storage.metadata import excerpt
 from jaxllm.storage.tokenizer import load_tokenizer
 from jaxllm.weights.bit_planes import BitPlanes
 
@@ -122,7 +123,7 @@ def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
     family = next((family for family in FAMILIES if family.model_type == kind), None)
     if family is None:
         supported = ", ".join(family.model_type for family in FAMILIES)
-        raise ValueError(f"huggingface.load: model_type must be one of {supported}, got {shown(kind)}")
+        raise ValueError(f"huggingface.load: model_type must be one of {supported}, got {excerpt(kind)}")
     raw = family.defaults | (raw if family.flat is None else family.flat(raw))
     check_fields(f"config.json of {family.model_type}", raw, family.fields)
     return family, raw

@@ -7,13 +7,12 @@ What a file says is checked once, here, before anything is computed from it; so 
 whether a size is a number. Booleans are no numbers, and a number is finite.
 """
 
-import json
-import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DEPTH = 64  # of objects in objects: no config has ten
+from jaxllm.storage.metadata import excerpt, parse_json
+
 LARGEST = 2**31 - 1  # positions and token ids are int32
 
 
@@ -67,34 +66,11 @@ TOKENS = Kind(
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object of a file, in UTF-8, without NaN, and not nested without end; else a ValueError."""
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no number")
-
-    try:
-        value = json.loads(file.read_text("utf-8"), parse_constant=refuse)
-        depth = _depth(value)
-    except RecursionError:
-        depth = DEPTH + 1
-    except ValueError as error:  # also what is no UTF-8
-        raise ValueError(f"huggingface.load: {file.name} must be JSON: {error}") from error
-    if depth > DEPTH:
-        raise ValueError(f"huggingface.load: {file.name} must not be nested more than {DEPTH} deep")
+    """The JSON object of a file; ValueError for what is none."""
+    value = parse_json(f"huggingface.load: {file.name}", file.read_bytes(), unique_names=False)
     if not isinstance(value, dict):
-        raise ValueError(f"huggingface.load: {file.name} must be a JSON object, got {shown(value)}")
+        raise ValueError(f"huggingface.load: {file.name} must be a JSON object, got {excerpt(value)}")
     return value
-
-
-def _depth(value: Any) -> int:
-    """How many containers lie in each other, or one more than are allowed."""
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, dict | list)]:
-        depth += 1
-        if depth > DEPTH:
-            break
-        level = [part for v in level for part in (v.values() if isinstance(v, dict) else v)]
-    return depth
 
 
 def check_fields(where: str, given: Mapping[str, Any], fields: Mapping[str, Kind]) -> None:
@@ -107,13 +83,6 @@ def check_fields(where: str, given: Mapping[str, Any], fields: Mapping[str, Kind
             continue
         if name not in given:
             raise ValueError(f"huggingface.load: {where} must have {name}: {kind.must}")
-        raise ValueError(f"huggingface.load: {name} of {where} must be {kind.must}, got {shown(given[name])}")
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-
-
-def shown(value: Any) -> str:
-    """A value as errors show it: on one line, and not all of a long one."""
-    return _SHORT.repr(value)
+        raise ValueError(
+            f"huggingface.load: {name} of {where} must be {kind.must}, got {excerpt(given[name])}"
+        )

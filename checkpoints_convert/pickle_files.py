@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert.json_fields import COUNT, list_of, shown
+from checkpoints_convert.json_fields import COUNT, list_of
 from checkpoints_convert.tensor_files import open_indexed
-from jaxllm.storage.metadata import one_line
+from jaxllm.storage.metadata import excerpt, one_line
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -102,7 +102,7 @@ def open_file(path: Path) -> dict[str, np.ndarray]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise Refused(f"pickle: {path.name} must hold tensors by name, got {kind} at {shown(name)}")
+            raise Refused(f"pickle: {path.name} must hold tensors by name, got {kind} at {excerpt(name)}")
     return {name: value.view for name, value in tensors.items()}
 
 
@@ -134,7 +134,7 @@ def _entries(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
     folder = programs[0].removesuffix("data.pkl")
     order = found.get(folder + "byteorder")
     if order is not None and order.tobytes() != b"little":
-        raise Refused(f"pickle: numbers of {path.name} must be little-endian, got {shown(order.tobytes())}")
+        raise Refused(f"pickle: numbers of {path.name} must be little-endian, got {excerpt(order.tobytes())}")
     program = found[programs[0]].tobytes()
     _check_program(program)
     data = folder + "data/"
@@ -154,13 +154,15 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Ten
     """`torch._utils._rebuild_tensor_v2`: a view of a storage, once it is known to lie in it."""
     sizes = list_of(COUNT).holds([offset, *shape, *strides])
     if not isinstance(storage, Storage) or not sizes or len(shape) != len(strides):
-        raise Refused(f"pickle: a tensor must be a storage, an offset, a shape, strides, got {shown(shape)}")
+        raise Refused(
+            f"pickle: a tensor must be a storage, an offset, a shape, strides, got {excerpt(shape)}"
+        )
     values, elements = storage.values, math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if elements else 0
     if last >= values.size and elements or elements > values.size:
         raise Refused(
             f"pickle: a tensor must lie in its storage of {values.size} numbers, "
-            f"got {offset=}, shape={shown(shape)}, strides={shown(strides)}"
+            f"got {offset=}, shape={excerpt(shape)}, strides={excerpt(strides)}"
         )
     if not elements:
         return Tensor(np.empty(shape, values.dtype))
@@ -203,18 +205,18 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full not in GLOBALS:
-            raise Refused(f"pickle: a file may name tensors and nothing else, got {shown(full)}")
+            raise Refused(f"pickle: a file may name tensors and nothing else, got {excerpt(full)}")
         return GLOBALS[full]
 
     def persistent_load(self, pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise Refused(f"pickle: what lies outside must be a storage, got {shown(pid)}")
+            raise Refused(f"pickle: what lies outside must be a storage, got {excerpt(pid)}")
         _, kind, key, _, count = pid
         if not isinstance(kind, Numbers) or not isinstance(key, str) or key not in self.storages:
-            raise Refused(f"pickle: a storage must be of a type and in the archive, got {shown(pid)}")
+            raise Refused(f"pickle: a storage must be of a type and in the archive, got {excerpt(pid)}")
         stored, dtype = self.storages[key], kind.dtype
         if type(count) is not int or count < 0 or count * dtype.itemsize > stored.size:
             raise Refused(
-                f"pickle: storage {shown(key)} must have {shown(count)} numbers, got {stored.size} bytes"
+                f"pickle: storage {excerpt(key)} must have {excerpt(count)} numbers, got {stored.size} bytes"
             )
         return Storage(stored[: count * dtype.itemsize].view(dtype))

@@ -19,9 +19,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxllm.storage.metadata import one_line, parse_json
-
-from checkpoints_convert.json_fields import OBJECT, TEXT, check_fields, read_object, shown
+from checkpoints_convert.json_fields import OBJECT, TEXT, check_fields, read_object
+from jaxllm.storage.metadata import excerpt, one_line, parse_json
 
 FLOATS = {
     "F64": np.dtype("<f8"),
@@ -122,7 +121,7 @@ def open_indexed(path: Path, index: str, open_file: OpenFile) -> dict[str, np.nd
         file = path / name
         if Path(name).name != name or "\0" in name or not file.is_file() or not _lies_in(path, file):
             raise FileNotFoundError(
-                f"huggingface.load: the index names a file that is not there, got {shown(name)}"
+                f"huggingface.load: the index names a file that is not there, got {excerpt(name)}"
             )
         tensors |= open_file(file)
     lost = sorted(set(where["weight_map"]) - set(tensors))

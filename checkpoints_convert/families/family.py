@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints_convert.json_fields import Kind, shown
+from checkpoints_convert.json_fields import Kind
 from jaxllm.models import layers as ours
+from jaxllm.storage.metadata import excerpt
 
 # Their names of activations, and ours: all of transformers' but `prelu` and `xielu`, which have weights.
 TANH_FORMS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
@@ -27,7 +28,7 @@ def activation(name: str | None) -> Any:
     """Our name of an activation; ValueError for one that we have not."""
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"huggingface.load: activation must be one of {known}, got {shown(name)}")
+        raise ValueError(f"huggingface.load: activation must be one of {known}, got {excerpt(name)}")
     return ACTIVATIONS[name]
 
 

@@ -16,9 +16,9 @@ from checkpoints_convert.json_fields import (
     check_fields,
     list_of,
     null_or,
-    shown,
 )
 from jaxllm.models.rope import Rope
+from jaxllm.storage.metadata import excerpt
 
 SCALED = ("llama3", "yarn", "longrope")  # rope kinds that know the trained length
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -100,7 +100,7 @@ def rope(p: dict[str, Any], raw: dict[str, Any], theta: float, *, fraction=1.0) 
         case _:
             raise ValueError(
                 "huggingface.load: rope_type must be one of default, linear, llama3, yarn, "
-                f"longrope, got rope_type={shown(kind)}"
+                f"longrope, got rope_type={excerpt(kind)}"
             )
     return Rope(**fields)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from checkpoints_convert.json_fields import TEXT, list_of, shown
+from checkpoints_convert.json_fields import TEXT, list_of
 from checkpoints_convert.quantized.config import (
     check_flags,
     json_object,
@@ -29,6 +29,7 @@ from checkpoints_convert.quantized.words import (
     words_of,
 )
 from jaxllm.ops.packing import Packed
+from jaxllm.storage.metadata import excerpt
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.permuted import Permuted
 
@@ -90,7 +91,7 @@ class Gptq:
             return rest
         ways: list[tuple[re.Pattern[str], Gptq | None]] = []
         for text, own in json_object(given["dynamic"], "dynamic").items():
-            own = json_object(own, f"dynamic of {shown(text)}")
+            own = json_object(own, f"dynamic of {excerpt(text)}")
             pattern = module_pattern(text.removeprefix("-:").removeprefix("+:"))
             check_flags(own, "desc_act", "sym")
             dense = text.startswith("-:")
@@ -244,7 +245,7 @@ class CompressedTensors:
             )
             targets: Any = entry.get("targets")
             if not list_of(TEXT).holds(targets):
-                got = shown(targets)
+                got = excerpt(targets)
                 raise ValueError(f"huggingface.load: {name}.targets must be a list of names, got {got}")
             for target in targets:
                 module_pattern(target.removeprefix("re:") if target.startswith("re:") else "")

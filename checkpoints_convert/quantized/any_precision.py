@@ -10,9 +10,10 @@ from jaxtyping import Array, Int32, UInt32
 
 from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
-from checkpoints_convert.json_fields import OBJECT, check_fields, null_or, shown
+from checkpoints_convert.json_fields import OBJECT, check_fields, null_or
 from checkpoints_convert.quantized.config import whole_number
 from checkpoints_convert.quantized.words import Shapes, Tensors, on_host, words_of
+from jaxllm.storage.metadata import excerpt
 from jaxllm.weights.bit_planes import CODES_PER_WORD, BitPlanes
 
 
@@ -59,7 +60,7 @@ class AnyPrecision:
         if given.get("group_count", 1) != 1 or given.get("sparse_numvals"):
             raise ValueError(
                 "huggingface.load: anyprec must have one table a row and no sparse part, "
-                f"got group_count={shown(given.get('group_count', 1))}, "
+                f"got group_count={excerpt(given.get('group_count', 1))}, "
                 f"sparse_numvals of {len(given.get('sparse_numvals') or ())} linears"
             )
         return cls(seed, parent)

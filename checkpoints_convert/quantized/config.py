@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from checkpoints_convert.json_fields import FLAG, check_fields, null_or, shown
+from checkpoints_convert.json_fields import FLAG, check_fields, null_or
+from jaxllm.storage.metadata import excerpt
 
 SUPPORTED = (
     "gptq (2, 3, 4 or 8 bits), awq (gemm, 4 bits), compressed-tensors (pack-quantized, 4 or 8 bits), "
@@ -15,14 +16,14 @@ def unsupported(what: Any) -> ValueError:
     """The error for a scheme that is not supported."""
     return ValueError(
         f"huggingface.load: weights must be plain floats or of {SUPPORTED}, got a checkpoint quantized by "
-        f"another tool: quantization_config names {shown(what)}"
+        f"another tool: quantization_config names {excerpt(what)}"
     )
 
 
 def json_object(value: Any, name: str) -> dict[str, Any]:
     """The value, which must be an object."""
     if not isinstance(value, dict):
-        raise ValueError(f"huggingface.load: {name} must be a JSON object, got {shown(value)}")
+        raise ValueError(f"huggingface.load: {name} must be a JSON object, got {excerpt(value)}")
     return value
 
 
@@ -40,13 +41,13 @@ def module_pattern(text: str) -> re.Pattern[str]:
     if re.search(r"\)[*+{]", bare) or len(re.findall(r"[*+{]", bare)) > REPEATS:
         raise ValueError(
             f"huggingface.load: a pattern of modules must repeat no group, and at most {REPEATS} letters, "
-            f"got {shown(text)}"
+            f"got {excerpt(text)}"
         )
     try:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"huggingface.load: modules must be named by a regular expression, got {shown(text)}: {error}"
+            f"huggingface.load: modules must be named by a regular expression, got {excerpt(text)}: {error}"
         ) from error
 
 
@@ -57,7 +58,7 @@ def whole_number(given: dict[str, Any], *names: str, allowed=None) -> int:
     if not good:
         must = ", ".join(map(str, allowed)) if allowed else "-1 or at least 1"
         raise ValueError(
-            f"huggingface.load: {names[0]} of quantized weights must be {must}, got {shown(value)}"
+            f"huggingface.load: {names[0]} of quantized weights must be {must}, got {excerpt(value)}"
         )
     assert isinstance(value, int)
     return value

@@ -5,6 +5,7 @@ read_meta("load_heads", path / "heads.json", "jaxllm head scores", 1)["scores"]
 """
 
 import json
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,14 @@ def read_meta(
     return meta
 
 
-def parse_json(what: str, text: bytes) -> Any:
-    """JSON in UTF-8 that says everything once: no name twice in an object, no numbers that JSON has not.
+DEPTH = 64  # of lists and objects in each other: no file of ours or of others' has twenty
 
-    what: whose error it is, and of which file. Raises ValueError in one line.
+
+def parse_json(what: str, text: bytes, *, unique_names: bool = True) -> Any:
+    """JSON in UTF-8, without numbers that JSON has not, and not nested without end.
+
+    what: whose error it is, and of which file. unique_names: no name stands twice in an object; False: the last
+    counts, as everywhere. Raises ValueError in one line.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,11 +61,26 @@ def parse_json(what: str, text: bytes) -> Any:
         raise ValueError(f"{number} is no number of JSON")
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError(f"{what} must be JSON, got brackets nested too deeply") from error
+        hook = unique if unique_names else None
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=hook, parse_constant=refuse)
+        if _depth(value) <= DEPTH:
+            return value
+    except RecursionError:
+        pass
     except ValueError as error:
         raise ValueError(f"{what} must be JSON, got {one_line(error)}") from error
+    raise ValueError(f"{what} must not be nested more than {DEPTH} deep")
+
+
+def _depth(value: Any) -> int:
+    """How many containers lie in each other, or one more than are allowed."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        if depth > DEPTH:
+            break
+        level = [part for v in level for part in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def one_line(error: BaseException) -> str:
@@ -68,7 +88,11 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
 def excerpt(value: Any) -> str:
-    """What was given, for an error: its `repr`, the beginning of a long one."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    """What was given, for an error: its `repr`, of a long or deep one the beginning."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 160 else f"{text[:160]}..."

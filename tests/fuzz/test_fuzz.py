@@ -8,7 +8,6 @@ from jaxllm.storage import checksums
 
 INPUTS = {"native": 60, "native_of_0_1_0": 6, "training": 12, "llama2c": 12, "calibration": 15}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name == "native")) for name in FORMATS]
-NAMES = [name for name in NAMES if name.values != ("config",)]  # run by hand until config.json is validated
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -46,8 +46,8 @@ DEPTH = 64  # of lists and objects in each other: no file of ours or of others' 
 def parse_json(what: str, text: bytes, *, unique_names: bool = True) -> Any:
     """JSON in UTF-8, without numbers that JSON has not, and not nested without end.
 
-    what: whose error it is, and of which file. unique_names: no name stands twice in an object; False: the last
-    counts, as everywhere. Raises ValueError in one line.
+    what: whose error it is, and of which file. unique_names: no name stands twice in an object; False: the
+    last counts, as everywhere. Raises ValueError in one line.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

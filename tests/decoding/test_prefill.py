@@ -56,10 +56,12 @@ def test_another_model_damage_and_a_place_that_is_taken_are_one_line(model, tmp_
     meta = json.loads((tmp_path / "a" / "cache.json").read_text())
     del meta["cache"]["fields"]["lengths"]
     (tmp_path / "a" / "cache.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"cache\.load: .*cache\.json' must have \d+ bytes, got"):
+        jl.cache.load(tmp_path / "a", model)
     with pytest.raises(
         ValueError, match="cannot be opened with this model: .* must have the fields of DenseCache"
     ):
-        jl.cache.load(tmp_path / "a", model)
+        jl.cache.load(tmp_path / "a", model, verify=False)
     with pytest.raises(ValueError, match=r"prefill: rows must have 1 to 128 tokens, got \[0\]"):
         jl.prefill(model, [[]])
     with pytest.raises(ValueError, match=r"prefill: token ids must lie in \[0, 128\), got token=128"):

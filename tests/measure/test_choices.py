@@ -105,13 +105,17 @@ def test_limit_takes_the_first_lines(model, queries):
 
 @pytree
 class Counter:
-    """A model that expects each token's successor: proof that any forward signature will do."""
+    """A model that expects each token's successor: of no family, with the two functions that are needed."""
 
     scale: jax.Array
     config: Config = static()
 
-    def __call__(self, tokens, *, lengths):
-        return self.scale * jax.nn.one_hot((tokens + 1) % self.config.vocab, self.config.vocab), None
+    def __call__(self, tokens, *, lengths, logits):
+        assert logits == "none"
+        return jax.nn.one_hot((tokens + 1) % self.config.vocab, self.config.vocab), None
+
+    def unembed(self, x):
+        return self.scale * x
 
 
 def test_the_last_word_is_right_when_each_of_its_tokens_is_the_arg_max(tmp_path):

@@ -131,7 +131,7 @@ def test_a_version_turned_back_to_one_without_checksums_is_refused(tmp_path):
     "text", [b'{"a": 1, "a": 1}', b"[" * 100_000, b'{"a": NaN}', b"\xff", b"", b'{"a": {"b": 0, "b": 0}}']
 )
 def test_json_that_says_anything_twice_or_is_none_is_one_line(text):
-    with pytest.raises(ValueError, match="^test must be JSON, got ") as caught:
+    with pytest.raises(ValueError, match="^test must (be JSON, got |not be nested)") as caught:
         parse_json("test", text)
     assert "\n" not in str(caught.value)
 

@@ -17,6 +17,7 @@ wk are put in that order here. Converting is lossless for float files; int8 file
 
 import struct
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def _beside(path: Path, vocab: int) -> Path | None:
 def _config(who: str, header, tied: bool) -> Config:
     d, h, L, H, K, V, S = (int(n) for n in header)
     # The bound keeps a file of something else from being read as sizes.
-    if not all(0 < n < 1 << 24 for n in (d, h, L, H, K, V, S)) or d % H or H % K:
+    if not all(0 < n < 1 << 24 for n in (d, h, L, H, K, V, S)) or d % (2 * H) or H % K:
         raise ValueError(f"llama2c.load: {who} has no llama2.c header, got {d, h, L, H, K, V, S}")
     return Config(
         layers=L,
@@ -129,13 +130,13 @@ class _Reader:
     def take(self, name: str, tensor: str, group_size: int | None = None):
         """Notes that `name` is the next `tensor` of the file: float32, or int8 by groups."""
         shape = self.shapes[tensor]
-        count = int(np.prod(shape))
+        count = prod(shape)
         if group_size is not None and count % group_size:
             raise ValueError(
                 f"llama2c.load: the group size must divide {tensor}, got {group_size=}, {shape=}"
             )
         start = self.at
-        self.at += 4 * count if group_size is None else count + 4 * (count // group_size)
+        self.skip(4 * count if group_size is None else count + 4 * (count // group_size))
 
         def read() -> np.ndarray:
             part = self.data[start : start + (4 * count if group_size is None else count)]
@@ -150,6 +151,15 @@ class _Reader:
             return _pairs_to_halves(value, self.config.head_dim) if rotated else value
 
         self.tensors[name] = read
+
+    def skip(self, num_bytes: int):
+        """Goes on behind so many bytes; the first that the file has not end the walk, however long."""
+        self.at += num_bytes
+        if self.at > self.data.size:
+            raise ValueError(
+                f"llama2c.load: {self.who} must have {self.at} bytes or more by its header, "
+                f"got {self.data.size}"
+            )
 
     def take_layers(self, tensor: str, group_size: int | None = None):
         for i in range(self.config.layers):
@@ -173,7 +183,7 @@ def _float(who: str, data: np.ndarray):
     for tensor in FLOAT_ORDER:
         reader.take_layers(tensor)
     reader.take("norm.scale", "norm")
-    reader.at += 4 * config.context * config.head_dim  # the tables of cos and sin
+    reader.skip(4 * config.context * config.head_dim)  # the tables of cos and sin
     if not tied:
         reader.take("head.w", "head")
     return config, reader.finish()

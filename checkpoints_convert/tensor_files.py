@@ -1,19 +1,24 @@
 """Safetensors files without a framework: views of the mapped file, and a writer.
 
 A file is eight bytes (little-endian length of the header), a JSON header {name: {dtype, shape,
-data_offsets}}, and the numbers, row by row (github.com/huggingface/safetensors). Written here and
-not taken from the package because its numpy side has no bfloat16 in every version, and to write
-without holding all tensors at once.
+data_offsets}}, and the numbers, row by row (github.com/huggingface/safetensors). The package's own parser
+checks a header before anything is mapped: offsets and lengths, holes and overlaps, types. Views and writer
+are ours because the package's numpy side has no bfloat16 in every version, and to write without holding all
+tensors at once.
 """
 
 import json
 import os
 import struct
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxllm.storage.metadata import one_line, parse_json
 
 FLOATS = {
     "F64": np.dtype("<f8"),
@@ -21,8 +26,26 @@ FLOATS = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-DTYPES = FLOATS | {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}  # these only in quantized weights
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# I32 and I64 are read in quantized weights; the others only lie in files, beside what is read.
+DTYPES = FLOATS | {
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+RAW = np.dtype("V1")  # the bytes of numbers that numpy has no type for: less than a byte each
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {RAW: "a type of other sizes than bytes"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -30,35 +53,31 @@ SINGLE = "model.safetensors"
 def open_file(path: Path) -> dict[str, np.ndarray]:
     """Each tensor of a safetensors file as a view of the mapped file; nothing is read yet.
 
-    Raises ValueError for a file that is cut off or no safetensors, and for numbers of other types
-    than `DTYPES`.
+    A type that numpy does not know comes as its bytes [n], of type `RAW`: whether a tensor is of use is
+    for the caller to say. Raises ValueError in one line for a file that is cut off or no safetensors.
     """
-    size = path.stat().st_size
+    try:
+        with safe_open(path, "numpy"):  # maps the file and checks its header; reads no numbers
+            pass
+    except SafetensorError as error:
+        why = one_line(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"safetensors: {path.name} must be whole and valid, got {why[:200]}") from error
     with path.open("rb") as file:
-        head = file.read(8)
-        (length,) = struct.unpack("<Q", head) if len(head) == 8 else (size,)
-        if 8 + length > size:
-            raise ValueError(f"safetensors: {path.name} is cut off in its header, got {size} bytes")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"safetensors: the header of {path.name} must be JSON") from error
+        (length,) = struct.unpack("<Q", file.read(8))
+        text = file.read(length)
+    # The package takes the last of two metadata entries of one name, we neither.
+    header = parse_json(f"safetensors: the header of {path.name}", text)
     header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end > size:
-        raise ValueError(f"safetensors: {path.name} must have {end} bytes, got {size}: cut off")
     if not header:
         return {}
     data = np.memmap(path, np.uint8, "r")
     tensors: dict[str, np.ndarray] = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            kind = entry["dtype"]
-            raise ValueError(f"safetensors: numbers must be of {', '.join(DTYPES)}, got {name} of {kind}")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, stop = entry["data_offsets"]
-        if stop - start != dtype.itemsize * int(np.prod(shape)):
-            raise ValueError(f"safetensors: {name} of {shape=} must not have {stop - start} bytes")
+        dtype = DTYPES.get(entry["dtype"], RAW)
+        shape = (stop - start,) if dtype is RAW else tuple(entry["shape"])
+        if num_bytes(tuple(n or 1 for n in shape), dtype) >= 1 << 63:  # numpy has none, not even with a zero
+            raise ValueError(f"safetensors: dimensions must fit 63 bits, got {name!r} of {list(shape)}")
         tensors[name] = np.ndarray(shape, dtype, buffer=data, offset=8 + length + start)
     return tensors
 
@@ -107,7 +126,7 @@ def write_file(path: Path, tensors: list[Tensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape, dtype, read in tensors:
-            value = np.ascontiguousarray(read())
+            value = np.asarray(read(), order="C")
             assert value.shape == shape and value.dtype == dtype, name
             file.write(value.reshape(-1).view(np.uint8).data)
         file.flush()
@@ -139,7 +158,7 @@ def write_directory(path: Path, tensors: Iterable[Tensor], max_shard_bytes: int)
 
 def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Bytes of a tensor in a file."""
-    return int(np.prod(shape)) * dtype.itemsize
+    return prod(shape) * dtype.itemsize
 
 
 def listed(names: list[str], most: int = 8) -> str:

@@ -28,20 +28,47 @@ def read_meta(
     """
     if not file.is_file():
         raise FileNotFoundError(f"{who}: {file.name} must be in the directory, got {str(file.parent)!r}")
-    try:
-        meta = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{who}: {str(file)!r} must be JSON: {one_line(error)}") from error
+    meta = parse_json(f"{who}: {str(file)!r}", file.read_bytes())
     meta = meta if older is None else older(meta)
     found, version = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else (None, None)
     if found != kind:
-        raise ValueError(f"{who}: {file.name} must be of format {kind!r}, got format={found!r}")
-    if version not in versions:
+        raise ValueError(f"{who}: {file.name} must be of format {kind!r}, got format={excerpt(found)}")
+    if type(version) is not int or version not in versions:
         known = " or ".join(map(str, versions))
-        raise ValueError(f"{who}: {file.name} must be of version {known}, got {version=}")
+        raise ValueError(f"{who}: {file.name} must be of version {known}, got version={excerpt(version)}")
     return meta
+
+
+def parse_json(what: str, text: bytes) -> Any:
+    """JSON in UTF-8 that says everything once: no name twice in an object, no numbers that JSON has not.
+
+    what: whose error it is, and of which file. Raises ValueError in one line.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
+        return found
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"{number} is no number of JSON")
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError(f"{what} must be JSON, got brackets nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{what} must be JSON, got {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
     """An error's reason, without what follows its first line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+
+
+def excerpt(value: Any) -> str:
+    """What was given, for an error: its `repr`, the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

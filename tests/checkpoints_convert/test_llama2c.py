@@ -236,3 +236,13 @@ def test_a_missing_file_is_said_so(tmp_path):
 def test_a_tokenizer_of_another_size_than_the_model_is_refused(stories):
     with pytest.raises(ValueError, match="must hold 500 entries and no more"):
         load_tokenizer(stories / "tok512.bin", 500)
+
+
+@pytest.mark.parametrize("place", [2, 8 + 8])  # of the layers in a float header, and in an int8 one
+def test_sizes_beyond_the_file_are_refused_before_anything_is_built(tmp_path, stories, place):
+    name = "stories260K.bin" if place == 2 else "stories260K-q8.bin"
+    data = bytearray((stories / name).read_bytes())
+    struct.pack_into("<i", data, 4 * place if place == 2 else place, (1 << 24) - 1)
+    (tmp_path / "x.bin").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.bin must have \d+ bytes or more by its header, got"):
+        llama2c.load(tmp_path / "x.bin")

@@ -67,7 +67,28 @@ def test_gpt_nano_sorts_six_digits_fed_back_one_at_a_time(model):
             rows[:, i + 1] = chosen
 
 
-def test_a_file_that_is_not_mingpt_is_one_line(tmp_path):
-    (tmp_path / "x.json").write_text('{"config": {"n_layer": 1}}')
-    with pytest.raises(ValueError, match="must be minGPT's config and tensors in JSON, got x.json"):
+SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 3, "block_size": 5}
+TENSOR = {"shape": [1], "dtype": "torch.float32", "data": "AAAAAA=="}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        [],
+        {"config": {"n_layer": 1}},
+        {"config": SIZES | {"n_layer": 10**18}, "a": TENSOR},
+        {"config": SIZES | {"n_embd": 4.0}, "a": TENSOR},
+        {"config": SIZES | {"n_head": 0}, "a": TENSOR},
+        {"config": SIZES, "a": TENSOR | {"shape": [-1]}},
+        {"config": SIZES, "a": TENSOR | {"shape": [2]}},
+        {"config": SIZES, "a": TENSOR | {"dtype": "torch.int32"}},
+        {"config": SIZES, "a": TENSOR | {"data": "AAAA!AA=="}},
+        {"config": SIZES, "a": None},
+    ],
+    ids=str,
+)
+def test_a_file_that_is_not_mingpt_is_one_line(tmp_path, saved):
+    (tmp_path / "x.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="must be minGPT's config and tensors in JSON, got x.json") as caught:
         mingpt.load(tmp_path / "x.json")
+    assert "\n" not in str(caught.value)

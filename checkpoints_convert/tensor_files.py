@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -50,6 +51,7 @@ RAW = np.dtype("V1")  # the bytes of numbers that numpy has no type for: less th
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {RAW: "a type of other sizes than bytes"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LARGEST_HEADER = 100_000_000  # bytes, as the package has it
 
 OpenFile = Callable[[Path], dict[str, np.ndarray]]
 
@@ -60,17 +62,24 @@ def open_file(path: Path) -> dict[str, np.ndarray]:
     A type that numpy does not know comes as its bytes [n], of type `RAW`: whether a tensor is of use is
     for the caller to say. Raises ValueError in one line for a file that is cut off or no safetensors.
     """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        (length,) = struct.unpack("<Q", head) if len(head) == 8 else (size,)
+        if 8 + length > size:
+            raise ValueError(f"safetensors: {path.name} is cut off in its header, got {size} bytes")
+        if length > LARGEST_HEADER:
+            raise ValueError(f"safetensors: a header has {LARGEST_HEADER} bytes at most, got {length}")
+        # The package takes the last of two metadata entries of one name, we neither.
+        header = parse_json(f"safetensors: the header of {path.name}", file.read(length))
+    if (end := 8 + length + _last_end(header)) > size:
+        raise ValueError(f"safetensors: {path.name} must have {end} bytes, got {size}: cut off")
     try:
         with safe_open(path, "numpy"):  # maps the file and checks its header; reads no numbers
             pass
     except SafetensorError as error:
         why = one_line(error).removeprefix("Error while deserializing header: ")
         raise ValueError(f"safetensors: {path.name} must be whole and valid, got {why[:200]}") from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        text = file.read(length)
-    # The package takes the last of two metadata entries of one name, we neither.
-    header = parse_json(f"safetensors: the header of {path.name}", text)
     header.pop("__metadata__", None)
     if not header:
         return {}
@@ -84,6 +93,14 @@ def open_file(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"safetensors: dimensions must fit 63 bits, got {name!r} of {list(shape)}")
         tensors[name] = np.ndarray(shape, dtype, buffer=data, offset=8 + length + start)
     return tensors
+
+
+def _last_end(header: Any) -> int:
+    """Where the last tensor ends, as far as a header that nothing has checked yet says so."""
+    entries = header.values() if isinstance(header, dict) else []
+    offsets = [entry.get("data_offsets") for entry in entries if isinstance(entry, dict)]
+    ends = [pair[1] for pair in offsets if isinstance(pair, list) and len(pair) == 2]
+    return max((end for end in ends if type(end) is int and end < 1 << 63), default=0)
 
 
 def open_directory(path: Path) -> dict[str, np.ndarray]:

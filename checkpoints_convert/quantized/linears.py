@@ -94,7 +94,7 @@ def check(scheme: Scheme, tensors: Tensors, K: int, N: int) -> None:
         value = tensors.get(last)
         if value is None:
             continue  # optional: names are checked before
-        kind = tensor_files.NAMES.get(value.dtype, str(value.dtype))
+        kind = tensor_files.NAMES[value.dtype]
         if value.shape != shape or kind not in kinds:
             must = f"{' or '.join(kinds)} {list(shape)}"
             raise ValueError(f"{last} must be {must} by config.json, got {kind} {list(value.shape)}")

@@ -142,8 +142,8 @@ def _of_input(x: Float[Array, "n K"], part: Int[Array, " n"], want: frozenset[st
 def token_thresholds(x: Float[Array, "n K"]) -> Float[Array, " K"]:
     """The least steps that no token's (r+1)-th largest |x| exceeds, r = 0 .. K-1: at most a 64th too high.
 
-    Counted, not sorted, which takes a tenth of the time on a CPU: how many of a token's magnitudes lie in or
-    above each step, and the most of any token. Magnitudes below 2**-24 are 0, above 2**24 are that.
+    Counted, not sorted, for XLA sorts slowly on a CPU: how many of a token's magnitudes lie in or above each
+    step, and the most of any token. Magnitudes below 2**-24 are 0, above 2**24 are that.
     """
     n, K = x.shape
     size = min(n, TOKENS_AT_ONCE)

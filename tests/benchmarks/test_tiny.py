@@ -23,3 +23,23 @@ def test_it_runs_and_writes_a_page(name, tmp_path):
     assert tables and all("\n| " in table and "\n- **" in table for table in tables)
     script.main(["--render", str(tmp_path / f"{name}.json"), "--results", str(tmp_path / "again")])
     assert (tmp_path / "again" / f"{name}.md").read_text() == text
+
+
+EVERY_ERROR = ["RTN", "RTN, clipped", "GPTQ", "GPTQ, guided", "AWQ", "DASH-Q", "DASH-Q, feedback, whole zero"]
+EVERY_ERROR += ["SqueezeLLM", "LNQ", "LNQ, guided", "Any-Precision", "2/4/16-bit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, only",
+    [
+        ("kv_eviction", ["kvzip", "kvzip, heads", "fast kvzip", "snapkv", "random"]),
+        ("quantization", ["RTN", "GPTQ", "SqueezeLLM"]),
+        ("quantization_error", EVERY_ERROR),
+        ("quantization_speed", ["RTN", "GPTQ", "DASH-Q", "LNQ"]),
+    ],
+)
+def test_methods_that_tiny_leaves_out_run_too(name, only, tmp_path):
+    importlib.import_module(name).main(["--tiny", "--only", *only, "--results", str(tmp_path)])
+    text = (tmp_path / f"{name}.md").read_text()
+    assert all(f"| {method} " in text for method in only)

@@ -66,8 +66,14 @@ def test_a_header_that_lies_is_one_line(tmp_path, header):
 @pytest.mark.parametrize("size", [0, 7, 8])
 def test_a_file_without_a_header_is_one_line(tmp_path, size):
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * size)
-    with pytest.raises(ValueError, match="x.safetensors must be whole and valid, got"):
+    with pytest.raises(ValueError, match=f"x.safetensors is cut off in its header, got {size} bytes"):
         tensor_files.open_file(tmp_path / "x.safetensors")
+
+
+def test_a_header_larger_than_the_package_takes_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "LARGEST_HEADER", 20)
+    with pytest.raises(ValueError, match="safetensors: a header has 20 bytes at most, got 6"):
+        tensor_files.open_file(write(tmp_path / "x.safetensors", GOOD))
 
 
 def test_tensors_of_all_types_are_views_and_those_of_less_than_a_byte_their_bytes(tmp_path):

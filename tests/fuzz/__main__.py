@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from fuzz.formats import FORMATS
 
     given = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").splitlines()[0])
-    given.add_argument("--inputs", type=int, default=10_000, help="in all, the same number of each format")
+    given.add_argument("--inputs", type=int, default=10_000, help="in all; fewer of formats that open slowly")
     given.add_argument("--format", nargs="*", choices=[*FORMATS], default=[*FORMATS])
     given.add_argument("--seed", type=int, default=0, help="of the first input of each format")
     given.add_argument("--workers", type=int, default=os.cpu_count())
@@ -71,7 +71,8 @@ gone. Of what carries our checksums, two in five changes are signed anew, as by 
 - **equal**: opened to the same numbers
 - **opened**: to other numbers, where nothing could tell (no checksums, or new ones)
 - **traceback**: any other error; **silent**: other numbers behind the back of our checksums
-- **hang**: more than 10 seconds; **memory**: more than 1 GiB beyond the sample's; **crash**: of the process
+- **hang**: more than 10 seconds; **memory**: at its peak more than twice the files and 64 MiB (Python, compiled
+  programs); **crash**: of the process
 """
 
 if __name__ == "__main__":

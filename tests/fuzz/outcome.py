@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import numpy as np
 from fuzz.mutate import mutate
 from jaxllm.storage import checksums
 
-LIMIT = 10  # seconds an input may take
+LIMIT = 10  # seconds of processor time an input may take
+MORE = 64 << 20  # bytes an input may take beyond twice its files: Python's own, a compiled program's
 GOOD = ("refused", "equal", "opened")  # "opened": to other numbers, which the file's author may have meant
 
 
@@ -59,18 +61,29 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def limited(seconds: int):
-    """Raises TooLong in the block after so many seconds."""
+    """Raises TooLong in the block after so many seconds of processor time."""
 
     def stop(*_):
         raise TooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at most since `forget_peak` (VmHWM)."""
+    return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def forget_peak() -> int:
+    """Bytes of this process in memory; the peak is counted from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def outcome(sample: Sample, seed: int) -> tuple[str, str]:
@@ -83,6 +96,8 @@ def outcome(sample: Sample, seed: int) -> tuple[str, str]:
         held = checksums.names("fuzz", sample.folder)
         checksums.write(sample.folder, [name for name in held if (sample.folder / name).is_file()])
         how += ", signed"
+    size = sum(path.stat().st_size for path in sample.folder.rglob("*") if path.is_file())
+    before = forget_peak()
     try:
         with limited(LIMIT), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,7 +109,14 @@ def outcome(sample: Sample, seed: int) -> tuple[str, str]:
     except Exception as error:
         said = f"{how}: {type(error).__name__}: {error}"
         one_line = type(error) in (ValueError, FileNotFoundError, OSError) and "\n" not in str(error)
-        return "refused" if one_line and 0 < len(str(error)) < 1500 else "traceback", said
+        if not one_line or not 0 < len(str(error)) < 1500:
+            return "traceback", said
+        found = None
+    taken = resident("VmHWM") - before
+    if taken > 2 * size + MORE:
+        return "memory", f"{how}: {taken:,} bytes for files of {size:,}"
+    if found is None:
+        return "refused", said
     if is_equal(found, sample.right):
         return "equal", how
     return "silent" if sample.stored and not signed else "opened", how

@@ -1,6 +1,7 @@
 """Many inputs in processes with a limit of memory and time, begun again where one ends them."""
 
 import collections
+import math
 import multiprocessing
 import os
 import resource
@@ -10,8 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-MORE_MEMORY = 1 << 30  # bytes that opening files of some kilobytes may take: less is a compiled program's
-PATIENCE = 30  # seconds until a process that does not even notice its own alarm is ended
+MORE_MEMORY = 1 << 30  # bytes of addresses where an allocation fails, before the machine's memory is gone
+PATIENCE = 60  # seconds until a process that does not even notice its own alarm is ended
+SLOW = {"native": 0.2, "native_of_0_1_0": 0.1}  # whole models by Orbax, 0.1 s and more each
 OUTCOMES = ("refused", "equal", "opened", "traceback", "silent", "hang", "memory", "crash")
 
 
@@ -84,8 +86,9 @@ class Worker:
 
 
 def run(names: list[str], inputs: int, seed: int, workers: int, failures: Path) -> dict[str, dict[str, int]]:
-    """How many inputs of each format came to what; each format gets as many."""
-    share = {name: inputs // len(names) + (i < inputs % len(names)) for i, name in enumerate(names)}
+    """How many inputs of each format came to what; each format gets as many, slow ones a part of that (SLOW)."""
+    parts = {name: SLOW.get(name, 1.0) for name in names}
+    share = {name: math.ceil(inputs * part / sum(parts.values())) for name, part in parts.items()}
     waiting = [(name, range(seed, seed + count)) for name, count in share.items() if count]
     counts: dict[str, collections.Counter] = {name: collections.Counter() for name in names}
     running: list[Worker] = []

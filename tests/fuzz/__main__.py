@@ -71,8 +71,8 @@ gone. Of what carries our checksums, two in five changes are signed anew, as by 
 - **equal**: opened to the same numbers
 - **opened**: to other numbers, where nothing could tell (no checksums, or new ones)
 - **traceback**: any other error; **silent**: other numbers behind the back of our checksums
-- **hang**: more than 10 seconds; **memory**: at its peak more than twice the files and 64 MiB (Python, compiled
-  programs); **crash**: of the process
+- **hang**: more than 10 seconds; **memory**: more than twice the files and 64 MiB (Python, compiled programs)
+  at its peak; **crash**: of the process
 """
 
 if __name__ == "__main__":

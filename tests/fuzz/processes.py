@@ -86,7 +86,7 @@ class Worker:
 
 
 def run(names: list[str], inputs: int, seed: int, workers: int, failures: Path) -> dict[str, dict[str, int]]:
-    """How many inputs of each format came to what; each format gets as many, slow ones a part of that (SLOW)."""
+    """How many inputs of each format came to what; each format gets as many, a slow one part of that."""
     parts = {name: SLOW.get(name, 1.0) for name in names}
     share = {name: math.ceil(inputs * part / sum(parts.values())) for name, part in parts.items()}
     waiting = [(name, range(seed, seed + count)) for name, count in share.items() if count]

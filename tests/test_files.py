@@ -365,6 +365,7 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_kept(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", other, alive])
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_no_output(tmp_path):
     code = (
         "import os, signal, sys, orbax.checkpoint as ocp\n"

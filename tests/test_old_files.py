@@ -36,6 +36,7 @@ from jaxllm.weights.scaled import Scaled
 
 OLD = Path(__file__).parent / "files_of_0_1_0"
 BETWEEN = Path(__file__).parent / "files_before_group_size"
+slow = partial(pytest.param, marks=pytest.mark.slow)
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2, 8, 1]] * 4  # what they were made of
 TOKENS = jnp.asarray([ROWS[0]])
 FORMATS = {
@@ -99,7 +100,7 @@ def stored(cache) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(cache) if x is not tail.extents]
 
 
-@pytest.mark.parametrize("name", ["dense", "dense_4_bits", "paged", "paged_4_bits"])
+@pytest.mark.parametrize("name", [slow("dense"), "dense_4_bits", "paged", slow("paged_4_bits")])
 def test_a_cache_holds_its_rows_bit_for_bit_and_goes_on(name, decoder, known):
     cache = kv.load(OLD / "caches" / name, decoder)
     assert isinstance(cache, kv.PagedCache if "paged" in name else kv.DenseCache)
@@ -156,6 +157,7 @@ def test_a_calibration_is_of_its_model_and_is_not_measured_again(gpt, known, tmp
         jl.quantize(jl.load(OLD / "decoder")[0], [("1.mlp.down", method), (".", None)], stats, progress=False)
 
 
+@pytest.mark.slow
 def test_a_stopped_quantization_goes_on_behind_its_finished_block(gpt, known, tmp_path):
     folder = shutil.copytree(OLD / "stopped", tmp_path / "stopped")
     first = (folder / "layers.0.npz").read_bytes()

@@ -27,7 +27,7 @@ def single():
     return model, tokens, jax.jit(model)(tokens)[0], [o.token_ids for o in outs]
 
 
-@pytest.mark.parametrize("data, parts", [(2, 4), (1, 8)])
+@pytest.mark.parametrize("data, parts", [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_tensor_parallel_forward_and_generate_equal_one_device(single, data, parts):
     model, tokens, want, ids = single
     split = shard(model, make_mesh(data=data, model=parts))

@@ -65,10 +65,40 @@ def load(path: str | Path, model, *, verify: bool = True) -> DenseCache | PagedC
         cache = build(meta.get("cache"), "cache", unpack_arrays(stored), CLASSES)
         if not isinstance(cache, DenseCache | PagedCache):
             raise ValueError(f"it must hold a DenseCache or a PagedCache, got {type(cache).__name__}")
+        _check_indices(cache)
         return cache
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         why = one_line(error)
         raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {why}") from error
+
+
+def _check_indices(cache: DenseCache | PagedCache) -> None:
+    """Raises ValueError for rows, pages or requests beyond what there is, which reads would clip."""
+    tail = cache.tail if isinstance(cache, PagedCache) else cache
+    most = np.iinfo(np.int32).max
+    bounds = {"lengths": (tail.lengths, 0, most), "extents": (tail.extents, 0, most)}
+    if tail.start is None:
+        bounds["lengths"] = (tail.lengths, 0, tail.capacity)
+    else:
+        bounds["start"] = (tail.start, 0, most)
+    if isinstance(cache, PagedCache):
+        context = cache.context
+        (P, C), J = context.positions.shape, context.page_offsets.shape[1] - 1
+        bounds |= {
+            "positions": (context.positions, -1, most),
+            "page_head": (context.page_head, 0, max(J - 1, 0)),
+            "page_lengths": (context.page_lengths, 0, C),
+            "page_offsets": (context.page_offsets, 0, P),
+            "context_lengths": (context.context_lengths, 0, most),
+            "prefix": (context.prefix, 0, most),
+            "context_of_request": (context.context_of_request, 0, len(context.context_lengths) - 1),
+        }
+    for name, (values, least, greatest) in bounds.items():
+        found = np.asarray(values)
+        if found.size and not (least <= found.min() and found.max() <= greatest):
+            raise ValueError(f"{name} must lie in {least} to {greatest}, got {found.min()} to {found.max()}")
+    if isinstance(cache, PagedCache) and (np.diff(cache.context.page_offsets) < 0).any():
+        raise ValueError("page_offsets must not fall")
 
 
 def _of_version_2(meta: dict[str, Any], stored: Mapping[str, np.ndarray]) -> DenseCache | PagedCache:

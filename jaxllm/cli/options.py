@@ -35,6 +35,9 @@ DTYPE = click.option(
     help="Type the weights are converted to. [default: as stored]",
 )
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
+CONTEXT = click.option(
+    "--model-context", type=COUNT, help="Longest text in tokens, in place of what the model's files say."
+)
 OFFLINE = click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
 # subtle: JAX takes larger seeds and cuts them down, so that two would be one
 SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of what is random.")
@@ -53,11 +56,13 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
     @MODEL
     @DTYPE
     @REVISION
+    @CONTEXT
     @OFFLINE
     @functools.wraps(command)
-    def with_model(*, model, dtype, revision, local_files_only, **options):
+    def with_model(*, model, dtype, revision, model_context, local_files_only, **options):
         def open_model(**more: Any) -> tuple[Any, Any]:
-            return jl.load(model, dtype=dtype, revision=revision, local_files_only=local_files_only, **more)
+            more |= {"revision": revision, "local_files_only": local_files_only}
+            return jl.load(model, dtype=dtype, context=model_context, **more)
 
         command(open_model=open_model, **options)
 

@@ -213,19 +213,21 @@ def load_gates(path: str | Path, *, verify: bool = True) -> Gate:
         needed = {name for name in names if name not in ("up", "up_bias")}
         if not needed <= set(arrays) <= set(names) or ("up" in arrays) != ("up_bias" in arrays):
             raise ValueError(f"arrays must be {', '.join(names)}, got {', '.join(arrays)}")
-        _check_shapes(arrays)
+        _check_arrays(arrays)
         return form(**{n: jnp.asarray(arrays[n], jnp.float32) if n in arrays else None for n in names})
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise ValueError(f"load_gates: {str(path)!r} cannot be opened: {one_line(error)}") from error
 
 
-def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
-    """Raises ValueError unless the arrays of a gate fit together."""
+def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError unless the arrays of a gate are numbers and fit together."""
     sizes: dict[str, int] = {}
     shapes = SHAPES | ({} if "up" in arrays else {"down": "LDK"})
     for name, x in arrays.items():
         if x.ndim != len(shapes[name]) or 0 in x.shape:
             raise ValueError(f"{name} must be {list(shapes[name])}, got {list(x.shape)}")
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise ValueError(f"{name} must be finite, got inf or NaN")
         for letter, size in zip(shapes[name], x.shape, strict=True):
             if sizes.setdefault(letter, size) != size:
                 raise ValueError(f"arrays must have one {letter}, got {sizes[letter]}, in {name} {size}")

@@ -24,7 +24,12 @@ def test_every_word_of_the_papers_metadata_is_read_and_written_back():
 
 @pytest.mark.parametrize(
     "n, k, groups, p",
-    [(48, 192, (1, 4, 5), 0.02), (20, 100, (0, 6), 0.01), (16, 64, (), 0.0), (33, 64, (0, 1, 2, 3), 0.1)],
+    [
+        pytest.param(48, 192, (1, 4, 5), 0.02, marks=pytest.mark.slow),
+        (20, 100, (0, 6), 0.01),
+        pytest.param(16, 64, (), 0.0, marks=pytest.mark.slow),
+        pytest.param(33, 64, (0, 1, 2, 3), 0.1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_papers_layout_is_a_lossless_round_trip(n, k, groups, p):
     rows, stats = example(n, k)

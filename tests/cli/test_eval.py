@@ -88,6 +88,8 @@ def test_eval_refuses_a_context_longer_than_the_model_s(jaxllm, tiny_checkpoint,
     (tmp_path / "text.txt").write_text(TEXT)
     done = jaxllm("eval", "--model", tiny_checkpoint, "--text", "text.txt", "--context", 500)
     assert_refused(done, "context=500", left=[Path("text.txt")])
+    longer = ("--model-context", 500, "--context", 500, "--json")
+    assert jaxllm("eval", "--model", tiny_checkpoint, "--text", "text.txt", *longer).json["perplexity"] > 1
 
 
 @pytest.mark.slow

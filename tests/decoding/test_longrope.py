@@ -59,6 +59,7 @@ def test_what_is_written_across_the_boundary_is_what_whole_passes_say(model):
     assert whole_passes(short, IDS[:10], 20) != want[3]
 
 
+@pytest.mark.slow
 def test_a_stream_passes_the_boundary_as_generate_does(model):
     made = jl.stream(model, None, IDS[:10], max_new_tokens=20, stop_tokens=())
     assert [token.token_id for token in made] == whole_passes(model, IDS[:10], 20)

@@ -65,7 +65,7 @@ def test_slices_of_rows_give_what_all_logits_at_once_give(monkeypatch):
     model, ids = Decoder(TINY, rngs=nnx.Rngs(0)), np.arange(30) % 7
     want = perplexity.score(model, [ids], batch=1)
     monkeypatch.setattr(perplexity, "CALL_LOGITS", 5 * TINY.vocab)
-    jax.clear_caches()
+    perplexity._predict.clear_cache()
     got = perplexity.score(model, [ids], batch=1)
     np.testing.assert_allclose(got.logprobs[0], want.logprobs[0], atol=1e-5)
     np.testing.assert_array_equal(got.greedy[0], want.greedy[0])
@@ -91,7 +91,7 @@ def test_a_prompt_in_pieces_is_continued_as_one_that_is_read_at_once(monkeypatch
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("evicted", [False, True])
+@pytest.mark.parametrize("evicted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tiles_of_a_cache_give_what_whole_rows_give(monkeypatch, evicted):
     model = Decoder(dataclasses.replace(TINY, windows=(5, None)), rngs=nnx.Rngs(0))
     ids = [[5 * i % 97 + 3 for i in range(n)] for n in (30, 21)]

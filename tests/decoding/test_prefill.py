@@ -22,7 +22,8 @@ def model():
     return Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("bits", [pytest.param(None, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # the quick sisters: of plain models in tests/models, of codes in tests/cache/test_coded.py
+@pytest.mark.parametrize("bits", [None, 4])
 def test_chunks_of_a_text_fill_the_cache_that_one_pass_fills(model, bits):
     whole, parts = (jl.prefill(model, ROWS, slack=16, bits=bits, chunk=n) for n in (64, 12))
     np.testing.assert_array_equal(whole.lengths, [40, 32])
@@ -42,6 +43,12 @@ def test_a_saved_cache_comes_back_bit_for_bit(model, tmp_path, bits, ratio):
     jax.tree.map(np.testing.assert_array_equal, again, cache)
     outs = [jl.generate(model, None, [[8], [9]], max_new_tokens=3, cache=c) for c in (cache, again)]
     assert outs[0] == outs[1]
+    if ratio is not None:  # numbers that point beyond what there is, in a file that its author signed
+        for name in ("page_offsets", "page_lengths", "context_of_request"):
+            far = dataclasses.replace(cache.context, **{name: getattr(cache.context, name) + 1000})
+            jl.cache.save(dataclasses.replace(cache, context=far), tmp_path / name, model)
+            with pytest.raises(ValueError, match=f"cache.load: .*{name} must lie in 0 to .*got 1"):
+                jl.cache.load(tmp_path / name, model)
 
 
 def test_another_model_damage_and_a_place_that_is_taken_are_one_line(model, tmp_path):

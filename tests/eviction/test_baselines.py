@@ -97,7 +97,13 @@ def test_tova_asks_the_last_query_for_all_heads(model, weights):
         )
 
 
-@pytest.mark.parametrize("features, epsilon", [({}, 0.01), ({"qk_norm": True, "attention_scale": 0.5}, 0.0)])
+@pytest.mark.parametrize(
+    "features, epsilon",
+    [
+        ({}, 0.01),
+        pytest.param({"qk_norm": True, "attention_scale": 0.5}, 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_expected_attention_weighs_keys_by_a_normal_query_turned_to_later_positions(features, epsilon):
     config = dataclasses.replace(CONFIG, **features)
     model = Decoder(config, rngs=nnx.Rngs(3))

@@ -233,6 +233,9 @@ def test_gates_come_back_from_a_file(model, tmp_path, form):
     again = load_gates(tmp_path / "g")
     assert type(again) is type(gates)
     jax.tree.map(np.testing.assert_array_equal, again, gates)
+    save_gates(jax.tree.map(lambda x: x * np.float32(np.nan), gates), tmp_path / "nan")
+    with pytest.raises(ValueError, match="load_gates: .* must be finite, got inf or NaN"):
+        load_gates(tmp_path / "nan")
     (tmp_path / "g" / "gates.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(ValueError, match=r"gates.safetensors' must have \d+ bytes, got 40"):
         load_gates(tmp_path / "g")

@@ -85,7 +85,14 @@ def test_a_list_that_grows_covers_each_file_from_when_it_has_its_name(tmp_path):
         checksums.verify_file("test", tmp_path, "c")
 
 
-STORED = ("cache", "gates", "heads", "calibration", "blocks", "training")
+STORED = (
+    pytest.param("cache", marks=pytest.mark.slow),
+    "gates",
+    "heads",
+    "calibration",
+    "blocks",
+    "training",
+)
 
 
 @pytest.mark.parametrize("name", STORED)

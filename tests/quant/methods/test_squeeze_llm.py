@@ -187,7 +187,7 @@ def test_pruned_weights_do_not_count():
     assert (weights[:, ::3] == curvature.MIN_IMPORTANCE).all()
 
 
-@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_rows_shorter_than_their_table_are_stored_to_half_precision(k):
     rows, fisher = example(3, k)
     stored = SqueezeLlm(bits=3).quantize(rows, Stats(fisher=fisher), name="", dtype=jnp.float32)

@@ -2,9 +2,9 @@
 
 An architecture is a Hugging Face family under other names: a row of the table says which key of the file is
 which key of that family's config.json, the `gguf` package's own table which tensor is which
-(`get_tensor_name_map`), and the family's loop makes the model. What is special is said once here: llama.cpp
-turns neighbouring elements of a head in its "llama", so rows of q and k are stored in that order; its norms of
-Gemma hold 1 + scale; rotations that differ by frequency are tensors (`rope_freqs`, `rope_factors_long`,
+(`get_tensor_name_map`), and the family's loop makes the model. What is special is said once, here: llama.cpp
+turns neighbouring elements of a head in its "llama", so rows of q and k are stored in that order; its norms
+of Gemma hold 1 + scale; rotations that differ by frequency are tensors (`rope_freqs`, `rope_factors_long`,
 `rope_factors_short`), which divide the frequencies as longrope's factors do.
 """
 
@@ -37,7 +37,7 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key after the architecture's name, the key of config.json that it is, what it must be and is written as."""
+    """A key after the architecture's name, its name in config.json, what it must be and is written as."""
 
     theirs: str
     config: str
@@ -85,8 +85,9 @@ SCALING = {  # after "rope.scaling."
 class Architecture:
     """One `general.architecture`.
 
-    pairs: rows of q and k in the order of neighbouring elements. norm_offset: what norms' scales hold more than
-    ours. partial: whether less than a head may be turned. wide_layers: of so many layers, the model whose queries are scaled by width / heads (Gemma 27B).
+    pairs: rows of q and k stand in the order of neighbouring elements. norm_offset: what the scales of norms
+    hold more than ours. partial: less than a head may be turned. wide_layers: a model of so many layers has
+    queries scaled by width / heads (Gemma 27B).
     """
 
     name: str
@@ -122,7 +123,7 @@ ARCHITECTURES = (
 def architecture_of(metadata: Metadata) -> Architecture:
     """What `general.architecture` names."""
     name = metadata.get("general.architecture")
-    found = next((one for one in ARCHITECTURES if one.name == name), None)
+    found = next((one for one in ARCHITECTURES if isinstance(name, str) and one.name == name), None)
     if found is None:
         known = ", ".join(one.name for one in ARCHITECTURES)
         raise ValueError(f"gguf.load: general.architecture must be one of {known}, got {excerpt(name)}")
@@ -177,13 +178,18 @@ def config_of(
 
 
 def _value(metadata: Metadata, key: str, kind: Kind):
-    """What a key says, if it is of its kind; float32 as the shortest number that it is the nearest to."""
+    """What a key says, if it is of its kind."""
     value = metadata.get(key)
-    value = float(str(np.float32(value))) if isinstance(value, float) else value
+    value = _shortest(np.float32(value)) if isinstance(value, float) else value
     if kind.holds(value):
         return value
     told = "" if key not in metadata else f", got {excerpt(value)}"
     raise ValueError(f"gguf.load: {key} must be {kind.must}{told or ', got none'}")
+
+
+def _shortest(value: np.floating) -> float:
+    """The shortest number that a float32 is the nearest to: 1e-06, and not 9.999999974752427e-07."""
+    return float(str(value))
 
 
 def _scaling(
@@ -200,10 +206,10 @@ def _scaling(
     common: dict[str, Any] = {"partial_rotary_factor": turned / head_dim}
     length = p["original_context_length"] or raw["max_position_embeddings"]
     if factors:
-        given = {name: [float(x) for x in value] for name, value in factors.items()}
+        given = {name: [_shortest(x) for x in value.flat] for name, value in factors.items()}
         if set(given) not in ({FREQS}, {LONG, SHORT}) or kind not in ("none", "longrope"):
             raise ValueError(
-                f"gguf.load: factors must be {FREQS}, or {LONG} and {SHORT}, of a rotation that is not scaled "
+                f"gguf.load: factors must be {FREQS}, or {LONG} and {SHORT}, of a rotation not scaled "
                 f"otherwise, got {', '.join(sorted(given))} and {kind}"
             )
         return common | {
@@ -292,7 +298,7 @@ def _scaling_of(rope: Rope, head_dim: int) -> tuple[dict[str, Any], dict[str, np
 def rows_in_order(
     arch: Architecture, config: Any, name: str, rows: np.ndarray, *, to_file: bool = False
 ) -> np.ndarray:
-    """Rows of the leaf `name` in our order, or in the file's: those of q and k differ in some architectures."""
+    """Rows of the leaf `name` in our order, or in the file's: q and k differ in some architectures."""
     turned = re.search(r"\.attention\.([qk])\.(w|bias)$", name) if arch.pairs else None
     if turned is None:
         return rows

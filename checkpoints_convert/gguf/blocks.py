@@ -1,9 +1,9 @@
 """ggml's block types as tables of fields, read into our weights and written back bit for bit.
 
-A row of a quantized tensor is cut into blocks of 32 or 256 weights, each the same run of bytes. What the bytes
-mean (ggml's ggml-quants.c; the package's `gguf.quants` dequantizes the same) is a list of fields here: float16
-numbers, and codes of 1, 2, 4 or 8 bits. A field of p bits lies in runs of `run` bytes: first the lowest p bits
-of each byte of a run, then the next p bits of each. Wider codes are several fields.
+A row of a quantized tensor is cut into blocks of 32 or 256 weights, each the same number of bytes. What the
+bytes mean (ggml's ggml-quants.c; the package's `gguf.quants` dequantizes the same) is a list of fields here:
+float16 numbers, and codes of 1, 2, 4 or 8 bits. A field of p bits lies in runs of `run` bytes: first the
+lowest p bits of each byte of a run, then the next p bits of each. Wider codes are several fields.
 
     Q8_0, Q5_0, Q4_0          scale * (code - middle), blocks of 32         `Affine`, symmetric
     Q4_1, Q5_1                scale * code + offset, blocks of 32           `BlockAffine`

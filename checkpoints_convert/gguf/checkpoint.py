@@ -3,11 +3,11 @@
     model, tokenizer = load("Llama-3.2-1B-Q4_K_M.gguf")
     save(model, tokenizer, "out.gguf")                     # llama.cpp and transformers read it
 
-Reading keeps the codes: block types become weights in affine codes (`blocks.py`), and no float matrix is made.
-Writing rounds nothing either: what a block type can hold bit for bit is written in the smallest that does, plain
-weights in their own float type (norms and biases in float32, as llama.cpp demands), all else is refused.
-The keys of the file are config.json in other words (`architectures.py`), so that the families' tables and their
-one loop serve here too.
+Reading keeps the codes: block types become weights in affine codes (`blocks.py`), and no float matrix is
+made. Writing rounds nothing either: what a block type can hold bit for bit is written in the smallest that
+does (`encode.py`), plain weights in their own float type (norms and biases in float32, as llama.cpp demands);
+all else is refused. The keys of the file are config.json in other words (`architectures.py`), so that the
+families' tables serve here too.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ from checkpoints_convert.families.family import Tensor, tensors_of
 from checkpoints_convert.gguf import blocks
 from checkpoints_convert.gguf.architectures import (
     ARCHITECTURES,
-    EMBEDDING,
     FREQS,
     LONG,
     SHORT,
@@ -92,14 +91,19 @@ def require_package(who: str) -> None:
 
 def read_config(arch: Architecture, file: File) -> Any:
     """Our config of a file, end tokens included."""
-    if file.metadata.get("split.count", 1) != 1:
+    parts = file.metadata.get("split.count", 1)
+    if type(parts) is not int or parts != 1:
         raise ValueError(
-            f"gguf.load: a model must be in one file: llama-gguf-split --merge joins them, got "
-            f"split.count={excerpt(file.metadata['split.count'])}"
+            "gguf.load: a model must be in one file (llama-gguf-split --merge joins them), "
+            f"got split.count={excerpt(parts)}"
         )
-    factors = {name: file.tensors[name] for name in FACTORS if name in file.tensors}
-    if not all(isinstance(value, np.ndarray) for value in factors.values()):
-        raise ValueError(f"gguf.load: {', '.join(factors)} must be floats, got blocks")
+    factors: dict[str, np.ndarray] = {}
+    for name in FACTORS:
+        value = file.tensors.get(name)
+        if isinstance(value, Blocks):
+            raise ValueError(f"gguf.load: {name} must be of F32, got {value.kind.name}")
+        if value is not None:
+            factors[name] = value
     shapes = {name: value.shape for name, value in file.tensors.items()}
     raw = config_of(arch, file.metadata, shapes, factors)
     raw = arch.family.defaults | raw | {"eos_token_id": None}
@@ -140,9 +144,9 @@ def save(model, tokenizer, path, *, model_type: str | None = None) -> None:
     """Writes one file that llama.cpp (and `load`) reads: config, weights, tokenizer.
 
     model_type: the family to write; None takes the first that can say the model's config.
-    Weights: plain ones in their type, `BlockAffine` as read, `Affine` in the smallest of Q4_0, Q5_0 and Q8_0 that
-    holds it bit for bit: group_size a multiple of 32 or all inputs, scales of float16, and a symmetric grid or
-    whole zero points.
+    Weights: plain ones in their type, `BlockAffine` as it was read, `Affine` in the smallest of Q4_0, Q5_0
+    and Q8_0 that holds it bit for bit: group_size a multiple of 32 or all inputs, scales of float16, and a
+    symmetric grid or whole zero points.
 
     Raises ValueError, in one line, for a model, a weight or a tokenizer that the format cannot hold,
     FileExistsError for a `path` that exists, OSError when the disk is full.
@@ -162,8 +166,7 @@ def save(model, tokenizer, path, *, model_type: str | None = None) -> None:
     ]
     metadata, factors = metadata_of(arch, config, family.to_hf_config(config))
     for name, value in factors.items():
-        kept = value.astype(np.float32)
-        entries.insert(0, Entry(name, "F32", kept.shape, kept.nbytes, lambda kept=kept: kept))
+        entries.insert(0, Entry(name, "F32", value.shape, 4 * value.size, partial(value.astype, np.float32)))
     coded = [entry.kind for entry in entries if entry.kind in blocks.TYPES]
     kinds = coded or [entry.kind for entry in entries if len(entry.shape) > 1]
     most = max(sorted(set(kinds)), key=kinds.count)
@@ -189,11 +192,16 @@ def _check_said(
     """Raises ValueError for what the file would not say of a config: it is read back before it is written."""
     shapes = {entry.name: entry.shape for entry in entries}
     float32 = {key: float(np.float32(v)) if isinstance(v, float) else v for key, v in metadata.items()}
-    raw = arch.family.defaults | config_of(arch, float32, shapes, factors) | {"eos_token_id": None}
+    try:
+        raw = arch.family.defaults | config_of(arch, float32, shapes, factors) | {"eos_token_id": None}
+    except ValueError as error:
+        why = str(error).removeprefix("gguf.load: ")
+        raise ValueError(f"gguf.save: {arch.name} of llama.cpp cannot hold this model: {why}") from error
     read = arch.family.config(raw)
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(read, field.name)
-        if field.name == "stop_tokens" or ours == theirs:
+        # one may load a model for longer texts than its files say; the tokenizer's keys say what ends a text
+        if field.name in ("context", "stop_tokens") or ours == theirs:
             continue
         if field.name in ("rope", "local_rope") and _same_rope(
             ours or config.rope, theirs or read.rope, config
@@ -202,12 +210,14 @@ def _check_said(
         if isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-6):
             continue
         raise ValueError(
-            f"gguf.save: {arch.name} of llama.cpp has no place for {field.name}={excerpt(ours)}, which would be "
-            f"read as {excerpt(theirs)}"
+            f"gguf.save: {arch.name} of llama.cpp has no place for {field.name}={excerpt(ours)}, which would "
+            f"be read as {excerpt(theirs)}"
         )
 
 
 def _same_rope(a, b, config) -> bool:
     """Whether two rotations turn alike, however they are described."""
+    if a.rotary(config.head_dim) != b.rotary(config.head_dim):
+        return False
     same = np.allclose(a.frequencies(config.head_dim), b.frequencies(config.head_dim), rtol=1e-6, atol=0)
     return bool(same) and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-6)

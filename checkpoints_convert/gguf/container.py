@@ -12,6 +12,7 @@ makes several arrays of each token: so reading is ours, and writing, types and n
 
 import dataclasses
 import os
+import struct
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -25,9 +26,7 @@ from jaxllm.storage.metadata import excerpt
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SCALARS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|u1", 10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 BOOL, STRING, ARRAY = 7, 8, 9
 FLOATS = {
     "F32": np.dtype("<f4"),
@@ -67,7 +66,7 @@ def open_file(path: Path) -> File:
     head = _Header(path.name, data)
     if (magic := bytes(head.take(4))) != MAGIC:
         raise ValueError(f"gguf.load: {path.name} must begin with {MAGIC!r}, got {magic!r}")
-    version = head.number("<u4")
+    version = head.number("I")
     if version not in VERSIONS:
         raise ValueError(f"gguf.load: {path.name} must be of version 2 or 3, little-endian, got {version}")
     num_tensors, num_keys = head.count(24, "tensors"), head.count(13, "keys")
@@ -85,33 +84,35 @@ class _Header:
     """Walks through a file; nothing is read that the file has not."""
 
     def __init__(self, who: str, data: np.ndarray):
-        self.who, self.data, self.at = who, data, 0
+        self.who, self.data, self.at = who, memoryview(data), 0  # type: ignore[arg-type]
 
-    def take(self, num_bytes: int) -> np.ndarray:
+    def take(self, num_bytes: int) -> memoryview:
         """The next bytes."""
-        if num_bytes > self.data.size - self.at:
+        if num_bytes > len(self.data) - self.at:
             raise ValueError(
-                f"gguf.load: {self.who} is cut off in its header, got {self.data.size} bytes, "
+                f"gguf.load: {self.who} is cut off in its header, got {len(self.data)} bytes, "
                 f"{num_bytes} wanted at {self.at}"
             )
         self.at += num_bytes
         return self.data[self.at - num_bytes : self.at]
 
     def number(self, kind: str):
-        return self.take(np.dtype(kind).itemsize).view(kind)[0].item()
+        """The next number, of a type in the letters of `struct`."""
+        (value,) = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))
+        return value
 
     def count(self, least: int, what: str) -> int:
         """How many things of at least so many bytes follow."""
-        n = self.number("<u8")
-        if n * least > self.data.size - self.at:
+        n = self.number("Q")
+        if n * least > len(self.data) - self.at:
             raise ValueError(
-                f"gguf.load: {self.who} cannot have so many {what}, got {n} in {self.data.size} bytes"
+                f"gguf.load: {self.who} cannot have so many {what}, got {n} in {len(self.data)} bytes"
             )
         return n
 
     def text(self) -> str:
         at = self.at
-        value = self.take(self.count(1, "letters")).tobytes()
+        value = bytes(self.take(self.count(1, "letters")))
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -121,30 +122,30 @@ class _Header:
 
     def value(self, key: str):
         """A value: a number, truth, text, or an array of one of them."""
-        kind = self.number("<u4")
+        kind = self.number("I")
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
             return self.scalar(kind, key)
-        kind = self.number("<u4")
+        kind = self.number("I")
         if kind == STRING:
             return [self.text() for _ in range(self.count(8, "items"))]
-        dtype = self.dtype(kind, key)
-        return self.take(self.count(dtype.itemsize, "items") * dtype.itemsize).view(dtype)
+        dtype = np.dtype(f"<{self.letter(kind, key)}")
+        return np.frombuffer(self.take(self.count(dtype.itemsize, "items") * dtype.itemsize), dtype)
 
     def scalar(self, kind: int, key: str):
-        value = self.number(self.dtype(kind, key).str)
+        value = self.number("B" if kind == BOOL else self.letter(kind, key))
         if kind == BOOL and value > 1:
             raise ValueError(f"gguf.load: {excerpt(key)} of {self.who} must be true or false, got {value}")
         return bool(value) if kind == BOOL else value
 
-    def dtype(self, kind: int, key: str) -> np.dtype:
+    def letter(self, kind: int, key: str) -> str:
         if kind not in SCALARS:  # arrays of arrays among them: nothing known has any
             raise ValueError(
                 f"gguf.load: {excerpt(key)} of {self.who} must be a number, text, or an array of these, "
                 f"got type {kind}"
             )
-        return np.dtype(SCALARS[kind])
+        return SCALARS[kind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,29 +159,26 @@ class _Info:
 def _info(head: _Header) -> _Info:
     from gguf import GGMLQuantizationType
 
-    name, dimensions = head.text(), head.number("<u4")
+    name, dimensions = head.text(), head.number("I")
     if not 1 <= dimensions <= DIMENSIONS:
-        raise ValueError(
-            f"gguf.load: {excerpt(name)} must have 1 to {DIMENSIONS} dimensions, got {dimensions}"
-        )
-    shape = tuple(head.number("<u8") for _ in range(dimensions))[::-1]
+        raise ValueError(f"gguf.load: {excerpt(name)} must have 1 to 4 dimensions, got {dimensions}")
+    shape = tuple(head.number("Q") for _ in range(dimensions))[::-1]
     if not all(shape) or prod(shape) >= 1 << 60:
         raise ValueError(f"gguf.load: {excerpt(name)} must have sizes above 0 that fit, got {list(shape)}")
-    kind = head.number("<u4")
-    known = {int(one): one.name for one in GGMLQuantizationType}
-    told = known.get(kind, f"type {kind}")
+    kind = head.number("I")
+    told = {int(one): one.name for one in GGMLQuantizationType}.get(kind, f"type {kind}")
     if told not in TYPES and told not in FLOATS:
         raise ValueError(
             f"gguf.load: {excerpt(name)} must be of {', '.join((*FLOATS, *TYPES))}, got {told}: "
             "llama-quantize --allow-requantize writes one of these"
         )
-    return _Info(name, shape, told, head.number("<u8"))
+    return _Info(name, shape, told, head.number("Q"))
 
 
 def _tensors(
     who: str, data: np.ndarray, at: int, metadata: dict[str, Any], infos: list[_Info]
 ) -> dict[str, np.ndarray | Blocks]:
-    """The tensors, which must follow one another as llama.cpp demands: no overlap, no hole, no end missing."""
+    """The tensors, which must follow one another, as llama.cpp demands: no overlap, no hole."""
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 8 <= alignment <= LARGEST_ALIGNMENT or alignment & (alignment - 1):
         raise ValueError(
@@ -219,7 +217,8 @@ def _stored(info: _Info) -> tuple[tuple[int, ...], int]:
     kind, K = TYPES[info.kind], info.shape[-1]
     if K % kind.size:
         raise ValueError(
-            f"gguf.load: rows of {info.kind} must be multiples of {kind.size}, got {excerpt(info.name)} of {K}"
+            f"gguf.load: rows of {info.kind} must be multiples of {kind.size}, "
+            f"got {excerpt(info.name)} of {K}"
         )
     return (*info.shape[:-1], K // kind.size * kind.num_bytes), 1
 

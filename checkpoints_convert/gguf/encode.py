@@ -1,6 +1,5 @@
 """Our weights as tensors of a GGUF file: which type holds each bit for bit, if any does."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -87,8 +86,8 @@ def _grid_type(name: str, w: Affine) -> str:
         raise ValueError(f"gguf.save: scales must be float16 at {name}, got {w.scale!r:.80}: {FITS}")
     if (zero_point != np.round(zero_point)).any():
         raise ValueError(
-            f"gguf.save: zero points must be whole at {name} (integer_zero_point=True, or symmetric=True), got "
-            f"fractions: {FITS}"
+            f"gguf.save: zero points must be whole at {name} (integer_zero_point=True or symmetric=True), "
+            f"got fractions: {FITS}"
         )
     values = _values(w)
     low, high = int(values.min()), int(values.max())

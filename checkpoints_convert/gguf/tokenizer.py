@@ -1,9 +1,9 @@
 """The tokenizer that a GGUF file describes as one of `transformers`, and back.
 
-The file has tokens, their kinds, and merges or scores; how text is cut before is a name (`tokenizer.ggml.pre`) for
-byte-level BPE, "gpt2", and fixed for SentencePiece's, "llama". Of the names those are known that the families here
-use; text cut otherwise gives other tokens without a word, so a tokenizer of another name is left out with a warning
-when a file is read, and refused when one is written.
+The file has tokens, their kinds, and merges or scores. How text is cut before is a name
+(`tokenizer.ggml.pre`) for byte-level BPE, "gpt2", and fixed for SentencePiece's, "llama". Of the names those
+are known that the families here use; text that is cut otherwise gives other tokens without a word, so a
+tokenizer of another name is left out with a warning when a file is read, and refused when one is written.
 """
 
 import json
@@ -206,7 +206,7 @@ def _finished(metadata: Metadata, inner, tokens: list[str], kinds: np.ndarray, *
 
 
 def tokenizer_metadata(tokenizer, config: Any) -> Metadata:
-    """The keys of a tokenizer and of the tokens that end a text. Raises ValueError for one that has no name."""
+    """The keys of a tokenizer and of the tokens that end a text; ValueError for one that has no name."""
     ends = config.stop_tokens
     if len(ends) > len(ENDS):
         raise ValueError(f"gguf.save: a file names {len(ENDS)} tokens that end a text at most, got {ends}")
@@ -220,18 +220,22 @@ def tokenizer_metadata(tokenizer, config: Any) -> Metadata:
         raise ValueError(
             f"gguf.save: tokens must be below the model's {config.vocab}, got {max(vocab.values())}"
         )
+    of_space = SPACE if found["tokenizer.ggml.model"] == "llama" else " "  # byte-level tokens have none
+    model = whole["model"]
     tokens = [f"[PAD{i}]" for i in range(config.vocab)]
     kinds = [UNUSED] * config.vocab
     added = {one["id"]: CONTROL if one["special"] else USER_DEFINED for one in whole["added_tokens"]}
     for token, i in vocab.items():
-        is_byte = whole["model"]["byte_fallback"] and len(token) == 6 and token.startswith("<0x")
-        tokens[i], kinds[i] = token, added.get(i, BYTE if is_byte else NORMAL)
-    if whole["model"]["unk_token"] is not None:
-        kinds[vocab[whole["model"]["unk_token"]]] = UNKNOWN
+        is_byte = model["byte_fallback"] and len(token) == 6 and token.startswith("<0x")
+        kinds[i] = added.get(i, BYTE if is_byte else NORMAL)
+        tokens[i] = token if i in added else token.replace(" ", of_space)
+    if model["unk_token"] is not None:
+        kinds[vocab[model["unk_token"]]] = UNKNOWN
     found |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges = [tuple(part.replace(" ", of_space) for part in pair) for pair in pairs]
     if merges:
-        found["tokenizer.ggml.merges"] = merges
+        found["tokenizer.ggml.merges"] = [" ".join(pair) for pair in merges]
     if found["tokenizer.ggml.model"] == "llama":
         found["tokenizer.ggml.scores"] = _scores(tokens, merges)
     for name, key in SPECIAL.items():
@@ -246,11 +250,11 @@ def tokenizer_metadata(tokenizer, config: Any) -> Metadata:
     return found
 
 
-def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
     """A score for each token by which SentencePiece's way joins what the merges do, in their order."""
     rank: dict[str, int] = {}
     for i, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", ""), i)
+        rank.setdefault("".join(merge), i)
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
@@ -258,16 +262,13 @@ def _model_metadata(whole: dict[str, Any]) -> Metadata:
     """Which of llama.cpp's kinds a tokenizer is."""
     model, steps = whole["model"], _steps(whole["pre_tokenizer"])
     normal = _parts(whole["normalizer"], "normalizers")
-    if model["type"] == "BPE" and model.get("byte_fallback"):
-        replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        prefix = [{"type": "Prepend", "prepend": SPACE}]
-        if not steps and normal in ([replaced], [*prefix, replaced]):
-            return {
-                "tokenizer.ggml.model": "llama",
-                "tokenizer.ggml.pre": "default",
-                "tokenizer.ggml.add_space_prefix": len(normal) == 2,
-            }
-    elif model["type"] == "BPE" and normal in ([], [{"type": "NFC"}]):
+    if model["type"] == "BPE" and model["byte_fallback"] and (prefix := _prefix(normal, steps)) is not None:
+        return {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.add_space_prefix": prefix,
+        }
+    if model["type"] == "BPE" and not model["byte_fallback"] and normal in ([], [{"type": "NFC"}]):
         for name in CUTS:
             if steps == _steps(json.loads(_pre_tokenizer(name).__getstate__())):
                 return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name}
@@ -278,15 +279,37 @@ def _model_metadata(whole: dict[str, Any]) -> Metadata:
     )
 
 
+def _prefix(normal: list[dict[str, Any]], steps: list[dict[str, Any]]) -> bool | None:
+    """Whether a SentencePiece tokenizer puts a space before a text; None for what is none.
+
+    Four spellings: Llama's first and present one, Gemma's (whose splitting at spaces finds none left), and
+    llama2.c's, whose tokens have spaces as they are.
+    """
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+    if steps in ([], [at_spaces]) and normal in (
+        [replaced],
+        [{"type": "Prepend", "prepend": SPACE}, replaced],
+    ):
+        return len(normal) == 2
+    if not steps and normal == [{"type": "Prepend", "prepend": " "}]:
+        return True
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}
+    for how in ("first", "always", "never"):
+        if not normal and steps == [metaspace | {"prepend_scheme": how}]:
+            return how != "never"
+    return None
+
+
 def _parts(one: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     """The steps of a part of tokenizer.json, one or a sequence."""
     return [] if one is None else one[name] if one["type"] == "Sequence" else [one]
 
 
-def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple]:
-    """What each step of cutting does, without what changes no token."""
-    idle = ("trim_offsets", "invert")
+def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of cutting, without what changes no token."""
+    idle = {"trim_offsets": True, "invert": False}
     return [
-        tuple(sorted((key, str(value)) for key, value in step.items() if key not in idle))
+        {key: value for key, value in step.items() if key not in idle}
         for step in _parts(pre_tokenizer, "pretokenizers")
     ]

@@ -1,17 +1,19 @@
 """Affine codes by group whose offset is a number, scale and offset coded by blocks: what GGUF's types hold.
 
-A [K, N] weight is cut along K into groups of `group_size` inputs of one output; `groups_per_block` neighbouring
-groups make a block, for which a float16 scale and a float16 offset are stored. Of each group there may be codes
-that multiply them ("super-blocks": Q2_K to Q6_K of ggml). In float32, g the group of k and b its block:
+A [K, N] weight is cut along K into groups of `group_size` inputs of one output; `groups_per_block`
+neighbouring groups make a block, which has a float16 scale and may have a float16 offset. Of each group there
+may be codes that multiply them ("super-blocks": Q2_K to Q6_K of ggml). With g the group of k and b its block,
 
-    w[k, n] = (codes[n, k] - middle) * (scale[b, n] * (scale_codes[n, g] - middle')) + offset[b, n] * offset_codes[n, g]
+    w[k, n] = (codes[n, k] - middle) * (scale[b, n] * (scale_codes[n, g] - middle'))
+              + offset[b, n] * offset_codes[n, g]                                              in float32
 
-With an offset nothing is centered (middle = middle' = 0); without one both codes stand about their middle codes
-2**(bits - 1). Codes of scales and offsets that are not there count as 1. Unlike `Affine`'s zero point in units of
-codes, an offset can be said where the scale is 0, and all products are exact in float32: the sum rounds once.
+With an offset nothing is centered (middle = middle' = 0); without one, both kinds of codes stand about their
+middle codes 2**(bits - 1). Codes of scales and offsets that are not there count as 1. Unlike `Affine`'s zero
+point, which is in units of the scale, an offset can stand beside a scale of 0. In ggml's types all products
+are exact in float32, so that only the sum rounds.
 
-Bits a weight: those of the codes, (scale_bits + offset_bits) / group_size, and 16 or 32 a block; Q4_K has
-4 + (6 + 6) / 32 + 32 / 256 = 4.5.
+Bits a weight: those of the codes, (scale_bits + offset_bits) / group_size, and 16 or 32 a block. Q4_K has
+4 + (6 + 6) / 32 + 32 / 256 = 4.5; more where G is no multiple of 32 (`packing.py` fills blocks up).
 Lossless: holds what a file says, bit for bit.
 Letters: K inputs, N outputs, G = K / group_size groups, S = G / groups_per_block blocks.
 """

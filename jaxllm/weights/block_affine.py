@@ -86,9 +86,10 @@ class BlockAffine:
     def partition_specs(self, spec: P) -> "BlockAffine":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`."""
         K, N = spec
-        S = None if self.scale.shape[0] == 1 else K  # one block cannot be cut: every device has it
+        # Larger blocks than groups are few, and codes of groups are packed: whole along K on every device.
+        S = K if self.groups_per_block == 1 and self.scale.shape[0] > 1 else None
         by_name = {"codes": P(N, K, None), "scale": P(S, N), "offset": P(S, N)}
-        of_groups = P(N, None, None)  # packed along the groups: small, whole on every device
+        of_groups = P(N, None, None)
         return jax.tree.map_with_path(lambda path, _: by_name.get(path[0].name, of_groups), self)
 
 

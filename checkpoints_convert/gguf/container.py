@@ -63,24 +63,29 @@ def open_file(path: Path) -> File:
     """
     size = path.stat().st_size
     data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    head = _Header(path.name, data)
+    head = Header(path.name, data)
+    metadata, infos = read_header(head)
+    return File(path.name, metadata, _tensors(path.name, data, head.at, metadata, infos))
+
+
+def read_header(head: "Header") -> tuple[dict[str, Any], list["TensorInfo"]]:
+    """The keys of a file, and what it says of its tensors."""
     if (magic := bytes(head.take(4))) != MAGIC:
-        raise ValueError(f"gguf.load: {path.name} must begin with {MAGIC!r}, got {magic!r}")
+        raise ValueError(f"gguf.load: {head.who} must begin with {MAGIC!r}, got {magic!r}")
     version = head.number("I")
     if version not in VERSIONS:
-        raise ValueError(f"gguf.load: {path.name} must be of version 2 or 3, little-endian, got {version}")
+        raise ValueError(f"gguf.load: {head.who} must be of version 2 or 3, little-endian, got {version}")
     num_tensors, num_keys = head.count(24, "tensors"), head.count(13, "keys")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = head.text()
         if key in metadata:
-            raise ValueError(f"gguf.load: a key must stand once in {path.name}, got {excerpt(key)} twice")
+            raise ValueError(f"gguf.load: a key must stand once in {head.who}, got {excerpt(key)} twice")
         metadata[key] = head.value(key)
-    infos = [_info(head) for _ in range(num_tensors)]
-    return File(path.name, metadata, _tensors(path.name, data, head.at, metadata, infos))
+    return metadata, [_info(head) for _ in range(num_tensors)]
 
 
-class _Header:
+class Header:
     """Walks through a file; nothing is read that the file has not."""
 
     def __init__(self, who: str, data: np.ndarray):
@@ -149,14 +154,14 @@ class _Header:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Info:
+class TensorInfo:
     name: str
     shape: tuple[int, ...]  # outermost first
     kind: str
     offset: int
 
 
-def _info(head: _Header) -> _Info:
+def _info(head: Header) -> TensorInfo:
     from gguf import GGMLQuantizationType
 
     name, dimensions = head.text(), head.number("I")
@@ -172,11 +177,11 @@ def _info(head: _Header) -> _Info:
             f"gguf.load: {excerpt(name)} must be of {', '.join((*FLOATS, *TYPES))}, got {told}: "
             "llama-quantize --allow-requantize writes one of these"
         )
-    return _Info(name, shape, told, head.number("Q"))
+    return TensorInfo(name, shape, told, head.number("Q"))
 
 
 def _tensors(
-    who: str, data: np.ndarray, at: int, metadata: dict[str, Any], infos: list[_Info]
+    who: str, data: np.ndarray, at: int, metadata: dict[str, Any], infos: list[TensorInfo]
 ) -> dict[str, np.ndarray | Blocks]:
     """The tensors, which must follow one another, as llama.cpp demands: no overlap, no hole."""
     alignment = metadata.get("general.alignment", 32)
@@ -210,7 +215,7 @@ def _tensors(
     return tensors
 
 
-def _stored(info: _Info) -> tuple[tuple[int, ...], int]:
+def _stored(info: TensorInfo) -> tuple[tuple[int, ...], int]:
     """The shape of what a file holds of a tensor, and the bytes of an item."""
     if info.kind in FLOATS:
         return info.shape, FLOATS[info.kind].itemsize

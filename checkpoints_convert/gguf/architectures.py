@@ -42,7 +42,7 @@ class Key:
     theirs: str
     config: str
     kind: Kind = SIZE
-    type: type = int
+    number: type[int] | type[float] = int
 
 
 COMMON = (
@@ -260,7 +260,7 @@ def metadata_of(
     for key in arch.keys:
         value = raw.get(key.config)
         if value is not None:
-            metadata[f"{arch.name}.{key.theirs}"] = key.type(value)
+            metadata[f"{arch.name}.{key.theirs}"] = key.number(value)
     metadata[f"{arch.name}.vocab_size"] = config.vocab
     if rope is None:
         return metadata, {}

@@ -45,7 +45,7 @@ def entry_of(arch: Architecture, config: Any, tensor: Tensor, weights: dict[str,
     return Entry(tensor.theirs, kind.name, (N, K), N * K // kind.size * kind.num_bytes, read)
 
 
-def _plain(arch: Architecture, config: Any, theirs: str, parts: dict[str, jax.Array]) -> Entry:
+def _plain(arch: Architecture, config: Any, theirs: str, parts: dict[str, jax.Array | np.ndarray]) -> Entry:
     """Plain weights in their own type; what is no matrix, and positions, in float32 as llama.cpp demands."""
     first = next(iter(parts.values()))
     small = first.ndim == 1 or "positions.table" in parts
@@ -83,7 +83,7 @@ def _grid_type(name: str, w: Affine) -> str:
         )
     scale, zero_point = np.asarray(scales(w)), np.asarray(zero_points(w))
     if (scale.astype(np.float16).astype(np.float32) != scale).any():
-        raise ValueError(f"gguf.save: scales must be float16 at {name}, got {w.scale!r:.80}: {FITS}")
+        raise ValueError(f"gguf.save: scales must be float16 at {name}, got others: {FITS}")
     if (zero_point != np.round(zero_point)).any():
         raise ValueError(
             f"gguf.save: zero points must be whole at {name} (integer_zero_point=True or symmetric=True), "

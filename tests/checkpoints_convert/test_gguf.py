@@ -282,7 +282,7 @@ def behind(text: bytes, more: int = 0):
         (put(behind(b"blk.0.attn_q.weight", 20), "I", 77), "got type 77"),
         (put(behind(b"blk.0.attn_q.weight", 24), "Q", 0), "must follow one another"),
         (lambda data: data[:-40], "cut off"),
-        (lambda data: data[:99], "is cut off in its header"),
+        (lambda data: data[: data.index(b"ggml.merges")], "cannot have so many letters"),
         (lambda data: data + bytes(64), "must end with its last tensor"),
         (lambda data: b"", "is cut off in its header"),
         (lambda data: data.replace(b"attn_k.weight", b"attn_q.weight"), "must stand once"),
@@ -393,4 +393,4 @@ def test_logits_are_those_of_transformers_on_the_same_file(kind, tmp_path, torch
     with torch.no_grad():
         wanted = theirs(torch.tensor(ids)).logits.numpy()
     model, _ = checkpoint.load(tmp_path / "m.gguf", dtype=jnp.float32)
-    np.testing.assert_allclose(model(jnp.asarray(ids))[0], wanted, atol=1e-4)
+    np.testing.assert_allclose(model(jnp.asarray(ids))[0], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())

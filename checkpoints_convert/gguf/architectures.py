@@ -75,7 +75,6 @@ SCALING = {  # after "rope.scaling."
     "factor": null_or(POSITIVE),
     "original_context_length": null_or(SIZE),
     "attn_factor": null_or(POSITIVE),
-    "yarn_attn_factor": null_or(POSITIVE),
     "yarn_beta_fast": null_or(POSITIVE),
     "yarn_beta_slow": null_or(POSITIVE),
 }
@@ -87,7 +86,7 @@ class Architecture:
 
     pairs: rows of q and k stand in the order of neighbouring elements. norm_offset: what the scales of norms
     hold more than ours. partial: less than a head may be turned. wide_layers: a model of so many layers has
-    queries scaled by width / heads (Gemma 27B).
+    queries scaled by width / heads (Gemma 27B). window: where the file says none.
     """
 
     name: str
@@ -97,6 +96,7 @@ class Architecture:
     norm_offset: float = 0.0
     partial: bool = False
     wide_layers: int | None = None
+    window: int | None = None
 
     @property
     def family(self) -> Family:
@@ -107,7 +107,9 @@ ARCHITECTURES = (
     Architecture("llama", (llama_line.LLAMA, llama_line.MISTRAL), pairs=True),
     Architecture("qwen2", (llama_line.QWEN2,)),
     Architecture("qwen3", (llama_line.QWEN3,)),
-    Architecture("gemma2", (llama_line.GEMMA2,), (*COMMON, WINDOW, *CAPS), norm_offset=1.0, wide_layers=46),
+    Architecture(
+        "gemma2", (llama_line.GEMMA2,), (*COMMON, WINDOW, *CAPS), norm_offset=1.0, wide_layers=46, window=4096
+    ),
     Architecture(
         "gemma3",
         (llama_line.GEMMA3_TEXT, llama_line.GEMMA3),
@@ -137,9 +139,8 @@ def names_of(arch: Architecture, layers: int):
     names = get_tensor_name_map(MODEL_ARCH[arch.name.upper()], layers)
 
     def name_of(theirs: str) -> str:
-        return (
-            names.get_name(theirs, try_suffixes=(".weight", ".bias")) or HEAD
-        )  # of Gemma 2 the head, always tied
+        # the table has no head for Gemma 2, which is always tied
+        return names.get_name(theirs, try_suffixes=(".weight", ".bias")) or HEAD
 
     return name_of
 
@@ -162,9 +163,8 @@ def config_of(
     raw["tie_word_embeddings"] = HEAD not in shapes
     raw["attention_bias"] = "blk.0.attn_q.bias" in shapes
     raw["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
-    if any(key.config == "sliding_window" for key in arch.keys):
-        raw["sliding_window"] = raw.get("sliding_window") or None  # 0 is none
-    if arch.keys is GPT2:
+    raw["sliding_window"] = raw.get("sliding_window", arch.window) or None  # 0 is none
+    if arch.family is gpt.GPT2:
         return raw
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     raw.setdefault("head_dim", width // heads)
@@ -226,19 +226,18 @@ def _scaling(
         return common | {"rope_type": "linear", "factor": factor}
     if kind == "longrope":
         raise ValueError(f"gguf.load: longrope must have {LONG} and {SHORT}, got neither")
-    scale = (p["attn_factor"] or 1.0) * (p["yarn_attn_factor"] or 1.0)
     return common | {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": length,
-        "attention_factor": scale * yarn_attention(factor),
+        "attention_factor": (p["attn_factor"] or 1.0) * yarn_attention(factor),
         "beta_fast": p["yarn_beta_fast"] or 32.0,
         "beta_slow": p["yarn_beta_slow"] or 1.0,
     }
 
 
 def yarn_attention(factor: float) -> float:
-    """What llama.cpp multiplies cos and sin by of itself."""
+    """What llama.cpp multiplies cos and sin by of itself, whatever `yarn_attn_factor` says."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -286,7 +285,7 @@ def _scaling_of(rope: Rope, head_dim: int) -> tuple[dict[str, Any], dict[str, np
             }
             scaling |= {"yarn_beta_fast": rope.beta_fast, "yarn_beta_slow": rope.beta_slow}
             more = rope.attention_factor / yarn_attention(rope.factor)
-            return scaling | ({} if abs(more - 1) < 1e-6 else {"yarn_attn_factor": more}), {}
+            return scaling | ({} if abs(more - 1) < 1e-6 else {"attn_factor": more}), {}
         case "longrope":
             scaling = {"original_context_length": rope.original_context, "attn_factor": rope.attention_factor}
             if rope.short_factors == rope.long_factors and rope.attention_factor == 1.0:

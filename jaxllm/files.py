@@ -12,6 +12,7 @@ This is the only file that names `checkpoints_convert`, and only inside function
 
 import dataclasses
 import importlib.resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +126,7 @@ def _load_file(path: Path, *, dtype, mesh):
     return llama2c.load(path, dtype=dtype, mesh=mesh)
 
 
-Layout = Literal["native", "huggingface"]
+Layout = Literal["native", "huggingface", "gptq", "awq", "compressed-tensors", "any-precision"]
 
 
 def save(
@@ -139,9 +140,10 @@ def save(
 ) -> None:
     """Writes a directory, whole or not at all.
 
-    to: "native" for any weights, "huggingface" for dense ones and a directory that transformers
-      loads; then `model_type` is the family to write (None: the first that can say the model's
-      config) and `max_shard_bytes` the most weights in one file.
+    to: "native" for any weights; "huggingface" for dense ones and a directory that transformers loads; the
+      other names for quantized ones, whose codes are written as other tools serve them: exactly, or it is a
+      ValueError that says what the layout can hold (`requantize` rounds). `model_type` is the family to write
+      (None: the first that can say the model's config), `max_shard_bytes` the most weights in one file.
 
     Raises FileExistsError where `path` exists, OSError when the disk is full.
     """
@@ -150,20 +152,49 @@ def save(
         return
     from checkpoints_convert import huggingface
 
-    huggingface.save(model, tokenizer, path, model_type=model_type, max_shard_bytes=max_shard_bytes)
+    huggingface.save(
+        model,
+        tokenizer,
+        path,
+        model_type=model_type,
+        scheme=None if to == "huggingface" else to,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
-def convert(src, dst, to: Layout = "native", *, dtype=None, unsafe_format: Literal["pickle"] | None = None):
+def requantize(model: nnx.Module, to: Layout) -> tuple[nnx.Module, dict[str, float]]:
+    """The model with the quantized weights that a layout cannot hold rounded to what it can.
+
+    Plain rounding in the groups that there were, at the least width that holds the codes. With it comes, by
+    the name of each weight that was rounded, mean |w - w'| / mean |w|. ValueError for a dense model.
+    """
+    if to in ("native", "huggingface"):
+        raise ValueError(f"requantize: to must be a layout of codes, got {to=}")
+    from checkpoints_convert.quantized import export
+
+    return export.requantize(model, to)
+
+
+def convert(
+    src,
+    dst,
+    to: Layout = "native",
+    *,
+    dtype=None,
+    unsafe_format: Literal["pickle"] | None = None,
+    change: Callable[[nnx.Module, Any], nnx.Module] | None = None,
+):
     """Reads a checkpoint and writes it as another directory; returns the model and its tokenizer.
 
-    dtype, unsafe_format: as in `load`.
+    dtype, unsafe_format: as in `load`. change: what is done between, of the model and its tokenizer.
     A Hugging Face directory is written as the family it was read as.
     """
     if Path(dst).exists():
         raise FileExistsError(f"convert: the output must not exist yet, got {str(dst)!r}")
     model, tokenizer = load(src, dtype=dtype, unsafe_format=unsafe_format)
+    model = model if change is None else change(model, tokenizer)
     model_type = None
-    if to == "huggingface":
+    if to != "native":
         from checkpoints_convert import huggingface
 
         model_type = huggingface.model_type_of(src)

@@ -1,0 +1,108 @@
+"""A model's quantized linears as other tools' files: which are written, and how; nothing is rounded unasked.
+
+block, ways = plan("gptq", tensors, weights, head="lm_head")        # what config.json says, and each linear
+model, changes = requantize(model, "awq")                           # what awq cannot hold, rounded
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_convert import tensor_files
+from checkpoints_convert.families.family import Tensor, stem
+from checkpoints_convert.quantized.affine import read_rows
+from checkpoints_convert.quantized.any_precision import AnyPrecision
+from checkpoints_convert.quantized.scheme import SCHEMES, Scheme
+from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.weights.dense import Dense
+
+REQUANTIZE = "or round it (jaxllm convert --requantize)"
+
+
+def scheme_named(name: str) -> Any:
+    """The class of a scheme."""
+    if name not in SCHEMES:
+        raise ValueError(f"huggingface.save: scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
+    return SCHEMES[name]
+
+
+def plan(
+    name: str, tensors: list[Tensor], weights: dict[str, Any], head: str
+) -> tuple[dict[str, Any], dict[str, Scheme]]:
+    """What config.json says of a model's linears, and how each quantized one is stored, by their names.
+
+    head: its name, which is dense where no tensor has it. Raises ValueError where a scheme cannot hold a
+    weight, with the nearest setting that it can, and where there is nothing to write in codes.
+    """
+    scheme, ways, dense = scheme_named(name), {}, []
+    for tensor in tensors:
+        parts, linear = [weights[leaf] for leaf in tensor.ours], stem(tensor)
+        if linear is None:
+            continue
+        if any(isinstance(part, jax.Array) for part in parts):
+            dense.append(linear)
+            continue
+        try:
+            if tensor.transposed and not scheme.transposes:
+                raise ValueError("linears must not be [in, out] matrices, got one of them")
+            way = scheme.holding(parts)
+            way.shapes(parts[0].shape[0], sum(part.shape[1] for part in parts))
+        except ValueError as error:
+            raise ValueError(
+                f"huggingface.save: {name}: {error}, at {linear}: quantize so, {REQUANTIZE}"
+            ) from error
+        ways[linear] = way
+    if not ways:
+        raise ValueError(
+            f"huggingface.save: {name} needs a quantized model, got dense weights: quantize first"
+        )
+    if head not in ways and head not in dense:
+        dense.append(head)
+    try:
+        block = scheme.to_config(ways, dense)
+    except ValueError as error:
+        raise ValueError(f"huggingface.save: {name}: {error}") from error
+    return {"anyprec" if scheme is AnyPrecision else "quantization_config": block}, ways
+
+
+def entries(linear: str, way: Scheme, parts: Sequence[Any]) -> list[tensor_files.Tensor]:
+    """How a quantized linear is written: name, shape, type of each tensor, and what makes it in its turn."""
+    shapes = way.shapes(parts[0].shape[0], sum(part.shape[1] for part in parts))
+    found: list[tensor_files.Tensor] = []
+    for last in way.written:
+        shape, kinds = shapes[last]
+        read = functools.partial(way.write, parts, last)
+        dtype = np.dtype(read().dtype) if kinds[0] == "F16" else tensor_files.DTYPES[kinds[0]]
+        found.append((f"{linear}.{last}", shape, dtype, read))
+    return found
+
+
+def requantize(model: Any, name: str) -> tuple[Any, dict[str, float]]:
+    """The model with what a scheme cannot hold rounded plainly to what it can, and how much that changed.
+
+    The change is mean |w - w'| / mean |w| of each weight that was rounded, by its name. A quantized embedding
+    becomes dense, as all tools have it, and does not change. Raises ValueError for a model without codes.
+    """
+    scheme, made, changes = scheme_named(name), {}, {}
+    quantized = {key: w for key, w in linear_weights(model).items() if not isinstance(w, Dense | jax.Array)}
+    for key, w in quantized.items():
+        if key == "embedding":
+            made[key] = Dense(w.dequantize_rows(w.dtype))
+            continue
+        try:
+            scheme.holding([w])
+        except ValueError:
+            made[key] = scheme.round(w)
+            changes[key] = _change(read_rows(w), read_rows(made[key]))
+    if not quantized:
+        raise ValueError(f"requantize: {name} needs a quantized model, got dense weights: quantize first")
+    return replace_weights(model, made), changes
+
+
+@jax.jit
+def _change(before: jax.Array, after: jax.Array) -> jax.Array:
+    return jnp.abs(before - after).mean() / jnp.abs(before).mean()

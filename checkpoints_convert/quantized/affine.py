@@ -74,11 +74,6 @@ class Grid:
         return self.codes.size, self.codes.words.shape[0]
 
     @property
-    def groups(self) -> int:
-        """G."""
-        return self.scale.shape[0]
-
-    @property
     def zeros(self) -> np.ndarray:
         """The zero points uint8 [G, N], the middle code where there are none."""
         if self.zero_point is not None:
@@ -176,11 +171,6 @@ def check_whole_groups(linear: Grid) -> None:
         )
 
 
-def group_size_of(linear: Grid) -> int:
-    """The group size as a config says it: -1 for one group."""
-    return -1 if linear.groups == 1 else linear.group_size
-
-
 def rounded(w: Weight, bits: Sequence[int], *, whole_groups: bool) -> Affine:
     """The weight on a min-max grid that a scheme can hold: plain rounding, in groups as it had.
 
@@ -231,5 +221,5 @@ def read_rows(w: Weight) -> jax.Array:
     rows = w.dequantize_rows(jnp.float32)
     if isinstance(w, HostResidual):
         codes = jax.device_put(w.codes, jax.memory.Space.Device)
-        rows = rows + (host_residual.decode(codes) * w.scale).T
+        rows = rows + (host_residual.decode(codes) * w.scale[None]).T
     return rows

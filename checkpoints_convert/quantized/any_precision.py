@@ -88,8 +88,6 @@ class AnyPrecision:
                     )
         if len(widths) > 1:
             raise ValueError("parts of one of their linears must have the same widths")
-        if (K := parts[0].shape[0]) % CODES_PER_WORD:
-            raise ValueError(f"any-precision needs K divisible by {CODES_PER_WORD}, got {K=}")
         ((seed, parent),) = widths
         return cls(seed, parent)
 

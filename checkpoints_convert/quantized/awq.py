@@ -10,7 +10,6 @@ from checkpoints_convert.quantized.affine import (
     Grid,
     check_bits,
     check_whole_groups,
-    group_size_of,
     rounded,
 )
 from checkpoints_convert.quantized.config import check_flags, unsupported, whole_number
@@ -64,7 +63,7 @@ class Awq:
         check_whole_groups(linear)
         if linear.order is not None:
             raise ValueError("inputs must be in their own order, got act-order: gptq holds it")
-        return cls(group_size_of(linear), symmetric=False)  # its kernels read the zeros in any case
+        return cls(linear.group_size, symmetric=False)  # its kernels read the zeros in any case
 
     @classmethod
     def round(cls, w: Weight) -> Affine:

@@ -13,7 +13,6 @@ from checkpoints_convert.quantized.affine import (
     Grid,
     check_bits,
     check_whole_groups,
-    group_size_of,
     rounded,
 )
 from checkpoints_convert.quantized.config import (
@@ -97,7 +96,7 @@ class CompressedTensors:
         check_whole_groups(linear)
         return cls(
             bits=linear.codes.bits,
-            group_size=group_size_of(linear),
+            group_size=linear.group_size,
             symmetric=linear.zero_point is None,
             act_order=linear.order is not None,
         )

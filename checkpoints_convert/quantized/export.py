@@ -4,6 +4,7 @@ block, ways = plan("gptq", tensors, weights, head="lm_head")        # what confi
 model, changes = requantize(model, "awq")                           # what awq cannot hold, rounded
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,6 @@ from checkpoints_convert.quantized.any_precision import AnyPrecision
 from checkpoints_convert.quantized.scheme import SCHEMES, Scheme
 from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.weights.dense import Dense
-
-REQUANTIZE = "or round it (jaxllm convert --requantize)"
 
 
 def scheme_named(name: str) -> Any:
@@ -38,28 +37,25 @@ def plan(
     head: its name, which is dense where no tensor has it. Raises ValueError where a scheme cannot hold a
     weight, with the nearest setting that it can, and where there is nothing to write in codes.
     """
-    scheme, ways, dense = scheme_named(name), {}, []
+    scheme = scheme_named(name)
+    ways: dict[str, Any] = {}
+    dense: list[str] = []
+    one_group = True
     for tensor in tensors:
         parts, linear = [weights[leaf] for leaf in tensor.ours], stem(tensor)
         if linear is None:
             continue
         if any(isinstance(part, jax.Array) for part in parts):
             dense.append(linear)
-            continue
-        try:
-            if tensor.transposed and not scheme.transposes:
-                raise ValueError("linears must not be [in, out] matrices, got one of them")
-            way = scheme.holding(parts)
-            way.shapes(parts[0].shape[0], sum(part.shape[1] for part in parts))
-        except ValueError as error:
-            raise ValueError(
-                f"huggingface.save: {name}: {error}, at {linear}: quantize so, {REQUANTIZE}"
-            ) from error
-        ways[linear] = way
+        else:
+            way = ways[linear] = _way(scheme, tensor, parts)
+            one_group &= getattr(way, "group_size", None) == parts[0].shape[0]
     if not ways:
         raise ValueError(
             f"huggingface.save: {name} needs a quantized model, got dense weights: quantize first"
         )
+    if one_group:  # of whatever size
+        ways = {linear: dataclasses.replace(way, group_size=-1) for linear, way in ways.items()}
     if head not in ways and head not in dense:
         dense.append(head)
     try:
@@ -67,6 +63,22 @@ def plan(
     except ValueError as error:
         raise ValueError(f"huggingface.save: {name}: {error}") from error
     return {"anyprec" if scheme is AnyPrecision else "quantization_config": block}, ways
+
+
+def _way(scheme: Any, tensor: Tensor, parts: list[Any]) -> Scheme:
+    """How one linear is stored; ValueError, which names it, where it cannot be."""
+    who, linear = f"huggingface.save: {scheme.name}", stem(tensor)
+    if tensor.transposed and not scheme.transposes:
+        raise ValueError(f"{who} has no [in, out] matrices, got {tensor.theirs}")
+    try:
+        way = scheme.holding(parts)
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}, at {linear}: quantize so, or round it (--requantize)") from error
+    try:
+        way.shapes(parts[0].shape[0], sum(part.shape[1] for part in parts))
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}, at {linear}: leave it dense") from error
+    return way
 
 
 def entries(linear: str, way: Scheme, parts: Sequence[Any]) -> list[tensor_files.Tensor]:
@@ -97,7 +109,7 @@ def requantize(model: Any, name: str) -> tuple[Any, dict[str, float]]:
             scheme.holding([w])
         except ValueError:
             made[key] = scheme.round(w)
-            changes[key] = _change(read_rows(w), read_rows(made[key]))
+            changes[key] = float(_change(read_rows(w), read_rows(made[key])))
     if not quantized:
         raise ValueError(f"requantize: {name} needs a quantized model, got dense weights: quantize first")
     return replace_weights(model, made), changes

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from checkpoints_convert.quantized.affine import Grid, check_bits, group_size_of, rounded
+from checkpoints_convert.quantized.affine import Grid, check_bits, rounded
 from checkpoints_convert.quantized.config import (
     check_flags,
     json_object,
@@ -90,7 +90,7 @@ class Gptq:
         check_bits(linear, BITS)
         return cls(
             bits=linear.codes.bits,
-            group_size=group_size_of(linear),
+            group_size=linear.group_size,
             second=True,
             act_order=linear.order is not None,
             symmetric=linear.zero_point is None,

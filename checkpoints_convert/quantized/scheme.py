@@ -16,8 +16,8 @@ outputs at b bits, with G groups of inputs (codes lie in int32 words, the first 
 The first three mean (code - zero_point) * scale and become `Affine`: a zero point that is the middle code
 everywhere is None, scales keep the file's float type. Act-order (`g_idx`: the group of each input) becomes
 `Permuted`. The last becomes `BitPlanes`; a `Codebook` is written so, too, as a table of one width. The
-layouts are those that AutoGPTQ and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on GitHub
-write. GPTQ is written as its second version.
+layouts are those that AutoGPTQ and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on
+GitHub write. GPTQ is written as its second version.
 """
 
 from collections.abc import Sequence

@@ -11,5 +11,6 @@ llama2c_tokenizer  llama2.c's tokenizer
 mingpt             minGPT's json
 qwix               affine weights to qwix arrays and back
 families/          one table a family
+gguf/              GGUF files of llama.cpp
 quantized/         GPTQ, AWQ, compressed-tensors and Any-Precision checkpoints
 """

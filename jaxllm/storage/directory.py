@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all.
+"""A directory, or one file, that appears whole or not at all.
 
 It is written beside its final place, flushed to the disk, and renamed. What a killed process left
 behind is removed by the next that writes to the same place.
@@ -22,6 +22,25 @@ def new_directory(out, *, who: str, num_bytes: int = 0) -> Iterator[Path]:
 
     Raises FileExistsError when `out` exists, OSError in one line when the disk is full.
     """
+    with _temporary(out, who, num_bytes) as (temporary, out):
+        yield temporary
+        _flush(temporary)
+        os.rename(temporary, out)
+
+
+@contextmanager
+def new_file(out, *, who: str, num_bytes: int = 0) -> Iterator[Path]:
+    """The path of a file that becomes `out` when the block ends, and vanishes when it raises; as above."""
+    with _temporary(out, who, num_bytes) as (temporary, out):
+        yield temporary / out.name
+        _flush(temporary)
+        os.rename(temporary / out.name, out)
+        temporary.rmdir()
+
+
+@contextmanager
+def _temporary(out, who: str, num_bytes: int) -> Iterator[tuple[Path, Path]]:
+    """A new directory beside `out`, and `out`; removed when the block raises."""
     out = Path(out).absolute()
     if out.exists():
         raise FileExistsError(f"{who}: the output must not exist yet, got {str(out)!r}")
@@ -33,9 +52,7 @@ def new_directory(out, *, who: str, num_bytes: int = 0) -> Iterator[Path]:
             temporary.mkdir()
             if shutil.disk_usage(temporary).free < num_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            yield temporary
-            _flush(temporary)
-            os.rename(temporary, out)
+            yield temporary, out
             _flush_one(out.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

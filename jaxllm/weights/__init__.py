@@ -4,6 +4,7 @@
     matmul          the product with a weight of any format; which formats exist
     dense           every number as it is
     affine          (code - zero_point) * scale by group
+    block_affine    codes * scale + offset, both in codes by blocks (GGUF)
     codebook        a table of levels an output
     bit_planes      planes of bits, to be read at several widths (Any-Precision)
     scaled          another format, its inputs scaled (AWQ)

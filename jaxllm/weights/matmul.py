@@ -15,6 +15,7 @@ from jaxllm.ops.packing import Packed
 from jaxllm.weights import host_residual, mixed_columns, nested_float, permuted, rotated, scaled, sparse
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.bit_planes import BitPlanes
+from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.codebook import Codebook
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.host_residual import HostResidual
@@ -31,7 +32,7 @@ AnyWeight = jax.Array | Weight
 # Closed on purpose: what a saved file may name. A name is looked up here and never imported.
 FORMATS: tuple[type, ...] = (
     Dense, Affine, Codebook, BitPlanes, Scaled, MixedColumns, NestedFloat, HostResidual, Permuted,
-    Rotated, DenseAndSparse,
+    Rotated, BlockAffine, DenseAndSparse,
 )  # fmt: skip
 PARTS: tuple[type, ...] = (Packed,)  # of which formats are made
 
@@ -49,7 +50,7 @@ def matmul(x: Float[Array, "*B K"], w: AnyWeight, out_dtype=None) -> Float[Array
             y = dot(x, w, 0)
         case Dense(rows):
             y = dot(x, rows)
-        case Affine() | Codebook() | BitPlanes():
+        case Affine() | BlockAffine() | Codebook() | BitPlanes():
             y = dot(x, depend_on(x, w).dequantize_rows(x.dtype))
         case Scaled():
             y = scaled.matmul(x, w)

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantized_files import gptq, gptq_block
 from tiny_llama import write_checkpoint
 
 from checkpoints_convert import huggingface, llama2c, mingpt, tensor_files
+from checkpoints_convert.gguf import checkpoint as gguf_checkpoint
 from fuzz.outcome import Sample
 from jaxllm import cache as kv
 from jaxllm.eviction.gates import load_gates, save_gates
@@ -177,6 +179,18 @@ def mini(folder: Path) -> Sample:
     return Sample(folder, lambda: nnx.state(mingpt.load(folder / "model.json")[0]), stored=False)
 
 
+def gguf(folder: Path) -> Sample:
+    from gguf_files import write_gguf
+
+    write_gguf(folder / "model.gguf", kind="Q8_0", width=32, ffn=32, heads=2, kv_heads=1)
+
+    def opened():
+        model, tokenizer = gguf_checkpoint.load(folder / "model.gguf")
+        return nnx.state(model), np.array(0 if tokenizer is None else tokenizer.encode("the end"))
+
+    return Sample(folder, opened, stored=False)
+
+
 FORMATS: dict[str, Callable[[Path], Sample]] = {
     "safetensors": safetensors,
     "config": config,
@@ -192,3 +206,5 @@ FORMATS: dict[str, Callable[[Path], Sample]] = {
     "llama2c": llama,
     "mingpt": mini,
 }
+if find_spec("gguf") is not None:  # an extra, which the tests install
+    FORMATS["gguf"] = gguf

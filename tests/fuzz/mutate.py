@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert.gguf.container import Header, read_header
+
 TWIN = "a name that stands twice"  # stands for another key in JSON that says one twice
 DEEP: Any = 0
 for _ in range(400):
@@ -33,10 +35,11 @@ def mutate(rng: np.random.Generator, file: Path) -> str:
         how += ["arrays"] * 3
     elif file.suffix == ".bin":
         how += ["words"] * 3
+    elif file.suffix == ".gguf":
+        how += ["fields"] * 3
     chosen = how[rng.integers(len(how))]
-    changed = {"bytes": _bytes, "header": _header, "json": _json, "arrays": _arrays, "words": _words}[chosen](
-        rng, data
-    )
+    changes = {"bytes": _bytes, "header": _header, "json": _json, "arrays": _arrays, "words": _words}
+    changed = (changes | {"fields": _fields})[chosen](rng, data)
     if changed is None:
         file.unlink()
         return f"{file.name}: removed"
@@ -71,6 +74,44 @@ def _words(rng: np.random.Generator, data: bytes) -> bytes:
     values = (0, 1, -1, 2, 3, 7, 255, 1 << 16, (1 << 24) - 1, 1 << 24, (1 << 31) - 1, -(1 << 31))
     word = values[rng.integers(len(values))]
     struct.pack_into("<i", raw, 4 * int(rng.integers(min(12, len(raw) // 4))), word)
+    return bytes(raw)
+
+
+class Recorder(Header):
+    """Notes where each field of a GGUF header lies: its length, kind, number or text."""
+
+    def __init__(self, data: bytes):
+        super().__init__("sample", np.frombuffer(data, np.uint8))
+        self.fields: list[tuple[int, int]] = []
+
+    def take(self, num_bytes: int) -> memoryview:
+        self.fields.append((self.at, num_bytes))
+        return super().take(num_bytes)
+
+
+def _fields(rng: np.random.Generator, data: bytes) -> bytes:
+    """One field of a GGUF header is another, missing, or there twice."""
+    head, raw = Recorder(data), bytearray(data)
+    read_header(head)
+    # most of the tokens' fields are alike: the others count as much as they do
+    usual = [field for field in head.fields if field[1] != 8 or rng.integers(8) == 0] + head.fields[:120]
+    at, size = usual[rng.integers(len(usual))]
+    end = at + size
+    match int(rng.integers(6)):
+        case 0:
+            del raw[at:end]
+        case 1:
+            raw[at:at] = raw[at:end]
+        case 2:
+            raw[at:end] = rng.bytes(size)
+        case 3:
+            other, width = usual[rng.integers(len(usual))]
+            raw[at:end] = data[other : other + width]
+        case _:
+            value = (0, 1, 2, 3, 7, 9, 255, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 62, (1 << 64) - 1)[
+                rng.integers(12)
+            ]
+            raw[at:end] = (value % (1 << 8 * size)).to_bytes(size, "little") if size in (1, 4, 8) else b""
     return bytes(raw)
 
 

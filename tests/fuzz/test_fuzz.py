@@ -6,7 +6,7 @@ from fuzz.formats import FORMATS
 from fuzz.outcome import GOOD, Sample, outcome
 from jaxllm.storage import checksums
 
-INPUTS = {"native": 60, "native_of_0_1_0": 6, "training": 12, "llama2c": 12, "calibration": 15}
+INPUTS = {"native": 60, "native_of_0_1_0": 6, "training": 12, "llama2c": 12, "calibration": 15, "gguf": 15}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name == "native")) for name in FORMATS]
 
 

@@ -15,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 import jaxllm as jl
 from jaxllm.decoding import loop, sampling
 from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.ops.packing import pack
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit
 from jaxllm.quant.quantize import quantize
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine, codebook, sparse
+from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import (
     FORMATS,
@@ -55,6 +57,21 @@ def table(rows, bits):
     return jnp.linspace(-0.3, 0.3, 2**bits)[None] * jnp.ones((rows.shape[0], 1))
 
 
+def offsets(rows):
+    """Whole zero points said as offsets."""
+    w = affine.quantize(rows.T, bits=4, group_size=32)
+    offset = (-affine.zero_points(w) * affine.scales(w)).astype(jnp.float16)
+    return BlockAffine(w.codes, w.scale, None, offset, None, 32, 1, w.shape, w.dtype)
+
+
+def coded_blocks(rows):
+    """Blocks of four groups whose scales and offsets are codes."""
+    (N, K), steps = rows.shape, jnp.arange(rows.size // 32).reshape(rows.shape[0], -1) % 16
+    codes = pack(3 * (rows > 0).astype(jnp.uint8), 2)
+    block = jnp.full((K // 128, N), 0.01, jnp.float16)
+    return BlockAffine(codes, block, pack(steps, 4), -block, pack(15 - steps, 4), 32, 4, (K, N), rows.dtype)
+
+
 FORMS = {
     "affine4": lambda rows: affine.quantize(rows.T, bits=4, group_size=32),
     "affine3": lambda rows: affine.quantize(rows.T, bits=3, group_size=32, integer_zero_point=False),
@@ -62,6 +79,8 @@ FORMS = {
     "affine2, coded scales": lambda rows: jl.Rtn(bits=2, group_size=32, scale_bits=6).quantize(
         rows, Stats(), name="w", dtype=jnp.float32
     ),
+    "offsets": offsets,
+    "coded blocks": coded_blocks,
     "awq": lambda rows: jl.Awq(bits=4, group_size=32).quantize(
         rows, Stats(mean=jnp.ones(rows.shape[1]), sample=jnp.eye(rows.shape[1])), name="w", dtype=jnp.float32
     ),
@@ -91,7 +110,10 @@ SLOW_TO_MAKE = {"mixed_two_bit", "any_precision", "dense_and_sparse"}
 # what these multiply by depends on x: their own tests say how
 OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
 # an embedding can be stored so
-WITH_ROWS = {"affine4", "affine3", "affine8", "codebook3", "any_precision", "nested_fp", "nested_fp8"}
+WITH_ROWS = {
+    "affine4", "affine3", "affine8", "offsets", "coded blocks", "codebook3", "any_precision", "nested_fp",
+    "nested_fp8",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +263,7 @@ def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path
     "name",
     [
         "affine4",
+        "coded blocks",
         "nested_fp",
         "any_precision",
         "mixed_two_bit",

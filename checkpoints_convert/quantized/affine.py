@@ -20,6 +20,7 @@ from jaxllm.ops.packing import Packed
 from jaxllm.weights import affine, host_residual
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.bit_planes import BitPlanes
+from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.codebook import Codebook
 from jaxllm.weights.host_residual import HostResidual
 from jaxllm.weights.mixed_columns import MixedColumns
@@ -179,7 +180,7 @@ def rounded(w: Weight, bits: Sequence[int], *, whole_groups: bool) -> Affine:
     """
     inner = innermost(w)
     width, K = least_bits(bits_of(inner), bits), w.shape[0]
-    group_size = min(inner.group_size if isinstance(inner, Affine) else GROUP_SIZE, K)
+    group_size = min(getattr(inner, "group_size", GROUP_SIZE), K)
     if whole_groups:
         group_size = math.gcd(K, group_size)
     if isinstance(w, Affine) and w.codes.bits < width and w.group_size == group_size:
@@ -206,7 +207,7 @@ def innermost(w: Any) -> Any:
 def bits_of(w: Any) -> int:
     """Bits of a weight's codes, of mixed ones the greatest; 8 for what has none."""
     match w:
-        case Affine() | Codebook():
+        case Affine() | BlockAffine() | Codebook():
             return w.codes.bits
         case BitPlanes():
             return w.bits

@@ -22,10 +22,10 @@ from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.weights.dense import Dense
 
 
-def scheme_named(name: str) -> Any:
+def scheme_named(who: str, name: str) -> Any:
     """The class of a scheme."""
     if name not in SCHEMES:
-        raise ValueError(f"huggingface.save: scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
+        raise ValueError(f"{who} must be one of {', '.join(SCHEMES)}, got {name!r}")
     return SCHEMES[name]
 
 
@@ -37,7 +37,7 @@ def plan(
     head: its name, which is dense where no tensor has it. Raises ValueError where a scheme cannot hold a
     weight, with the nearest setting that it can, and where there is nothing to write in codes.
     """
-    scheme = scheme_named(name)
+    scheme = scheme_named("huggingface.save: scheme", name)
     ways: dict[str, Any] = {}
     dense: list[str] = []
     one_group = True
@@ -99,7 +99,7 @@ def requantize(model: Any, name: str) -> tuple[Any, dict[str, float]]:
     The change is mean |w - w'| / mean |w| of each weight that was rounded, by its name. A quantized embedding
     becomes dense, as all tools have it, and does not change. Raises ValueError for a model without codes.
     """
-    scheme, made, changes = scheme_named(name), {}, {}
+    scheme, made, changes = scheme_named("requantize: to", name), {}, {}
     quantized = {key: w for key, w in linear_weights(model).items() if not isinstance(w, Dense | jax.Array)}
     for key, w in quantized.items():
         if key == "embedding":

@@ -1,4 +1,4 @@
-"""`jaxllm convert`: a checkpoint read, and written as another directory."""
+"""`jaxllm convert`: a checkpoint read, and written as another directory or file."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxllm import files
 from jaxllm.cli.options import DTYPE, JSON
 from jaxllm.cli.output import read_text, shows_progress, tell
 
-LAYOUTS = ["native", "huggingface", "gptq", "awq", "compressed-tensors", "any-precision"]
+LAYOUTS = ["native", "huggingface", "gptq", "awq", "compressed-tensors", "any-precision", "gguf"]
 
 
 @click.command()
@@ -49,7 +49,7 @@ def convert(
     unsafe_format: Literal["pickle"] | None,
     as_json: bool,
 ) -> None:
-    """Read a checkpoint SRC (file, directory, hub id) and write the new directory DST.
+    """Read a checkpoint SRC (file, directory, hub id) and write the new directory, or GGUF file, DST.
 
     A quantized model is written for others exactly or not at all; --requantize rounds what they cannot hold.
     """

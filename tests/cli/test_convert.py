@@ -86,10 +86,26 @@ def test_codes_of_a_dense_model_and_a_text_without_rounding_are_refused(jaxllm, 
     )
     assert_refused(
         jaxllm("convert", tiny_checkpoint, "out", "--requantize"),
-        "to must be a layout of codes, got to='native'",
+        "to must be one of gptq, awq, .*, got 'native'",
     )
     assert_refused(
         jaxllm("convert", tiny_checkpoint, "out", "--text", "text.txt"), "--text applies with --requantize"
+    )
+
+
+def test_a_gguf_file_is_written_and_read_through_the_door(jaxllm, tiny_checkpoint):
+    pytest.importorskip("gguf")
+    done = jaxllm("convert", tiny_checkpoint, "model.gguf", "--to", "gguf", "--json")
+    assert done.status == 0, done.err
+    again = jaxllm("convert", "model.gguf", "out", "--to", "huggingface", "--json")
+    assert again.status == 0 and again.json["weight_bytes"] == done.json["weight_bytes"]
+    (model, _), (same, _) = jl.load(tiny_checkpoint), jl.load("out")
+    name = "layers.1.attention.q"
+    np.testing.assert_array_equal(*(linear_weights(m)[name].rows for m in (model, same)))
+    assert_refused(
+        jaxllm("convert", tiny_checkpoint, "model.gguf", "--to", "gguf"),
+        "must not exist",
+        left=[Path("model.gguf"), Path("out")],
     )
 
 

@@ -306,7 +306,9 @@ def read(w):
     return Dense(read_rows(w))
 
 
-@pytest.mark.parametrize("to", ["native", "huggingface"])
+@pytest.mark.parametrize("to", ["native", "huggingface", "gguf"])
 def test_layouts_that_round_nothing_cannot_be_requantized_to(to, dense):
-    with pytest.raises(ValueError, match="to must be a layout of codes"):
+    with pytest.raises(
+        ValueError, match="requantize: to must be one of gptq, awq, compressed-tensors, any-precision, got"
+    ):
         requantize(dense, to)

@@ -2,12 +2,13 @@
 
     model, tokenizer = load("path/to/Llama-3.2-1B")
     save(model, tokenizer, "out")                          # transformers reads it
+    save(small, tokenizer, "out", scheme="gptq")           # what serves GPTQ reads it
 
 Reading goes tensor by tensor from the mapped files straight to each leaf's sharding, so the host
 holds at most the model and one tensor; numbers keep their type (float64 becomes float32). Writing
 gives the tensors back byte for byte. Pickled files are opened only where asked. Which tensor is which leaf is
 told by tables (`families/`); one loop serves all (`build_model.py`). Linears that another tool quantized stay
-so (`quantized/`).
+so, and are written so where asked (`quantized/`).
 """
 
 import dataclasses
@@ -23,15 +24,16 @@ import numpy as np
 from checkpoints_convert import pickle_files, tensor_files
 from checkpoints_convert.build_model import build_model
 from checkpoints_convert.families import gpt, llama_line, t5
-from checkpoints_convert.families.family import Family, Tensor, tensors_of
+from checkpoints_convert.families.family import Family, Tensor, stem, tensors_of
 from checkpoints_convert.json_fields import TOKENS, check_fields, read_object
 from checkpoints_convert.materialize import named_weights
-from checkpoints_convert.quantized import any_precision
+from checkpoints_convert.quantized import export
 from checkpoints_convert.quantized import scheme as quantized
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.metadata import excerpt
 from jaxllm.storage.tokenizer import load_tokenizer
 from jaxllm.weights.bit_planes import BitPlanes
+from jaxllm.weights.codebook import Codebook
 
 FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
 
@@ -185,26 +187,37 @@ def _says(family: Family, config) -> bool:
     return dataclasses.replace(read, context=config.context) == config
 
 
-def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_000_000_000) -> None:
+def save(
+    model,
+    tokenizer,
+    path,
+    *,
+    model_type: str | None = None,
+    scheme: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """Writes a directory that transformers (and `load`) reads: config, weights, tokenizer.
 
     model_type: the family to write; None takes the first that can say the model's config ("llama"
       for most). A model loaded as phi3 is written with phi3's fused tensors only when this says so.
+    scheme: how quantized linears are written, "gptq" (its second version), "awq", "compressed-tensors" or
+      "any-precision" (`quantized/scheme.py`), exactly or not at all. None is for dense models, and writes
+      bit planes and codebooks as any-precision.
     max_shard_bytes: of weights in one file; more go to several files and an index.
 
-    Linears in `BitPlanes` are written in the layout of Any-Precision's authors, all widths of them; read
-    again, they are at the widest.
+    Any-Precision's weights are written with all their widths; read again, they are at the widest.
 
-    Raises ValueError for weights of other formats or a config that no family can say, FileExistsError
-    for a `path` that exists.
+    Raises ValueError for weights that the scheme cannot hold, with the nearest setting that it can, or a
+    config that no family can say; FileExistsError for a `path` that exists.
     """
     family = family_of(model, model_type)
     weights = named_weights(model)
     tensors = tensors_of(family, weights)
-    entries = [entry for tensor in tensors for entry in _entries(tensor, weights)]
-    planes = {t.theirs: weights[t.ours[0]] for t in tensors if isinstance(weights[t.ours[0]], BitPlanes)}
-    names = [tensor.theirs for tensor in tensors]
-    block = {"anyprec": any_precision.any_precision_config(planes, names)} if planes else {}
+    if scheme is None and any(isinstance(w, BitPlanes | Codebook) for w in weights.values()):
+        scheme = quantized.AnyPrecision.name
+    head = next(row.theirs for row in family.rows if row.ours == ("head.w",)).removesuffix(".weight")
+    block, ways = ({}, {}) if scheme is None else export.plan(scheme, tensors, weights, head)
+    entries = [entry for tensor in tensors for entry in _entries(tensor, weights, ways)]
     dtype = model.dtype
     size = sum(tensor_files.num_bytes(shape, kind) for _, shape, kind, _ in entries)
     with new_directory(path, who="huggingface.save", num_bytes=size) as out:
@@ -231,16 +244,19 @@ def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]
     }
 
 
-def _entries(tensor: Tensor, weights: dict[str, Any]) -> list[tensor_files.Tensor]:
+def _entries(
+    tensor: Tensor, weights: dict[str, Any], ways: dict[str, quantized.Scheme]
+) -> list[tensor_files.Tensor]:
     """How a tensor of theirs is written: name, shape, type, and what makes it in its turn."""
     parts = [weights[name] for name in tensor.ours]
-    if all(isinstance(part, BitPlanes) for part in parts):
-        return any_precision.any_precision_entries(tensor, parts)
+    if (linear := stem(tensor)) in ways:
+        return export.entries(linear, ways[linear], parts)
     for name, part in zip(tensor.ours, parts, strict=True):
         if not isinstance(part, jax.Array):
+            schemes = ", ".join(quantized.SCHEMES)
             raise ValueError(
-                "huggingface.save: only dense weights can be written, and Any-Precision's, "
-                f"got {type(part).__name__} at {name}"
+                "huggingface.save: only dense weights can be written as they are, and codes of linears by a "
+                f"scheme ({schemes}), got {type(part).__name__} at {name}"
             )
     rows = sum(part.shape[0] for part in parts)
     shape = (rows, *parts[0].shape[1:])

@@ -12,6 +12,7 @@ This is the only file that names `checkpoints_convert`, and only inside function
 
 import dataclasses
 import importlib.resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +36,8 @@ def load(
 ):
     """A model and its tokenizer (None if it has none).
 
-    path_or_id: a native directory, a Hugging Face directory, a llama2.c `.bin` file, or an id on
-      the Hugging Face hub; None is the model that ships.
+    path_or_id: a native directory, a Hugging Face directory, a GGUF file, a llama2.c `.bin` file, or an id
+      on the Hugging Face hub; None is the model that ships.
     dtype: what weights are cast to, such as "bfloat16"; None keeps theirs. Only plain weights can
       be cast.
     mesh: where the model is sharded by its own table (`sharding.make_mesh`).
@@ -106,7 +107,7 @@ def float_type(dtype):
 
 
 def _load_file(path: Path, *, dtype, mesh):
-    """A llama2.c file; anything else is refused with what to do."""
+    """A GGUF, llama2.c or minGPT file; anything else is refused with what to do."""
     with path.open("rb") as file:
         head = file.read(4)
     if path.suffix in (".pt", ".pth", ".ckpt", ".pkl") or head[:2] == b"PK" or head[:1] == b"\x80":
@@ -114,18 +115,24 @@ def _load_file(path: Path, *, dtype, mesh):
             "load: a pickle can run code when opened: give the directory that it and its config.json lie in, "
             f"and unsafe_format='pickle' to read nothing but tensors, got {str(path)!r}"
         )
+    if path.suffix == ".gguf" or head == b"GGUF":
+        from checkpoints_convert.gguf import checkpoint
+
+        return checkpoint.load(path, dtype=dtype, mesh=mesh)
     if path.suffix == ".json":
         from checkpoints_convert import mingpt
 
         return mingpt.load(path, dtype=dtype, mesh=mesh)
     if path.suffix != ".bin":
-        raise ValueError(f"load: must be a directory, a hub id or a llama2.c .bin file, got {str(path)!r}")
+        raise ValueError(
+            f"load: must be a directory, a hub id, a .gguf file or a llama2.c .bin file, got {str(path)!r}"
+        )
     from checkpoints_convert import llama2c
 
     return llama2c.load(path, dtype=dtype, mesh=mesh)
 
 
-Layout = Literal["native", "huggingface"]
+Layout = Literal["native", "huggingface", "gptq", "awq", "compressed-tensors", "any-precision", "gguf"]
 
 
 def save(
@@ -137,33 +144,67 @@ def save(
     model_type: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a directory, whole or not at all.
+    """Writes a directory, or the one file of gguf, whole or not at all.
 
-    to: "native" for any weights, "huggingface" for dense ones and a directory that transformers
-      loads; then `model_type` is the family to write (None: the first that can say the model's
-      config) and `max_shard_bytes` the most weights in one file.
+    to: "native" for any weights; "huggingface" for dense ones and a directory that transformers loads; the
+      other names for quantized ones, whose codes are written as other tools serve them: exactly, or it is a
+      ValueError that says what the layout can hold (`requantize` rounds). `model_type` is the family to write
+      (None: the first that can say the model's config), `max_shard_bytes` the most weights in one file.
 
     Raises FileExistsError where `path` exists, OSError when the disk is full.
     """
     if to == "native":
         save_native(model, path, tokenizer)
         return
+    if to == "gguf":
+        from checkpoints_convert.gguf import checkpoint
+
+        checkpoint.save(model, tokenizer, path, model_type=model_type)
+        return
     from checkpoints_convert import huggingface
 
-    huggingface.save(model, tokenizer, path, model_type=model_type, max_shard_bytes=max_shard_bytes)
+    huggingface.save(
+        model,
+        tokenizer,
+        path,
+        model_type=model_type,
+        scheme=None if to == "huggingface" else to,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
-def convert(src, dst, to: Layout = "native", *, dtype=None, unsafe_format: Literal["pickle"] | None = None):
-    """Reads a checkpoint and writes it as another directory; returns the model and its tokenizer.
+def requantize(model: nnx.Module, to: Layout) -> tuple[nnx.Module, dict[str, float]]:
+    """The model with the quantized weights that a layout cannot hold rounded to what it can.
 
-    dtype, unsafe_format: as in `load`.
+    Plain rounding in the groups that there were, at the least width that holds the codes. With it comes, by
+    the name of each weight that was rounded, mean |w - w'| / mean |w|. ValueError for a dense model, and for
+    a layout that nothing is rounded to.
+    """
+    from checkpoints_convert.quantized import export
+
+    return export.requantize(model, to)
+
+
+def convert(
+    src,
+    dst,
+    to: Layout = "native",
+    *,
+    dtype=None,
+    unsafe_format: Literal["pickle"] | None = None,
+    change: Callable[[nnx.Module, Any], nnx.Module] | None = None,
+):
+    """Reads a checkpoint and writes it as another directory or file; returns the model and its tokenizer.
+
+    dtype, unsafe_format: as in `load`. change: what is done between, of the model and its tokenizer.
     A Hugging Face directory is written as the family it was read as.
     """
     if Path(dst).exists():
         raise FileExistsError(f"convert: the output must not exist yet, got {str(dst)!r}")
     model, tokenizer = load(src, dtype=dtype, unsafe_format=unsafe_format)
+    model = model if change is None else change(model, tokenizer)
     model_type = None
-    if to == "huggingface":
+    if to != "native":
         from checkpoints_convert import huggingface
 
         model_type = huggingface.model_type_of(src)

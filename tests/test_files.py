@@ -295,7 +295,7 @@ def test_a_directory_without_its_weights_is_one_line(saved, tmp_path):
         ("model.pt", b"x", "a pickle can run code when opened: give the directory"),
         ("pytorch_model.bin", b"PK\x03\x04", "a pickle can run code when opened"),
         ("old.bin", b"\x80\x02", "a pickle can run code when opened"),
-        ("model.gguf", b"GGUF", "must be a directory, a hub id or a llama2.c .bin file"),
+        ("model.ggml", b"ggml", "must be a directory, a hub id, a .gguf file or a llama2.c .bin file"),
         ("x.bin", b"1234", "ends inside its header"),
     ],
 )

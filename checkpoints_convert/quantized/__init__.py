@@ -1,8 +1,12 @@
-"""Checkpoints that other tools quantized, as our formats.
+"""Checkpoints that other tools quantized, as our formats, and ours as theirs.
 
 scheme          which scheme a config.json describes, and what the schemes mean
 linears         which linears of a checkpoint are quantized, and reading them
-affine          GPTQ, AWQ and compressed-tensors
+export          which linears of a model are written, and how; rounding what a scheme cannot hold
+affine          linears in affine codes, what the next three share
+gptq            GPTQ's words, zeros and order, and its settings by module
+awq             AWQ's words
+compressed_tensors  compressed-tensors' words, and its settings by target
 any_precision   Any-Precision's planes and tables, read and written
 config          reading the blocks of a config.json
 words           codes in int32 words

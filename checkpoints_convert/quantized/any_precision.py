@@ -1,20 +1,23 @@
 """Any-Precision's checkpoints (SNU-ARC/any-precision-llm), read and written; the order of their bits."""
 
 import dataclasses
-import functools
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, UInt32
 
-from checkpoints_convert import tensor_files
-from checkpoints_convert.families.family import Tensor, stem
 from checkpoints_convert.json_fields import OBJECT, check_fields, null_or
+from checkpoints_convert.quantized.affine import bits_of, innermost, read_rows
 from checkpoints_convert.quantized.config import whole_number
-from checkpoints_convert.quantized.words import Shapes, Tensors, on_host, words_of
+from checkpoints_convert.quantized.words import Shapes, Tensors, codes_of, on_host, words_of
 from jaxllm.storage.metadata import excerpt
+from jaxllm.weights import bit_planes, codebook
 from jaxllm.weights.bit_planes import CODES_PER_WORD, BitPlanes
+from jaxllm.weights.codebook import Codebook
+from jaxllm.weights.weight import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,69 @@ class AnyPrecision:
             )
         return cls(seed, parent)
 
+    @classmethod
+    def holding(cls, parts: Sequence[Weight]) -> "AnyPrecision":
+        """The scheme of a linear in which these weights are stacked; ValueError for one that it cannot hold.
+
+        A table of one width is seed and parent in one.
+        """
+        widths = set()
+        for w in parts:
+            match w:
+                case BitPlanes():
+                    widths.add((w.seed_bits, w.parent_bits))
+                case Codebook():
+                    widths.add((w.codes.bits, w.codes.bits))
+                case _:
+                    raise ValueError(
+                        "weights must be tables, as of SqueezeLlm, Lnq and AnyPrecision, "
+                        f"got {type(w).__name__}"
+                    )
+        if len(widths) > 1:
+            raise ValueError("parts of one of their linears must have the same widths")
+        ((seed, parent),) = widths
+        return cls(seed, parent)
+
+    @classmethod
+    def round(cls, w: Weight) -> Codebook:
+        """The weight in tables of even steps from each output's least weight to its greatest."""
+        bits, rows = bits_of(innermost(w)), read_rows(w)
+        steps = jnp.linspace(0.0, 1.0, 2**bits)[None]
+        low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
+        return codebook.encode(rows, low + (high - low) * steps, bits=bits, dtype=w.dtype)
+
+    @classmethod
+    def to_config(cls, ways: dict[str, "AnyPrecision"], dense: Sequence[str]) -> dict[str, Any]:
+        """The `anyprec` of linears stored so and of dense ones, by their names.
+
+        The authors' loader puts the same modules in every layer and knows one pair of widths.
+        """
+        pattern = re.compile(r"(.+?)\.(\w+)\.(\d+)\.(.+)")
+        modules: dict[str, set[str]] = {}  # the layers that have each
+        for name in ways:
+            match = pattern.fullmatch(name)
+            if match is None:
+                raise ValueError(f"linears must be of layers, got {name} in tables")
+            modules.setdefault(match[4], set()).add(f"{match[1]}.{match[2]}.{match[3]}")
+        found = map(pattern.fullmatch, (*ways, *dense))
+        layers = {f"{match[1]}.{match[2]}.{match[3]}" for match in found if match}
+        places = {layer.rpartition(".")[0].rpartition(".")[::2] for layer in layers}
+        widths = {(way.seed, way.parent) for way in ways.values()}
+        if len(places) != 1 or len(widths) != 1 or any(having != layers for having in modules.values()):
+            raise ValueError(
+                "the same linears and widths must be in every layer, "
+                f"got {len(ways)} linears of widths {sorted(widths)}"
+            )
+        ((outer, inner),) = places
+        ((seed, parent),) = widths
+        arch = {"model_name": outer, "layers_name": inner, "module_names": list(modules)}
+        return {
+            "seed_precision": seed,
+            "parent_precision": parent,
+            "group_count": 1,
+            "arch_config": arch,
+        }
+
     def shapes(self, K: int, N: int) -> Shapes:
         shapes: Shapes = {"qweight": ((self.parent, N, words_of(K, 1)), ("I32",))}
         return shapes | {f"lut{b}": ((N, 2**b), ("F16",)) for b in range(self.seed, self.parent + 1)}
@@ -73,59 +139,26 @@ class AnyPrecision:
         tables = tuple(tensors[f"lut{b}"] for b in range(self.seed, self.parent + 1))
         return Planes(from_cuda_planes(tensors["qweight"], K), tables, self.seed)
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The last names of all tensors that are written."""
+        return "qweight", *(f"lut{b}" for b in range(self.seed, self.parent + 1))
 
-def any_precision_entries(tensor: Tensor, parts: list[BitPlanes]) -> list[tensor_files.Tensor]:
-    """The tensors of a linear, of which `parts` are stacked along the outputs."""
-    w, K = parts[0], parts[0].shape[0]
-    if tensor.transposed:
-        raise ValueError(f"huggingface.save: any-precision has no [in, out] matrices, got {tensor.theirs}")
-    if K % 32:
-        raise ValueError(
-            f"huggingface.save: any-precision needs K divisible by 32, got {tensor.theirs} of {K=}"
-        )
-    if any(p.parent_bits != w.parent_bits or p.seed_bits != w.seed_bits for p in parts):
-        raise ValueError(f"huggingface.save: all parts of {tensor.theirs} must have the same widths")
-    N = sum(part.shape[1] for part in parts)
-
-    def planes() -> np.ndarray:
-        return to_cuda_planes(np.concatenate([np.asarray(part.planes) for part in parts], axis=1), K)
-
-    def table(i: int) -> np.ndarray:
-        return np.concatenate([np.asarray(part.tables[i]) for part in parts])
-
-    B, dtype = w.parent_bits, np.dtype("<f2")
-    entries: list[tensor_files.Tensor] = [
-        (f"{stem(tensor)}.qweight", (B, N, K // 32), np.dtype("<i4"), planes)
-    ]
-    for i, b in enumerate(range(w.seed_bits, B + 1)):
-        entries.append((f"{stem(tensor)}.lut{b}", (N, 2**b), dtype, functools.partial(table, i)))
-    return entries
+    def write(self, parts: Sequence[Weight], last: str) -> np.ndarray:
+        """One tensor of the linear in which these weights are stacked: `read` turned around."""
+        if last == "qweight":
+            planes = np.concatenate([np.asarray(_planes(w)) for w in parts], axis=1)
+            return to_cuda_planes(planes, parts[0].shape[0])
+        table = int(last.removeprefix("lut")) - self.seed
+        return np.concatenate([np.asarray(_tables(w)[table]) for w in parts])
 
 
-def any_precision_config(quantized: dict[str, BitPlanes], names: list[str]) -> dict[str, Any]:
-    """The `anyprec` of config.json, from their names of the linears in bit planes and of all tensors.
+def _planes(w: Any) -> Any:
+    return bit_planes.pack(codes_of(w.codes), w.codes.bits) if isinstance(w, Codebook) else w.planes
 
-    The authors' loader puts the same modules in every layer and knows one pair of widths.
-    """
-    pattern = re.compile(r"(.+?)\.(\w+)\.(\d+)\.(.+)\.weight")
-    modules: dict[str, set[str]] = {}  # the layers that have each
-    for name in quantized:
-        match = pattern.fullmatch(name)
-        if match is None:
-            raise ValueError(f"huggingface.save: any-precision quantizes linears of layers, got {name}")
-        modules.setdefault(match[4], set()).add(f"{match[1]}.{match[2]}.{match[3]}")
-    layers = {f"{match[1]}.{match[2]}.{match[3]}" for match in map(pattern.fullmatch, names) if match}
-    places = {layer.rpartition(".")[0].rpartition(".")[::2] for layer in layers}
-    widths = {(w.seed_bits, w.parent_bits) for w in quantized.values()}
-    if len(places) != 1 or len(widths) != 1 or any(having != layers for having in modules.values()):
-        raise ValueError(
-            "huggingface.save: any-precision needs the same linears and widths in every layer, "
-            f"got {len(quantized)} linears of widths {sorted(widths)}"
-        )
-    ((outer, inner),) = places
-    ((seed, parent),) = widths
-    arch = {"model_name": outer, "layers_name": inner, "module_names": list(modules)}
-    return {"seed_precision": seed, "parent_precision": parent, "group_count": 1, "arch_config": arch}
+
+def _tables(w: Any) -> Any:
+    return (w.table,) if isinstance(w, Codebook) else w.tables
 
 
 def to_cuda_planes(planes: UInt32[Array | np.ndarray, "B N W"], K: int) -> Int32[np.ndarray, "B N W"]:

@@ -6,7 +6,8 @@ import numpy as np
 
 from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
-from checkpoints_convert.quantized.affine import ByModule, ByTarget
+from checkpoints_convert.quantized.compressed_tensors import ByTarget
+from checkpoints_convert.quantized.gptq import ByModule
 from checkpoints_convert.quantized.scheme import Scheme
 from checkpoints_convert.quantized.words import Tensors
 

@@ -1,6 +1,7 @@
-"""Checkpoints that other tools quantized, as our formats: nothing is dequantized and nothing is rounded.
+"""Other tools' quantized checkpoints, as our formats and back: nothing is dequantized, nothing is rounded.
 
     model, tokenizer = huggingface.load("path/to/Llama-GPTQ")           # its linears are `Affine`
+    huggingface.save(model, tokenizer, "out", scheme="awq")             # as other tools serve them
 
 config.json picks a scheme. A linear is quantized where the files have the scheme's tensors in place of its
 `weight`; all else (embeddings, norms, biases, linears left out) is dense. For a linear of K inputs and N
@@ -14,17 +15,24 @@ outputs at b bits, with G groups of inputs (codes lie in int32 words, the first 
 
 The first three mean (code - zero_point) * scale and become `Affine`: a zero point that is the middle code
 everywhere is None, scales keep the file's float type. Act-order (`g_idx`: the group of each input) becomes
-`Permuted`. The last becomes `BitPlanes`, and is what can be written, too. The layouts are those that AutoGPTQ
-and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on GitHub write.
+`Permuted`. The last becomes `BitPlanes`; a `Codebook` is written so, too, as a table of one width. The
+layouts are those that AutoGPTQ and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on
+GitHub write. GPTQ is written as its second version.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from checkpoints_convert.quantized.affine import Awq, ByModule, ByTarget, CompressedTensors, Gptq
+import numpy as np
+
 from checkpoints_convert.quantized.any_precision import AnyPrecision
+from checkpoints_convert.quantized.awq import Awq
+from checkpoints_convert.quantized.compressed_tensors import ByTarget, CompressedTensors
 from checkpoints_convert.quantized.config import json_object, unsupported
+from checkpoints_convert.quantized.gptq import ByModule, Gptq
 from checkpoints_convert.quantized.words import Shapes, Tensors
 from jaxllm.weights.matmul import AnyWeight
+from jaxllm.weights.weight import Weight
 
 
 @runtime_checkable
@@ -38,6 +46,9 @@ class Linear(Protocol):
 @runtime_checkable
 class Scheme(Protocol):
     """How linears are stored: what tensors each has, and how these are read.
+
+    Each has, too, class methods that make it: `from_config` of what files say, and for writing `holding` of
+    weights, `to_config` of all linears, `round` of a weight that it cannot hold.
 
     name: in errors. main: the tensor that tells a quantized linear. transposes: matrices that
       are [in, out] in dense files are stored like all others here.
@@ -57,6 +68,18 @@ class Scheme(Protocol):
     def read(self, tensors: Tensors, K: int, N: int) -> Linear:
         """The linear of these tensors, whose shapes are right. Raises ValueError for numbers that are not."""
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The last names of the tensors that each linear is written as."""
+
+    def write(self, parts: Sequence[Weight], last: str) -> np.ndarray:
+        """One tensor of the linear in which our weights are stacked along the outputs."""
+
+
+SCHEMES: dict[str, type[Gptq] | type[Awq] | type[CompressedTensors] | type[AnyPrecision]] = {
+    scheme.name: scheme for scheme in (Gptq, Awq, CompressedTensors, AnyPrecision)
+}
+
 
 def scheme_of(raw: dict[str, Any]) -> Scheme | ByModule | ByTarget | None:
     """What a config.json says of all linears, None for plain weights."""
@@ -66,12 +89,7 @@ def scheme_of(raw: dict[str, Any]) -> Scheme | ByModule | ByTarget | None:
     if not given:
         return None
     given = json_object(given, "quantization_config")
-    match given.get("quant_method") or given.get("quant_algo") or "unknown":
-        case "gptq":
-            return Gptq.from_config(given)
-        case "awq":
-            return Awq.from_config(given)
-        case "compressed-tensors":
-            return CompressedTensors.from_config(given)
-        case other:
-            raise unsupported(other)
+    named = given.get("quant_method") or given.get("quant_algo") or "unknown"
+    if named not in (Gptq.name, Awq.name, CompressedTensors.name):
+        raise unsupported(named)
+    return SCHEMES[named].from_config(given)

@@ -23,10 +23,10 @@ from jaxllm.weights.mixed_columns import (
     OUTPUTS_PER_BLOCK,
     TWO_BIT_FIELDS,
     MixedColumns,
-    block_rows,
     by_output,
     nibbles,
 )
+from jaxllm.weights.sparse import block_rows
 
 
 @dataclasses.dataclass(frozen=True)

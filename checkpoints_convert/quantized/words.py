@@ -67,6 +67,27 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
     return codes.reshape(len(words), -1)
 
 
+def to_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [R, n] as int32 words [R, ceil(n bits / 32)]: the inverse of `unpacked`."""
+    R, n = codes.shape
+    wide = np.pad(codes.astype(np.uint32), ((0, 0), (0, -n % 32))).reshape(R, -1, 32)
+    blocks = np.zeros((*wide.shape[:2], bits), np.uint32)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        blocks[..., word] |= wide[..., i] << shift
+        if shift + bits > 32:
+            blocks[..., word + 1] |= wide[..., i] >> (32 - shift)
+    return blocks.reshape(R, -1)[:, : -(-n * bits // 32)].view(np.int32)
+
+
+def codes_of(packed: Packed) -> np.ndarray:
+    """The codes uint8 [R, n] of our format, on the host."""
+    if 8 % packed.bits:
+        return np.asarray(packing.unpack(jax.tree.map(jnp.asarray, packed)))
+    words = np.asarray(packed.words)  # the same bits at the same places
+    return unpacked(words.reshape(len(words), -1), packed.bits)[:, : packed.size]
+
+
 def packed(words: np.ndarray, bits: int, K: int, order: np.ndarray | None) -> Packed:
     """Codes [N, K] of words [N, w] as our format packs them, the inputs sorted."""
     if order is None and bits != 3:  # the same bits at the same places

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.packing import Packed
-from jaxllm.weights import host_residual, mixed_columns, nested_float, permuted, rotated, scaled
+from jaxllm.weights import host_residual, mixed_columns, nested_float, permuted, rotated, scaled, sparse
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.block_affine import BlockAffine
@@ -24,6 +24,7 @@ from jaxllm.weights.nested_float import NestedFloat
 from jaxllm.weights.permuted import Permuted
 from jaxllm.weights.rotated import Rotated
 from jaxllm.weights.scaled import Scaled
+from jaxllm.weights.sparse import DenseAndSparse
 from jaxllm.weights.weight import RowWeight, Weight
 
 AnyWeight = jax.Array | Weight
@@ -31,7 +32,7 @@ AnyWeight = jax.Array | Weight
 # Closed on purpose: what a saved file may name. A name is looked up here and never imported.
 FORMATS: tuple[type, ...] = (
     Dense, Affine, Codebook, BitPlanes, Scaled, MixedColumns, NestedFloat, HostResidual, Permuted,
-    Rotated, BlockAffine,
+    Rotated, BlockAffine, DenseAndSparse,
 )  # fmt: skip
 PARTS: tuple[type, ...] = (Packed,)  # of which formats are made
 
@@ -61,6 +62,8 @@ def matmul(x: Float[Array, "*B K"], w: AnyWeight, out_dtype=None) -> Float[Array
             y = matmul(x, w.base, jnp.float32)
             if host_residual.selected(w.shape[0], w.k_chunk):
                 y = y + host_residual.compensation(x, w)
+        case DenseAndSparse():
+            y = matmul(x, w.base, jnp.float32) + sparse.product(x, w)
         case Rotated():
             turned, step = rotated.activations(x, w)
             if rotated.is_whole(w):

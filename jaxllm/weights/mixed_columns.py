@@ -14,26 +14,25 @@ what does not occur:
     two [N, n2]        four [N, n4, 2]      order [C]: the column group at each place, both parts ascending
     step [B, n2, 2]    zero_point [B, n2]   step_zero [B, ceil(n2 / 2)]      step_scale [B, n2]
     four_scale [N, G]  four_zero_point [B, G, 2]  with G = ceil(16 n4 / group4)
-    outlier [O, m]     place [O, m]         m for R rows: row in block * 16 C + permuted input; unused: 0 at 0
+    outlier [O, m]     place [O, m]         as in `sparse`, of permuted inputs
 
 Letters: K inputs, N outputs, C column groups, n2 and n4 of them at 2 and 4 bits, *B any leading axes.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Shaped, UInt8, UInt16, UInt32
+from jaxtyping import Array, Float, UInt8, UInt32
 
 from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.packing import from_words
 from jaxllm.pytree import pytree, static
+from jaxllm.weights.sparse import OUTPUTS_PER_BLOCK, add_to_rows, block_rows
 
 INPUTS_PER_GROUP = 16  # of columns
-OUTPUTS_PER_BLOCK = 16  # outputs that share a step scale
 # The fields of the two parts.
 TWO_BIT_FIELDS = ("two", "step", "zero_point", "step_zero", "step_scale")
 FOUR_BIT_FIELDS = ("four", "four_scale", "four_zero_point")
@@ -128,25 +127,9 @@ def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
         )
         parts.append((codes - zero_point) * scale)
     rows = jnp.concatenate(parts, axis=1)
-    outlier, place = w.outlier, w.place
-    if outlier is not None and place is not None:
-        rows = in_outlier_blocks(rows, lambda flat: _add(flat, place, outlier))
+    if w.outlier is not None and w.place is not None:
+        rows = add_to_rows(rows, w.outlier, w.place)
     return rows.astype(dtype)
-
-
-def in_outlier_blocks(rows: Shaped[Array, "N W"], change: Callable) -> Shaped[Array, "N W"]:
-    """`change` on the rows as [O, R * W], one line an outlier block."""
-    N, W = rows.shape
-    R = block_rows(W)
-    flat = jnp.pad(rows, ((0, -N % R), (0, 0))).reshape(-1, R * W)
-    return change(flat).reshape(-1, W)[:N]
-
-
-def _add(flat: Float[Array, "O RW"], place: UInt16[Array, "O m"], values: Float[Array, "O m"]):
-    def add(line, at, value):
-        return line.at[at.astype(jnp.int32)].add(value.astype(jnp.float32))
-
-    return jax.vmap(add)(flat, place, values)
 
 
 def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
@@ -159,13 +142,6 @@ def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
 def matmul(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B N"]:
     """`x @ w` in float32: one permutation of x instead of one of the weight."""
     return dot(permute(x, w), permuted_rows(depend_on(x, w), x.dtype))
-
-
-def block_rows(W: int) -> int:
-    """Rows of a block of outliers: 16, or as many as 16 bits can address a place in."""
-    if W > 2**16:
-        raise ValueError(f"mixed_columns: outliers need at most 65536 inputs, got {W=}")
-    return min(OUTPUTS_PER_BLOCK, 2 ** ((2**16 // W).bit_length() - 1))
 
 
 def slots(K: int, N: int, four: int, *, outliers: float, where: Outliers) -> int:

@@ -19,7 +19,7 @@ from jaxllm.ops.packing import pack
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit
 from jaxllm.quant.quantize import quantize
 from jaxllm.quant.statistics import Stats
-from jaxllm.weights import affine, codebook
+from jaxllm.weights import affine, codebook, sparse
 from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import (
@@ -85,6 +85,9 @@ FORMS = {
         rows, Stats(mean=jnp.ones(rows.shape[1]), sample=jnp.eye(rows.shape[1])), name="w", dtype=jnp.float32
     ),
     "codebook3": lambda rows: codebook.encode(rows, table(rows, 3), bits=3),
+    "dense_and_sparse": lambda rows: sparse.encode(
+        codebook.encode(rows, table(rows, 3), bits=3), rows, sparse.highest(jnp.abs(rows), 12), 12
+    ),
     "any_precision": lambda rows: jl.AnyPrecision(parent_bits=5, seed_bits=3).quantize(
         rows, Stats(fisher=jnp.ones(rows.shape), tokens=64), name="w", dtype=jnp.float32
     ),
@@ -103,7 +106,7 @@ FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), a
 )
 FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
 # a model of these takes a quarter of a minute
-SLOW_TO_MAKE = {"mixed_two_bit", "any_precision"}
+SLOW_TO_MAKE = {"mixed_two_bit", "any_precision", "dense_and_sparse"}
 # what these multiply by depends on x: their own tests say how
 OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
 # an embedding can be stored so
@@ -265,6 +268,7 @@ def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path
         "any_precision",
         "mixed_two_bit",
         "dec_dec",
+        "dense_and_sparse",
         "codebook3",
         "rotated",
         "rotated, whole",

@@ -48,6 +48,7 @@ from jaxllm.quant.methods.two_bit_fit import (
     two_values,
 )
 from jaxllm.quant.statistics import Stats, need
+from jaxllm.weights import sparse
 from jaxllm.weights.affine import check_rows
 from jaxllm.weights.mixed_columns import (
     FOUR_BIT_FIELDS,
@@ -56,11 +57,10 @@ from jaxllm.weights.mixed_columns import (
     TWO_BIT_FIELDS,
     MixedColumns,
     Outliers,
-    block_rows,
-    in_outlier_blocks,
     slots,
     stored_bits,
 )
+from jaxllm.weights.sparse import block_rows
 
 Mask = Bool[Array, " C"]  # which column groups are at 4 bits
 Columns = Float[Array, "C i"]
@@ -271,7 +271,8 @@ def _outliers(
     """Where the weights of greatest weighted error are. short: how many of a last block with fewer rows."""
     may = live & ~mask[None, :, None] if within else live
     score = jnp.where(may, h[None] * jnp.square(g - _values(g, mask, steps, wide)), 0.0)
-    return jnp.pad(_highest(score[:N], spare, short), ((0, g.shape[0] - N), (0, 0), (0, 0)))
+    kept = sparse.highest(score[:N].reshape(N, -1), spare, short).reshape(score[:N].shape)
+    return jnp.pad(kept, ((0, g.shape[0] - N), (0, 0), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnames=("four", "spare", "group4", "shape", "dtype"))
@@ -295,7 +296,7 @@ def _store(
     outlier, place = None, None
     if out is not None:
         rest = jnp.where(out, g - _values(g, mask, steps, wide), 0.0)
-        outlier, place = _sparse(rest[:N, order], spare)
+        outlier, place = sparse.pack(rest[:N, order].reshape(N, -1), spare)
     order = order.astype(jnp.int16 if mask.size < 2**15 else jnp.int32)
     return MixedColumns(
         **two, **wider, order=order, outlier=outlier, place=place, group4=group4, shape=shape, dtype=dtype
@@ -308,21 +309,6 @@ def _measured(g: Groups, h: Columns, live: Live, steps: Steps) -> Steps:
     return dataclasses.replace(
         steps, error=squared_error(g, h[None], live, group_scale(steps), steps.zero_point, 3)
     )
-
-
-def _highest(score: Groups, spare: int, short: int | jax.Array) -> Live:
-    """Where the `spare` highest scores above 0 of each outlier block are; of a short last block `short`."""
-    N, C, _ = score.shape
-    whole = N // block_rows(C * INPUTS_PER_GROUP)
-
-    def mark(flat):
-        best, at = jax.lax.top_k(flat, spare)
-        rank = jax.lax.broadcasted_iota(jnp.int32, best.shape, 1)
-        block = jax.lax.broadcasted_iota(jnp.int32, best.shape, 0)
-        taken = (best > 0) & (rank < jnp.where(block < whole, spare, short))
-        return jax.vmap(lambda line, i, t: line.at[i].set(t))(jnp.zeros(flat.shape, bool), at, taken)
-
-    return in_outlier_blocks(score.reshape(N, -1), mark).reshape(score.shape)
 
 
 def _two(g: Groups, steps: Steps, order: Int[Array, " n2"], N: int) -> dict[str, jax.Array]:
@@ -355,13 +341,3 @@ def _four(wide: Wide, four: int, group4: int, N: int) -> dict[str, jax.Array]:
         "four_scale": scale[:N, :G].astype(jnp.float16),
         "four_zero_point": to_words(jnp.swapaxes(zero_point, 1, 2), 4),
     }
-
-
-def _sparse(rest: Groups, spare: int) -> tuple[jax.Array, jax.Array]:
-    """Values and places of what is not 0, by place; zeros at place 0 fill up each block."""
-    N, C, _ = rest.shape
-    W = C * INPUTS_PER_GROUP
-    flat = jnp.pad(rest.reshape(N, W).astype(jnp.float16), ((0, -N % block_rows(W)), (0, 0)))
-    flat = flat.reshape(-1, block_rows(W) * W)
-    used, at = jax.lax.top_k((flat != 0).astype(jnp.float32), spare)
-    return jnp.take_along_axis(flat, at, axis=1), jnp.where(used > 0, at, 0).astype(jnp.uint16)

@@ -13,7 +13,7 @@ from mixed_columns_example import K, N, error, example, mask_of, num_bits, solve
 from jaxllm.quant.methods import two_bit_fit
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit, allocate
 from jaxllm.quant.statistics import Stats
-from jaxllm.weights import mixed_columns
+from jaxllm.weights import sparse
 from jaxllm.weights.mixed_columns import stored_bits
 
 
@@ -230,9 +230,9 @@ def test_outliers_may_lie_anywhere_or_nowhere(layer):
 
 
 def test_places_of_outliers_fit_sixteen_bits_at_any_width():
-    assert [mixed_columns.block_rows(n) for n in (64, 4096, 8192, 11008, 65536)] == [16, 16, 8, 4, 1]
+    assert [sparse.block_rows(n) for n in (64, 4096, 8192, 11008, 65536)] == [16, 16, 8, 4, 1]
     with pytest.raises(ValueError, match="outliers need at most 65536 inputs, got W=65552"):
-        mixed_columns.block_rows(65552)
+        sparse.block_rows(65552)
     rows, stats = example(5, 8208)  # blocks of 4 rows
     w = solve(rows, stats, mask_of(size=513), outliers=0.002, fit="paper")
     assert w.outlier.shape == (2, int(0.002 * 4 * 8208))

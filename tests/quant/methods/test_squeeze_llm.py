@@ -209,3 +209,31 @@ def test_wrong_options_and_statistics_are_refused():
         solve(rows, Stats(fisher=-fisher), name="", dtype=jnp.float32)
     with pytest.raises(ValueError, match="finite"):
         solve(rows.at[0, 0].set(jnp.nan), Stats(fisher=fisher), name="", dtype=jnp.float32)
+
+
+def test_outliers_are_the_largest_and_most_felt_weights_and_leave_the_tables_to_the_others():
+    rows, fisher = example()  # half a block, which has half of its places
+    share = 0.02
+    plain, apart = (
+        SqueezeLlm(bits=3, outliers=outliers).quantize(
+            rows, Stats(fisher=fisher), name="up", dtype=jnp.float32
+        )
+        for outliers in (None, share)
+    )
+    places = np.asarray(apart.places)[np.asarray(apart.values) != 0]
+    size, felt, m = np.abs(rows).reshape(-1), np.asarray(fisher).reshape(-1), int(share * 16 * K)
+    first = np.argsort(-felt)[: m // 9 // 2]
+    largest = [k for k in np.argsort(-size) if k not in first][: (m - m // 9) // 2]
+    assert sorted(places) == sorted([*first, *largest])
+    got = np.asarray(apart.dequantize_rows(jnp.float32)).reshape(-1)
+    np.testing.assert_allclose(got[places], np.asarray(rows).reshape(-1)[places], rtol=2**-9)
+    errors = [
+        (np.asarray(fisher) * np.square(rows - w.dequantize_rows(jnp.float32))).sum() for w in (plain, apart)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.06, -1.0])
+def test_shares_of_outliers_that_are_none_are_one_line(outliers):
+    with pytest.raises(ValueError, match="SqueezeLlm: outliers must be above 0, at most 0.05"):
+        SqueezeLlm(outliers=outliers)

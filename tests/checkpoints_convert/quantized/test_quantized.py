@@ -211,7 +211,9 @@ def test_a_quantized_checkpoint_becomes_a_native_one(tmp_path):
     again, _ = jl.load(tmp_path / "native")
     same_model(again, model)
     assert named_weights(again)["layers.0.mlp.up.w"].weight.scale.dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="only dense weights can be written, .* got Permuted at layers.0"):
+    with pytest.raises(
+        ValueError, match="only dense weights can be written as they are, .* got Permuted at layers.0"
+    ):
         jl.save(model, tmp_path / "out", to="huggingface")
     assert not (tmp_path / "out").exists()
 

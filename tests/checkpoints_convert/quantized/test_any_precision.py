@@ -67,9 +67,13 @@ def with_planes(model, name, bits=4):
 @pytest.mark.parametrize(
     ("changes", "name", "message"),
     [
-        ({"layers": 2}, "q", "same linears and widths in every layer, got 1 linears of widths"),
-        ({"tied": False}, "head", "quantizes linears of layers, got lm_head.weight"),
-        ({"width": 48, "layers": 1}, "q", "needs K divisible by 32, got model.layers.0.*K=48"),
+        ({"layers": 2}, "q", "same linears and widths must be in every layer, got 1 linears of widths"),
+        ({"tied": False}, "head", "linears must be of layers, got lm_head in tables"),
+        (
+            {"width": 48, "layers": 1},
+            "q",
+            "must fill words of 32 bits, got 48 codes of 1 bits, at model.layers.0.*leave it dense",
+        ),
     ],
     ids=str,
 )

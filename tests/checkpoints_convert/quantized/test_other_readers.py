@@ -1,0 +1,96 @@
+"""What we write, as other tools read it: transformers with compressed-tensors and GPTQModel, AutoAWQ.
+
+A tool that is not installed skips by its name. In an environment of its own:
+
+    pip install compressed-tensors accelerate optimum gptqmodel autoawq
+    pytest -n 0 -m parity tests/checkpoints_convert/quantized/test_other_readers.py
+"""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxllm as jl
+from jaxllm.models import decoder
+
+pytestmark = pytest.mark.parity
+CONFIG = dataclasses.replace(decoder.TINY, width=64, heads=4, kv_heads=2, head_dim=16, ffn=128)
+TOKENS = np.arange(24).reshape(2, 12) * 5 % CONFIG.vocab
+
+# (layout, settings)
+CASES = [
+    ("compressed-tensors", {"bits": 4, "symmetric": True}),
+    ("compressed-tensors", {"bits": 4}),
+    ("compressed-tensors", {"bits": 8, "group_size": 64}),
+    ("gptq", {"bits": 2}),
+    ("gptq", {"bits": 3}),
+    ("gptq", {"bits": 4, "symmetric": True}),
+    ("gptq", {"bits": 8, "group_size": 16}),
+    ("awq", {"bits": 4}),
+    ("awq", {"bits": 4, "symmetric": True}),
+]
+PACKAGES = {
+    "compressed-tensors": ("compressed_tensors",),
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+}
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("to", "settings"), CASES, ids=str)
+def test_transformers_reads_what_was_written(to, settings, dense, tmp_path):
+    for package in PACKAGES[to]:
+        pytest.importorskip(package)
+    import torch
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    small = jl.quantize(dense, jl.Rtn(**settings), progress=False)
+    jl.save(small, tmp_path / "out", to=to)
+    # subtle: kept compressed, compressed-tensors 0.20 expects the zeros of a model in memory, not in a file
+    how = CompressedTensorsConfig(run_compressed=False) if to == "compressed-tensors" else None
+    more = {} if how is None else {"quantization_config": how}
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, device_map="cpu", **more
+    )
+    with torch.no_grad():
+        got = theirs(torch.asarray(TOKENS)).logits.float().numpy()
+    want = np.asarray(small(jnp.asarray(TOKENS))[0])
+    difference = np.abs(got - want).max()
+    print(f"{to} {settings}: logits differ by {difference:.1e}")
+    assert difference < 1e-2  # both round weights to float16
+    linear = theirs.model.layers[1].mlp.down_proj
+    if to != "awq":  # whose kernel never has the whole weight: see below
+        same_rows(linear.weight if how else linear.dequantize_weight().T, small)
+
+
+def same_rows(theirs, model):
+    """Their weight is ours, as float16."""
+    ours = model.layers[1].mlp.down.w.get_value().dequantize_rows(jnp.float32)
+    np.testing.assert_allclose(theirs.float().detach().numpy(), ours, rtol=2**-10, atol=2**-20)
+
+
+def test_autoawq_unpacks_what_was_written(dense, tmp_path):
+    found = importlib.util.find_spec("awq")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("could not find 'awq'")
+    # subtle: the file alone, for the package asks for an older transformers
+    file = Path(found.submodule_search_locations[0]) / "utils" / "packing_utils.py"
+    spec = importlib.util.spec_from_file_location("awq_packing", file)
+    packing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(packing)
+    from safetensors.torch import load_file
+
+    small = jl.quantize(dense, jl.Rtn(bits=4, group_size=32), progress=False)
+    jl.save(small, tmp_path / "out", to="awq")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    parts = [tensors[f"model.layers.1.mlp.down_proj.{last}"] for last in ("qweight", "qzeros", "scales")]
+    same_rows(packing.dequantize_gemm(*parts, 4, 32).T, small)

@@ -1,0 +1,58 @@
+"""Dense and sparse: what is kept apart, where it lies, and the product with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.storage import manifest
+from jaxllm.weights import affine, sparse
+from jaxllm.weights.matmul import bits_per_weight, matmul
+
+N, K, M = 38, 64, 20  # two blocks of 16 outputs, and 6 more
+
+
+@pytest.fixture(scope="module")
+def weight():
+    rows = np.random.default_rng(0).standard_t(2, (N, K)).astype(np.float32)
+    kept = np.asarray(sparse.highest(jnp.abs(jnp.asarray(rows)), M))
+    base = affine.quantize(jnp.asarray(np.where(kept, 0, rows)).T, bits=2, group_size=64)
+    return rows, kept, sparse.encode(base, jnp.asarray(rows), jnp.asarray(kept), M)
+
+
+def test_the_highest_of_each_block_are_kept_and_a_short_one_has_its_share(weight):
+    rows, kept, _ = weight
+    for start, count in ((0, M), (16, M), (32, M * 6 // 16)):
+        block, here = np.abs(rows[start : start + 16]), kept[start : start + 16]
+        assert here.sum() == count
+        assert block[here].min() >= block[~here].max()
+
+
+def test_kept_weights_are_exact_and_the_others_are_the_bases(weight):
+    rows, kept, w = weight
+    base, got = (np.asarray(v.dequantize_rows(jnp.float32)) for v in (w.base, w))
+    np.testing.assert_allclose(got[kept], rows[kept], rtol=2**-10)
+    np.testing.assert_array_equal(got[~kept], base[~kept])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, sparse.TOKENS_AT_ONCE + 5])
+def test_the_product_is_that_of_base_and_single_weights(weight, tokens):
+    w = weight[2]
+    x = np.random.default_rng(1).standard_normal((tokens, K), np.float32)
+    np.testing.assert_allclose(
+        matmul(jnp.asarray(x), w), x @ np.asarray(w.dequantize_rows(jnp.float32)).T, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_each_place_is_counted_as_32_bits(weight):
+    w = weight[2]
+    assert w.places.shape == (3, M) and w.places.dtype == np.uint16
+    assert bits_per_weight(w) == bits_per_weight(w.base) + 32 * 3 * M / (N * K)
+
+
+def test_what_a_file_says_of_it_makes_it_again(weight):
+    w = weight[2]
+    arrays = dict(manifest.arrays_of(w, "w"))
+    again = manifest.build(manifest.describe(w, "w"), "w", lambda name, shape, dtype: arrays[name])
+    assert jax.tree.structure(again) == jax.tree.structure(w)
+    jax.tree.map(np.testing.assert_array_equal, again, w)

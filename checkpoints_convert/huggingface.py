@@ -22,7 +22,7 @@ import numpy as np
 
 from checkpoints_convert import pickle_files, tensor_files
 from checkpoints_convert.build_model import build_model
-from checkpoints_convert.families import gpt, llama_line, t5
+from checkpoints_convert.families import experts, gpt, llama_line, t5
 from checkpoints_convert.families.family import Family, Tensor, tensors_of
 from checkpoints_convert.json_fields import TOKENS, check_fields, read_object
 from checkpoints_convert.materialize import named_weights
@@ -33,7 +33,7 @@ from jaxllm.storage.metadata import excerpt
 from jaxllm.storage.tokenizer import load_tokenizer
 from jaxllm.weights.bit_planes import BitPlanes
 
-FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
+FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *experts.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
 
 # What is fetched from the hub.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
@@ -72,6 +72,7 @@ def load(
     family, raw = read_config(path)
     scheme = quantized.scheme_of(raw)
     found = open_tensors(path, unsafe_format)
+    found = found if family.usual is None else family.usual(found)
     check_layers(family, raw, len(found))
     config = translate(family, raw, path)
     model = build_model(family, config, found, dtype=dtype, mesh=mesh, mapped=mapped, scheme=scheme)
@@ -130,9 +131,9 @@ def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def check_layers(family: Family, raw: dict[str, Any], tensors: int) -> None:
-    """Raises ValueError where config.json has more layers than the files have tensors.
+    """Raises ValueError where config.json has more layers, or experts, than the files have tensors.
 
-    Said before anything is made for each layer: a number in a file must not fill the memory.
+    Said before anything is made for each: a number in a file must not fill the memory.
     """
     for name in family.layers:
         if (raw[name] or 0) > tensors:

@@ -118,7 +118,9 @@ def with_formats(state, formats: dict[str, Any]):
                 f"checkpoint: all experts must be stored alike, got {len(given)} of {len(names)} quantized "
                 f"of {names[0]}"
             )
-        return variable.replace(stack(given) if isinstance(value, Experts) else given[0]) if given else variable
+        if not given:
+            return variable
+        return variable.replace(stack(given) if isinstance(value, Experts) else given[0])
 
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_variable)
 

@@ -1,9 +1,9 @@
 """What describes one family of checkpoints: how its config reads, which tensor is which leaf.
 
 A `Row` says that one of their tensors is some of our leaves stacked along the first axis ("{i}" is
-the layer, "{e}" the expert): a plain rename has one leaf, a fused q, k, v three. A row whose leaves a model does not
-have (biases, a tied head) is left out. So one table serves reading and writing, and every family
-goes through the one loop of `build_model.py`.
+the layer, "{e}" the expert): a plain rename has one leaf, a fused q, k, v three. A row whose leaves a
+model does not have (biases, a tied head) is left out. So one table serves reading and writing, and every
+family goes through the one loop of `build_model.py`.
 """
 
 import dataclasses

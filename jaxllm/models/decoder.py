@@ -1,4 +1,4 @@
-"""The Llama line of decoders: Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi 3; Mixtral, Qwen 3 MoE.
+"""The Llama line of decoders: Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi 3; of experts.
 
 One forward pass; what tells the families apart are features of the config, never their names. A block is
 
@@ -7,8 +7,9 @@ One forward pass; what tells the families apart are features of the config, neve
 
 with grouped-query attention (arXiv:2305.13245), rotary positions (`rope.py`), RMS norms (arXiv:1910.07467),
 and optionally biases on q, k, v, norms of q and k per head (Qwen 3, Gemma 3), sliding windows by layer
-(Mistral, Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), a second rotation for
-the layers with a window (Gemma 3), and experts in place of one mlp (Mixtral; `experts.py`). Norms, rotation, softmax and logits are float32 whatever the weights are.
+(Mistral, Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), a second rotation for the
+layers with a window (Gemma 3), and many mlps of which a token reads some (Mixtral, Qwen 3 MoE; `experts.py`).
+Norms, rotation, softmax and logits are float32 whatever the weights are.
 
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     logits, _ = model(jnp.array([[1, 2, 3]]))                # [B, T, V]

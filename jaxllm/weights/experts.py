@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.pytree import pytree
 from jaxllm.weights.dense import Dense
+from jaxllm.weights.host_residual import HostResidual
 
 
 @pytree
@@ -56,7 +57,7 @@ class Experts:
         return jax.tree.map(one, self.stack)
 
     def partition_specs(self, spec: P) -> "Experts":
-        """Where each leaf goes when the logical [K, N] axes are laid out as `spec`: every device has all X."""
+        """Where each leaf goes when the logical [K, N] axes are laid out as `spec`; each device has all X."""
         return Experts(jax.tree.map(lambda place: P(None, *place), self.one.partition_specs(spec)))
 
 
@@ -71,11 +72,16 @@ def parts(w: Any) -> list[Any]:
 
 
 def stack(weights: Sequence[Any]) -> Experts:
-    """The weights [K, N] of all experts as one. Raises ValueError unless they are stored alike."""
+    """The weights [K, N] of all experts as one.
+
+    Raises ValueError unless they are stored alike, and for residuals in host memory (DecDEC).
+    """
 
     def kind(w):
         return jax.tree.structure(w), [(x.shape, x.dtype) for x in jax.tree.leaves(w)]
 
+    if isinstance(weights[0], HostResidual):
+        raise ValueError("experts.stack: experts cannot fetch residuals from host memory, got HostResidual")
     first = kind(weights[0])
     other = next((i for i, w in enumerate(weights) if kind(w) != first), None)
     if other is not None:

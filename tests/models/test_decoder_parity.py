@@ -96,8 +96,7 @@ CHECKPOINTS = {
     "phi3_partial": ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5,
                      "rope_theta": 100.0, "rope_type": "default"}}),
     "mixtral": ("mixtral", EXPERTS | {"sliding_window": 7}),
-    "qwen3_moe": ("qwen3_moe", QWEN_MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
-    "qwen3_moe_renormalized": ("qwen3_moe", QWEN_MOE | {"norm_topk_prob": True}),
+    "qwen3_moe": ("qwen3_moe", QWEN_MOE | {"mlp_only_layers": [0]}),
     # 24 tokens: with 64 always the short list, with 8 always the long, with 16 the length decides
     "phi3_short": ("phi3", {"rope_parameters": longrope(4, 96)}),
     "phi3_long": ("phi3", {"rope_parameters": longrope(4, 8)}),

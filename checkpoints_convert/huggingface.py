@@ -203,6 +203,7 @@ def save(model, tokenizer, path, *, model_type=None, max_shard_bytes: int = 5_00
     weights = named_weights(model)
     tensors = tensors_of(family, weights)
     entries = [entry for tensor in tensors for entry in _entries(tensor, weights)]
+    entries = entries if family.as_written is None else family.as_written(entries)
     planes = {t.theirs: weights[t.ours[0]] for t in tensors if isinstance(weights[t.ours[0]], BitPlanes)}
     names = [tensor.theirs for tensor in tensors]
     block = {"anyprec": any_precision.any_precision_config(planes, names)} if planes else {}

@@ -1,15 +1,20 @@
-"""The models of experts of Hugging Face as tables for `Decoder`: Mixtral, Qwen 3 MoE.
+"""The models of experts of Hugging Face as tables for `Decoder`: Mixtral, Qwen 3 MoE, GPT-OSS.
 
-Files have a tensor for each expert. Those of a model that was written as transformers 5 holds it, all
-experts of a layer in `experts.gate_up_proj` [X, 2F, D] and `experts.down_proj` [X, D, F], are read too, as
-views of each expert's.
+Files of the first two have a tensor for each expert. Those of a model that was written as transformers 5
+holds it, all experts of a layer in `experts.gate_up_proj` [X, 2F, D] and `experts.down_proj` [X, D, F], are
+read too, as views of each expert's. GPT-OSS has no other: there they are [X, D, 2F], the columns of gate and
+up by turns, and [X, F, D], or the same transposed in codes of MXFP4 (`quantized/mxfp4.py`).
+
+Letters: X experts, D width, F inner width of an expert.
 """
 
 import re
 from typing import Any
 
+import numpy as np
+
 from checkpoints_convert import json_fields as kinds
-from checkpoints_convert.families.family import Family, Tensors, row
+from checkpoints_convert.families.family import Entry, Family, Tensors, row
 from checkpoints_convert.families.llama_line import (
     ATTENTION,
     COMMON,
@@ -24,7 +29,9 @@ from checkpoints_convert.families.llama_line import (
     decoder,
     mistral_to,
     qwen_to,
+    types_every,
     windows,
+    written,
 )
 from checkpoints_convert.families.rope import ropes
 from jaxllm.models.decoder import Config, Decoder
@@ -78,6 +85,52 @@ def qwen3_moe_to(c: Config) -> dict[str, Any]:
     }
 
 
+def gpt_oss(raw: dict[str, Any]) -> Config:
+    if raw["swiglu_alpha"] != QUICK_GELU:
+        got = raw["swiglu_alpha"]
+        raise ValueError(f"huggingface.load: swiglu_alpha must be {QUICK_GELU}, got {got}")
+    raw = raw | {"rope_parameters": raw.get("rope_parameters") or YARN}
+    bias = raw["attention_bias"]
+    return decoder(
+        raw,
+        ropes(raw, theta=150_000.0),
+        windows=windows(raw, types_every(raw, 2)),
+        activation="quick_gelu",
+        qkv_bias=bias,
+        out_bias=bias,
+        experts=raw["num_local_experts"],
+        experts_per_token=raw["num_experts_per_tok"],
+        expert_ffn=raw["intermediate_size"],
+        expert_bias=True,
+        glu_limit=float(raw["swiglu_limit"]),
+        attention_sinks=True,
+    )
+
+
+def gpt_oss_to(c: Config) -> dict[str, Any]:
+    types = ["full_attention" if c.window(i) is None else "sliding_attention" for i in range(c.layers)]
+    return written(c, "head_dim", "sliding_window", "attention_bias") | {
+        "hidden_act": "silu",
+        "intermediate_size": c.expert_ffn,
+        "num_local_experts": c.experts,
+        "num_experts_per_tok": c.experts_per_token,
+        "swiglu_alpha": QUICK_GELU,
+        "swiglu_limit": c.glu_limit,
+        "layer_types": types,
+    }
+
+
+QUICK_GELU = 1.702
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
 def one_by_one(found: Tensors, gate: str, up: str, down: str) -> Tensors:
     """The tensors with those of all experts of a layer cut into each expert's, as views."""
     cut: Tensors = {}
@@ -108,6 +161,63 @@ def mixtral_usual(found: Tensors) -> Tensors:
 def qwen3_moe_usual(found: Tensors) -> Tensors:
     """The tensors of Qwen, one for each expert."""
     return one_by_one(found, "gate_proj", "up_proj", "down_proj")
+
+
+def gpt_oss_usual(found: Tensors) -> Tensors:
+    """The tensors of GPT-OSS, one for each expert, gate, up and down, as the other families have them."""
+    cut: Tensors = {}
+    for name, value in found.items():
+        match = re.fullmatch(r"(.*\bmlp\.experts)\.(gate_up|down)_proj(_blocks|_scales|_bias)?", name)
+        if match is None:
+            cut[name] = value
+            continue
+        block, both, last = match[1], match[2] == "gate_up", (match[3] or "_weight")[1:]
+        rows = value.swapaxes(1, 2) if last == "weight" and value.ndim == 3 else value  # [X, N, ...]
+        ours = {"gate_proj": rows[:, 0::2], "up_proj": rows[:, 1::2]} if both else {"down_proj": rows}
+        for linear, of_all in ours.items():
+            if last == "bias":
+                cut[f"{block}.{linear}.biases"] = of_all
+            else:
+                cut |= {f"{block}.{e}.{linear}.{last}": one for e, one in enumerate(of_all)}
+    return cut
+
+
+def gpt_oss_flat(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the number of experts a token by one name: the first files have both."""
+    per_token = raw.get("num_experts_per_tok", raw.get("experts_per_token"))
+    return raw if per_token is None else raw | {"num_experts_per_tok": per_token}
+
+
+def gpt_oss_written(entries: list[Entry]) -> list[Entry]:
+    """What is written of GPT-OSS: the tensors of all experts of a layer together, as its files have them."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        match = re.fullmatch(r"(.*\.experts\.)(?:\d+\.)?(gate|up|down)_proj\.(weight|biases)", entry[0])
+        if match is None:
+            groups[entry[0]] = [entry]
+        else:
+            linear, last = (
+                "down" if match[2] == "down" else "gate_up",
+                "" if match[3] == "weight" else "_bias",
+            )
+            groups.setdefault(f"{match[1]}{linear}_proj{last}", []).append(entry)
+    return [_together(name, group) if ".experts." in name else group[0] for name, group in groups.items()]
+
+
+def _together(name: str, entries: list[Entry]) -> Entry:
+    """One tensor of all experts, [X, K, N] of their [N, K]; of gate and up the outputs take turns."""
+    bias, parts = name.endswith("_bias"), 2 if "gate_up" in name else 1
+    _, one, dtype, _ = entries[0]
+    each = len(entries) // parts
+    shape = (one[0], parts * one[1]) if bias else (each, one[1], parts * one[0])
+
+    def read() -> np.ndarray:
+        arrays = [entry[3]() for entry in entries]
+        if not bias:
+            arrays = [np.stack(arrays[i : i + each]).swapaxes(1, 2) for i in range(0, len(arrays), each)]
+        return np.stack(arrays, axis=-1).reshape(shape)
+
+    return name, shape, dtype, read
 
 
 def expert_rows(block: str, gate: str, up: str, down: str):
@@ -184,4 +294,47 @@ QWEN3_MOE = Family(
     },
 )
 
-FAMILIES = (MIXTRAL, QWEN3_MOE)
+OF_EXPERTS = LAYER + "mlp.experts."
+GPT_OSS = Family(
+    model_type="gpt_oss",
+    architecture="GptOssForCausalLM",
+    model=Decoder,
+    config=gpt_oss,
+    to_hf_config=gpt_oss_to,
+    rows=(
+        *HEAD,
+        *NORMS,
+        *ATTENTION,
+        row(LAYER + "self_attn.sinks", "layers.{i}.attention.sinks"),
+        row(LAYER + "mlp.router.weight", "layers.{i}.mlp.router.weight"),
+        row(LAYER + "mlp.router.bias", "layers.{i}.mlp.router.bias"),
+        *(
+            one
+            for name in ("gate", "up", "down")
+            for one in (
+                row(f"{OF_EXPERTS}{{e}}.{name}_proj.weight", f"layers.{{i}}.mlp.{name}.{{e}}.w"),
+                row(f"{OF_EXPERTS}{name}_proj.biases", f"layers.{{i}}.mlp.{name}.biases"),
+            )
+        ),
+    ),
+    fields=FIELDS | EXPERTS | {"swiglu_alpha": kinds.POSITIVE, "swiglu_limit": kinds.POSITIVE},
+    layers=LAYERS,
+    flat=gpt_oss_flat,
+    usual=gpt_oss_usual,
+    as_written=gpt_oss_written,
+    defaults=COMMON
+    | {
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": QUICK_GELU,
+        "swiglu_limit": 7.0,
+    },
+)
+
+FAMILIES = (MIXTRAL, QWEN3_MOE, GPT_OSS)

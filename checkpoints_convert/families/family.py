@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert import tensor_files
 from checkpoints_convert.json_fields import Kind
 from jaxllm.models import layers as ours
 from jaxllm.storage.metadata import excerpt
 
 Tensors = dict[str, np.ndarray]  # those of files, by name
+Entry = tensor_files.Tensor  # one to be written: name, shape, type, and what makes it
 
 # Their names of activations, and ours: all of transformers' but `prelu` and `xielu`, which have weights.
 TANH_FORMS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
@@ -69,7 +71,8 @@ class Family:
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # patterns of tensors that say nothing
     aliases: tuple[tuple[str, str], ...] = ()  # (usual name, name some files have in its place)
     prefixes: tuple[str, ...] = ("model.",)  # of files: each is tried in place of the first, "" too
-    usual: Callable[[Tensors], Tensors] | None = None  # the tensors in another layout to those of the table
+    usual: Callable[[Tensors], Tensors] | None = None  # tensors in another layout to those of the table
+    as_written: Callable[[list[Entry]], list[Entry]] | None = None  # and back, where it is the only one
 
 
 @dataclasses.dataclass(frozen=True)

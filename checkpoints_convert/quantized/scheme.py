@@ -10,12 +10,14 @@ outputs at b bits, with G groups of inputs (codes lie in int32 words, the first 
     awq                 qweight [K, N/8], qzeros [G, N/8], scales [G, N]                        b = 4
     compressed-tensors  weight_packed [N, K b/32], weight_scale [N, G], weight_shape [2],       b = 4, 8
                         weight_zero_point [N b/32, G], weight_g_idx [K]
+    mxfp4               blocks [N, K/32, 16], scales [N, K/32], of each expert                b = 4
     any-precision       qweight [B, N, K/32], lut{b} [N, 2**b]                                  b <= B <= 8
 
 The first three mean (code - zero_point) * scale and become `Affine`: a zero point that is the middle code
 everywhere is None, scales keep the file's float type. Act-order (`g_idx`: the group of each input) becomes
-`Permuted`. The last becomes `BitPlanes`, and is what can be written, too. The layouts are those that AutoGPTQ
-and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on GitHub write.
+`Permuted`. MXFP4 becomes `Affine` of 5 bits (`mxfp4.py`). The last becomes `BitPlanes`, and is what can be
+written, too. The layouts are those that AutoGPTQ and GPTQModel, AutoAWQ, compressed-tensors, GPT-OSS and
+SNU-ARC/any-precision-llm on GitHub write.
 """
 
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -23,6 +25,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from checkpoints_convert.quantized.affine import Awq, ByModule, ByTarget, CompressedTensors, Gptq
 from checkpoints_convert.quantized.any_precision import AnyPrecision
 from checkpoints_convert.quantized.config import json_object, unsupported
+from checkpoints_convert.quantized.mxfp4 import Mxfp4
 from checkpoints_convert.quantized.words import Shapes, Tensors
 from jaxllm.weights.matmul import AnyWeight
 
@@ -73,5 +76,7 @@ def scheme_of(raw: dict[str, Any]) -> Scheme | ByModule | ByTarget | None:
             return Awq.from_config(given)
         case "compressed-tensors":
             return CompressedTensors.from_config(given)
+        case "mxfp4":
+            return Mxfp4()
         case other:
             raise unsupported(other)

@@ -8,8 +8,9 @@ One forward pass; what tells the families apart are features of the config, neve
 with grouped-query attention (arXiv:2305.13245), rotary positions (`rope.py`), RMS norms (arXiv:1910.07467),
 and optionally biases on q, k, v, norms of q and k per head (Qwen 3, Gemma 3), sliding windows by layer
 (Mistral, Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), a second rotation for the
-layers with a window (Gemma 3), and many mlps of which a token reads some (Mixtral, Qwen 3 MoE; `experts.py`).
-Norms, rotation, softmax and logits are float32 whatever the weights are.
+layers with a window (Gemma 3), many mlps of which a token reads some (Mixtral, Qwen 3 MoE; `experts.py`), and
+sinks that take weight from all keys (GPT-OSS). Norms, rotation, softmax and logits are float32 whatever the
+weights are.
 
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     logits, _ = model(jnp.array([[1, 2, 3]]))                # [B, T, V]
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache
-from jaxllm.models.attention import cached_attention, extents, split_heads
+from jaxllm.models.attention import cached_attention, extents, score_rule, split_heads
 from jaxllm.models.experts import ExpertMlp
 from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import (
@@ -36,6 +37,7 @@ from jaxllm.models.layers import (
     Embedding,
     Linear,
     RmsNorm,
+    constant,
     default_positions,
     last_token,
 )
@@ -78,6 +80,9 @@ class Config:
     expert_ffn: int = 0  # as `ffn`, of each expert
     dense_layers: tuple[int, ...] = ()  # those with one mlp all the same (Qwen 3 MoE)
     renormalize: bool = True  # the shares of the experts of a token add up to 1
+    expert_bias: bool = False  # of the router as well
+    glu_limit: float | None = None  # where gates and ups of experts are cut off (GPT-OSS)
+    attention_sinks: bool = False  # a score of each head that takes weight from all keys (GPT-OSS)
 
     def __post_init__(self):
         if self.experts and not (1 <= self.experts_per_token <= self.experts and self.expert_ffn >= 1):
@@ -109,6 +114,7 @@ SHARDING = (
     (r"attention\.q\.w|mlp\.(gate|up)\.w", P(None, "model")),
     (r"attention\.[kv]\.w", P(None, "kv")),
     (r"attention\.o\.w|mlp\.down\.w", P("model", None)),
+    (r"mlp\.(gate|up)\.biases", P(None, "model")),
     (r"attention\.q\.bias|mlp\.(gate|up)\.bias", P("model")),
     (r"attention\.[kv]\.bias", P("kv")),
 )
@@ -137,6 +143,7 @@ class Attention(nnx.Module):
         self.head_dim = c.head_dim
         self.scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         self.softcap = c.attention_softcap
+        self.sinks = nnx.Param(constant(rngs, c.heads, 0.0, dtype)) if c.attention_sinks else None
 
     def __call__(
         self,
@@ -164,9 +171,8 @@ class Attention(nnx.Module):
             index,
             positions,
             lengths,
-            scale=self.scale,
             window=self.window,
-            softcap=self.softcap,
+            **score_rule(self),
         )
         return self.o(y.reshape(*x.shape[:2], -1), scoped(tap, "o")), cache
 

@@ -97,6 +97,8 @@ CHECKPOINTS = {
                      "rope_theta": 100.0, "rope_type": "default"}}),
     "mixtral": ("mixtral", EXPERTS | {"sliding_window": 7}),
     "qwen3_moe": ("qwen3_moe", QWEN_MOE | {"mlp_only_layers": [0]}),
+    "gpt_oss": ("gpt_oss", EXPERTS | {"sliding_window": 5, "swiglu_limit": 0.5,
+                "rope_parameters": YARN | {"truncate": False}}),
     # 24 tokens: with 64 always the short list, with 8 always the long, with 16 the length decides
     "phi3_short": ("phi3", {"rope_parameters": longrope(4, 96)}),
     "phi3_long": ("phi3", {"rope_parameters": longrope(4, 8)}),
@@ -255,6 +257,9 @@ FEATURES = [
     ("mixtral", "experts_per_token", 1),
     ("mixtral", "renormalize", False),
     ("qwen3_moe", "renormalize", True),
+    ("gpt_oss", "glu_limit", None),
+    ("gpt_oss", "expert_bias", False),
+    ("gpt_oss", "attention_sinks", False),
     ("phi3_partial", "rope", lambda rope: dataclasses.replace(rope, fraction=1.0)),
     ("phi3_long", "rope", lambda rope: dataclasses.replace(rope, original_context=64)),
     ("phi3_long", "rope", lambda rope: dataclasses.replace(rope, attention_factor=1.0)),

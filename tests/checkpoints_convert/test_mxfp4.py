@@ -1,4 +1,4 @@
-"""GPT-OSS as it is published, its experts in MXFP4: each number as the format says and transformers reads it."""
+"""GPT-OSS as published, its experts in MXFP4: each number as the format says and transformers reads it."""
 
 import dataclasses
 import json

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxllm.pytree import is_variable, path_name
 from jaxllm.sharding import shardings
 from jaxllm.weights.dense import Dense
-from jaxllm.weights.experts import Experts, members, parts, stack
+from jaxllm.weights.experts import Experts, MappedStack, members, parts, stack
 
 # What reads a leaf: given its name and the shape it must have, the array, mapped or not.
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
@@ -102,7 +102,7 @@ def materialize(
         if isinstance(leaf, np.ndarray):  # a format's, in its own type
             filled.append(put(leaf, place))
         else:
-            filled.append(_placed(_read(read, path, leaf.shape), place, dtype, mapped=mapped))
+            filled.append(_placed(_read(read, path, leaf.shape, mapped), place, dtype, mapped=mapped))
     return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, filled))
 
 
@@ -132,9 +132,10 @@ def _one_by_one(leaves: list) -> Iterator[Any]:
         yield leaves.pop()
 
 
-def _read(read: Read, path, shape: tuple[int, ...]) -> np.ndarray:
+def _read(read: Read, path, shape: tuple[int, ...], mapped: bool) -> np.ndarray | MappedStack:
     if is_stacked(path):
-        return np.stack([_checked(read, name, shape[1:]) for name in leaf_names(path, shape[0])])
+        rows = [_checked(read, name, shape[1:]) for name in leaf_names(path, shape[0])]
+        return MappedStack(rows) if mapped and len({x.dtype for x in rows}) == 1 else np.stack(rows)
     return _checked(read, leaf_names(path, 1)[0], shape)
 
 
@@ -145,9 +146,9 @@ def _checked(read: Read, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return value
 
 
-def _placed(value: np.ndarray, place: jax.sharding.Sharding, dtype, *, mapped: bool):
+def _placed(value: np.ndarray | MappedStack, place: jax.sharding.Sharding, dtype, *, mapped: bool):
     """What was read, as it is or on its devices; a function, so that no name outlives it."""
-    return value if mapped and dtype in (None, value.dtype) else put(value, place, dtype)
+    return value if mapped and dtype in (None, value.dtype) else put(np.asarray(value), place, dtype)
 
 
 def put(value: np.ndarray, place: jax.sharding.Sharding, dtype=None) -> jax.Array:

@@ -109,15 +109,19 @@ def gpt_oss(raw: dict[str, Any]) -> Config:
 
 def gpt_oss_to(c: Config) -> dict[str, Any]:
     types = ["full_attention" if c.window(i) is None else "sliding_attention" for i in range(c.layers)]
-    return written(c, "head_dim", "sliding_window", "attention_bias") | {
-        "hidden_act": "silu",
-        "intermediate_size": c.expert_ffn,
-        "num_local_experts": c.experts,
-        "num_experts_per_tok": c.experts_per_token,
-        "swiglu_alpha": QUICK_GELU,
-        "swiglu_limit": c.glu_limit,
-        "layer_types": types,
-    }
+    limit = {} if c.glu_limit is None else {"swiglu_limit": c.glu_limit}  # without, no GPT-OSS
+    return (
+        written(c, "head_dim", "sliding_window", "attention_bias")
+        | limit
+        | {
+            "hidden_act": "silu",
+            "intermediate_size": c.expert_ffn,
+            "num_local_experts": c.experts,
+            "num_experts_per_tok": c.experts_per_token,
+            "swiglu_alpha": QUICK_GELU,
+            "layer_types": types,
+        }
+    )
 
 
 QUICK_GELU = 1.702

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.models.stages import Batch, State
+from jaxllm.models.stages import Batch, State, without_experts
 from jaxllm.models.taps import linear_io
 from jaxllm.quant.text import Text
 
@@ -36,10 +36,10 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
         states: list[State] = [{}]
         for stage in chain:
             states.append(stage(states[-1], batch))
-        g = loss_gradient(model, states.pop(), batch)
+        g = loss_gradient(without_experts(model), states.pop(), batch)
         for stage in reversed(chain[1:]):  # nothing is asked of what embeds
             g, saliency, squares = backward_block(
-                stage.block,
+                stage.operand,
                 stage.shared,
                 states.pop(),
                 batch,

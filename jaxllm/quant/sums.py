@@ -95,7 +95,7 @@ class StatsAccumulator:
             found["sample"] = np.concatenate(self.rows[name])
         return found
 
-    def _of_expert(self, found: dict[str, Any], linear: LinearInfo) -> dict[str, np.ndarray]:
+    def _of_expert(self, found: dict[str, Any], linear: LinearInfo) -> dict[str, Any]:
         found = {key: np.asarray(x) for key, x in found.items()}
         if self._seen(linear)[linear.expert]:
             return {key: x[linear.expert] for key, x in found.items()}

@@ -10,6 +10,7 @@ of experts, one program multiplies by whichever is chosen, and of the others not
 Letters: X experts, K inputs, N outputs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,23 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.pytree import pytree
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.host_residual import HostResidual
+
+
+class MappedStack:
+    """The arrays of all experts as one [X, ...] that nothing holds: each is a view of a mapped file."""
+
+    def __init__(self, views: Sequence[np.ndarray]):
+        self.views, self.dtype = tuple(views), views[0].dtype
+        self.shape = (len(views), *views[0].shape)
+        self.ndim, self.size = len(self.shape), math.prod(self.shape)
+        self.nbytes = self.size * self.dtype.itemsize
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.views[index]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """All of them in memory."""
+        return np.stack(self.views).astype(self.dtype if dtype is None else dtype, copy=False)
 
 
 @pytree
@@ -50,7 +68,7 @@ class Experts:
         """The weight [K, N] of one expert; the index may be traced. A view where leaves lie on the host."""
 
         def one(x):
-            if isinstance(x, np.ndarray):
+            if isinstance(x, np.ndarray | MappedStack):
                 return x[index]
             return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 

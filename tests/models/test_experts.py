@@ -21,7 +21,7 @@ from jaxllm.sharding import make_mesh, shard
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.dense import Dense
-from jaxllm.weights.experts import Experts, parts
+from jaxllm.weights.experts import Experts, MappedStack, parts
 
 CONFIG = dataclasses.replace(
     TINY, layers=1, vocab=64, heads=8, kv_heads=8, head_dim=4, experts=3, experts_per_token=2, expert_ffn=16
@@ -223,8 +223,9 @@ def test_perplexity_generation_and_eviction_are_as_for_the_others(model):
     assert len(short.token_ids) == 3
 
 
+@pytest.mark.filterwarnings("ignore:calibrate")
 def test_files_that_hold_all_experts_of_a_layer_in_one_tensor_are_read(tmp_path):
-    """As transformers 5 holds them, in place of a tensor for each expert."""
+    """As transformers 5 holds them, in place of one for each expert; mapped, they are not read."""
     model = Decoder(dataclasses.replace(CONFIG, ffn=CONFIG.expert_ffn), rngs=nnx.Rngs(1))
     huggingface.save(model, None, tmp_path / "each")
     assert huggingface.family_of(model).model_type == "mixtral"
@@ -241,7 +242,19 @@ def test_files_that_hold_all_experts_of_a_layer_in_one_tensor_are_read(tmp_path)
     save_file(
         {name: np.ascontiguousarray(x) for name, x in tensors.items()}, tmp_path / "fused/model.safetensors"
     )
-    for path in ("each", "fused"):
-        again, _ = huggingface.load(tmp_path / path)
+    for path, mapped in (("each", False), ("fused", False), ("each", True)):
+        again, _ = huggingface.load(tmp_path / path, mapped=mapped)
+        assert isinstance(again.layers[0].mlp.up.w.get_value().stack.rows, MappedStack) == mapped
         for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
-            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(a, np.asarray(b))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:calibrate")
+def test_experts_are_quantized_from_files_as_from_memory(tmp_path):
+    model = Decoder(dataclasses.replace(CONFIG, ffn=CONFIG.expert_ffn), rngs=nnx.Rngs(1))
+    huggingface.save(model, None, tmp_path / "files")
+    recipe = [(r"mlp\.", jl.SqueezeLlm(bits=2)), (r".", None)]  # has a pass backwards
+    small = [jl.quantize(some, recipe, TEXT, progress=False) for some in (model, tmp_path / "files")]
+    for a, b in zip(*map(jax.tree.leaves, small), strict=True):
+        np.testing.assert_array_equal(a, b)

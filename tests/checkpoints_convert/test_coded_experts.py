@@ -1,4 +1,4 @@
-"""GPT-OSS as published, its experts in MXFP4: each number as the format says and transformers reads it."""
+"""Experts in files that other tools quantized: GPT-OSS as it is published, in MXFP4, and GPTQ's Mixtral."""
 
 import dataclasses
 import json
@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quantized_files import HIDDEN, LINEARS, LLAMA, WIDTH, checkpoint, gptq, gptq_block, write
 from safetensors.numpy import save_file
 
+import jaxllm as jl
 from checkpoints_convert import huggingface, tensor_files
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.weights.affine import Affine
@@ -88,3 +90,29 @@ def test_what_is_no_scale_is_refused_in_one_line(directory, tmp_path):
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"experts\.1\.down_proj: scales must be below 255.*got 255$"):
         huggingface.load(tmp_path)
+
+
+def test_experts_that_gptq_quantized_one_by_one_keep_their_codes(tmp_path):
+    experts = {
+        f"block_sparse_moe.experts.{e}.{name}": size
+        for e in range(2)
+        for name, size in (("w1", (WIDTH, HIDDEN)), ("w2", (HIDDEN, WIDTH)), ("w3", (WIDTH, HIDDEN)))
+    }
+    attention = {name: size for name, size in LINEARS.items() if "attn" in name}
+    config = LLAMA | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    made, rows = checkpoint(tmp_path / "q", gptq, gptq_block(), config=config, linears=attention | experts)
+    raw = json.loads((tmp_path / "q" / "config.json").read_text())
+    router = {"model.layers.0.block_sparse_moe.gate.weight": np.ones((2, WIDTH), np.float32)}
+    write(tmp_path / "q", raw, made | router)
+    mlp = jl.load(tmp_path / "q")[0].layers[0].mlp
+    for name, linear in (("w1", mlp.gate), ("w2", mlp.down), ("w3", mlp.up)):
+        w = linear.w.get_value()
+        assert isinstance(w.stack, Affine)
+        for e, one in enumerate(parts(w)):
+            want = next(x for key, x in rows.items() if key.endswith(f"experts.{e}.{name}"))
+            np.testing.assert_array_equal(one.dequantize_rows(jnp.float32), want)
+    left = {key: x for key, x in made.items() if "experts.1.w2" not in key}
+    dense = {"model.layers.0.block_sparse_moe.experts.1.w2.weight": np.ones((WIDTH, HIDDEN), np.float32)}
+    write(tmp_path / "q", raw, left | router | dense)
+    with pytest.raises(ValueError, match="all experts must be stored alike, got 1 of 2 quantized"):
+        jl.load(tmp_path / "q")

@@ -23,7 +23,7 @@ import numpy as np
 
 from checkpoints_convert import pickle_files, tensor_files
 from checkpoints_convert.build_model import build_model
-from checkpoints_convert.families import gpt, llama_line, t5
+from checkpoints_convert.families import experts, gpt, llama_line, t5
 from checkpoints_convert.families.family import Family, Tensor, stem, tensors_of
 from checkpoints_convert.json_fields import TOKENS, check_fields, read_object
 from checkpoints_convert.materialize import named_weights
@@ -35,7 +35,7 @@ from jaxllm.storage.tokenizer import load_tokenizer
 from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.codebook import Codebook
 
-FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
+FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *experts.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
 
 # What is fetched from the hub.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
@@ -74,6 +74,7 @@ def load(
     family, raw = read_config(path)
     scheme = quantized.scheme_of(raw)
     found = open_tensors(path, unsafe_format)
+    found = found if family.usual is None else family.usual(found)
     check_layers(family, raw, len(found))
     config = translate(family, raw, path)
     model = build_model(family, config, found, dtype=dtype, mesh=mesh, mapped=mapped, scheme=scheme)
@@ -132,9 +133,9 @@ def read_config(path: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def check_layers(family: Family, raw: dict[str, Any], tensors: int) -> None:
-    """Raises ValueError where config.json has more layers than the files have tensors.
+    """Raises ValueError where config.json has more layers, or experts, than the files have tensors.
 
-    Said before anything is made for each layer: a number in a file must not fill the memory.
+    Said before anything is made for each: a number in a file must not fill the memory.
     """
     for name in family.layers:
         if (raw[name] or 0) > tensors:
@@ -218,6 +219,7 @@ def save(
     head = next(row.theirs for row in family.rows if row.ours == ("head.w",)).removesuffix(".weight")
     block, ways = ({}, {}) if scheme is None else export.plan(scheme, tensors, weights, head)
     entries = [entry for tensor in tensors for entry in _entries(tensor, weights, ways)]
+    entries = entries if family.as_written is None else family.as_written(entries)
     dtype = model.dtype
     size = sum(tensor_files.num_bytes(shape, kind) for _, shape, kind, _ in entries)
     with new_directory(path, who="huggingface.save", num_bytes=size) as out:
@@ -245,7 +247,7 @@ def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]
 
 
 def _entries(
-    tensor: Tensor, weights: dict[str, Any], ways: dict[str, quantized.Scheme]
+    tensor: Tensor, weights: dict[str, Any], ways: dict[str, quantized.WritableScheme]
 ) -> list[tensor_files.Tensor]:
     """How a tensor of theirs is written: name, shape, type, and what makes it in its turn."""
     parts = [weights[name] for name in tensor.ours]

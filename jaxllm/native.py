@@ -24,6 +24,7 @@ from jaxllm.storage.manifest import Make, arrays_of, build, describe, entry_of, 
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
 from jaxllm.storage.orbax_files import reading, writing
 from jaxllm.storage.tokenizer import load_tokenizer
+from jaxllm.weights.experts import Experts
 from jaxllm.weights.host_residual import to_host
 from jaxllm.weights.matmul import matmul
 from jaxllm.weights.weight import Weight
@@ -144,9 +145,13 @@ def _check_weights(variables: dict[str, nnx.Variable], weights: dict[str, Any]) 
         made, must = build(weights[key], key, _shape), tuple(variable.get_value().shape)
         try:
             shape = None if made is None or isinstance(made, tuple) else tuple(made.shape)
-            if shape == must and isinstance(made, Weight):
-                x = jax.ShapeDtypeStruct((1, must[0]), jnp.float32)
-                shape = (must[0], jax.eval_shape(matmul, x, made).shape[1])
+            one = made.one if isinstance(made, Experts) else made
+            if shape == must and isinstance(one, Weight):
+                *experts, K, _ = must
+                x = jax.ShapeDtypeStruct((1, K), jnp.float32)
+                shape = (*experts, K, jax.eval_shape(matmul, x, one).shape[1])
+            if isinstance(made, Experts) and len({x.shape[0] for x in jax.tree.leaves(made)}) > 1:
+                raise ValueError("an array of different numbers of experts")
         except Exception as error:  # what JAX says of shapes that do not go together
             raise ValueError(f"load: {key} must have parts that fit, got {one_line(error)[:200]}") from error
         if shape != must:
@@ -210,6 +215,8 @@ def _cast(model: nnx.Module, dtype) -> nnx.Module:
         match variable.get_value():
             case Dense(rows):
                 return variable.replace(Dense(rows.astype(dtype)))
+            case Experts(Dense(rows)):
+                return variable.replace(Experts(Dense(rows.astype(dtype))))
             case jax.Array() as value if jnp.issubdtype(value.dtype, jnp.floating):
                 return variable.replace(value.astype(dtype))
             case _:

@@ -37,6 +37,11 @@ FAMILIES = {
     "gemma3": ("gemma3_text", SMALL | {"num_hidden_layers": 7, "sliding_window": 8}),
     "phi3": ("phi3", {k: v for k, v in SMALL.items() if k != "head_dim"}
              | {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
+    "mixtral": ("mixtral", SMALL | {"num_local_experts": 3, "sliding_window": 8}),
+    "qwen3_moe": ("qwen3_moe", SMALL | {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True,
+                  "moe_intermediate_size": 20, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "gpt_oss": ("gpt_oss", SMALL | {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8,
+                "rope_parameters": YARN}),
     "gpt2": ("gpt2", GPT),
     "opt": ("opt", OPT),
     "t5": ("t5", T5),

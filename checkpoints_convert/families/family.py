@@ -1,9 +1,9 @@
 """What describes one family of checkpoints: how its config reads, which tensor is which leaf.
 
 A `Row` says that one of their tensors is some of our leaves stacked along the first axis ("{i}" is
-the layer): a plain rename has one leaf, a fused q, k, v three. A row whose leaves a model does not
-have (biases, a tied head) is left out. So one table serves reading and writing, and every family
-goes through the one loop of `build_model.py`.
+the layer, "{e}" the expert): a plain rename has one leaf, a fused q, k, v three. A row whose leaves a
+model does not have (biases, a tied head) is left out. So one table serves reading and writing, and every
+family goes through the one loop of `build_model.py`.
 """
 
 import dataclasses
@@ -11,9 +11,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from checkpoints_convert import tensor_files
 from checkpoints_convert.json_fields import Kind
 from jaxllm.models import layers as ours
 from jaxllm.storage.metadata import excerpt
+
+Tensors = dict[str, np.ndarray]  # those of files, by name
+Entry = tensor_files.Tensor  # one to be written: name, shape, type, and what makes it
 
 # Their names of activations, and ours: all of transformers' but `prelu` and `xielu`, which have weights.
 TANH_FORMS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
@@ -65,6 +71,8 @@ class Family:
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # patterns of tensors that say nothing
     aliases: tuple[tuple[str, str], ...] = ()  # (usual name, name some files have in its place)
     prefixes: tuple[str, ...] = ("model.",)  # of files: each is tried in place of the first, "" too
+    usual: Callable[[Tensors], Tensors] | None = None  # tensors in another layout to those of the table
+    as_written: Callable[[list[Entry]], list[Entry]] | None = None  # and back, where it is the only one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +95,21 @@ def tensors_of(family: Family, leaves: dict[str, Any]) -> list[Tensor]:
 
     Raises ValueError for a leaf that the table does not have.
     """
-    found: list[tuple[int, int, Tensor]] = []
+    found: list[tuple[int, int, int, Tensor]] = []
     for order, one in enumerate(family.rows):
-        pattern = re.escape(one.ours[0]).replace(re.escape("{i}"), r"(\d+)")
+        pattern = re.escape(one.ours[0])
+        for letter in "ie":
+            pattern = pattern.replace(re.escape(f"{{{letter}}}"), rf"(?P<{letter}>\d+)")
         for match in filter(None, (re.fullmatch(pattern, name) for name in leaves)):
-            i = match[1] if match.groups() else ""
-            if one.when is not None and one.when.replace("{i}", i) not in leaves:
+            numbers = match.groupdict()
+            if one.when is not None and _numbered(one.when, numbers) not in leaves:
                 continue
-            if one.unless is not None and one.unless.replace("{i}", i) in leaves:
+            if one.unless is not None and _numbered(one.unless, numbers) in leaves:
                 continue
-            ours = tuple(name.replace("{i}", i) for name in one.ours)
-            tensor = Tensor(one.theirs.replace("{i}", i), ours, one.transposed)
-            found.append((int(i or -1), order, tensor))
-    tensors = [tensor for *_, tensor in sorted(found, key=lambda entry: entry[:2])]
+            ours = tuple(_numbered(name, numbers) for name in one.ours)
+            tensor = Tensor(_numbered(one.theirs, numbers), ours, one.transposed)
+            found.append((int(numbers.get("i", -1)), order, int(numbers.get("e", -1)), tensor))
+    tensors = [tensor for *_, tensor in sorted(found, key=lambda entry: entry[:3])]
     unknown = set(leaves) - {name for tensor in tensors for name in tensor.ours}
     if unknown:
         raise ValueError(
@@ -107,3 +117,10 @@ def tensors_of(family: Family, leaves: dict[str, Any]) -> list[Tensor]:
             "only dense weights can be written"
         )
     return tensors
+
+
+def _numbered(name: str, numbers: dict[str, str]) -> str:
+    """A name of a table with the layer and the expert in it."""
+    for letter, number in numbers.items():
+        name = name.replace(f"{{{letter}}}", number)
+    return name

@@ -8,7 +8,7 @@ from jaxllm.storage.metadata import excerpt
 
 SUPPORTED = (
     "gptq (2, 3, 4 or 8 bits), awq (gemm, 4 bits), compressed-tensors (pack-quantized, 4 or 8 bits), "
-    "any-precision"
+    "mxfp4, any-precision"
 )
 
 

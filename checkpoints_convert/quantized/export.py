@@ -17,7 +17,7 @@ from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
 from checkpoints_convert.quantized.affine import read_rows
 from checkpoints_convert.quantized.any_precision import AnyPrecision
-from checkpoints_convert.quantized.scheme import SCHEMES, Scheme
+from checkpoints_convert.quantized.scheme import SCHEMES, WritableScheme
 from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.weights.dense import Dense
 
@@ -31,7 +31,7 @@ def scheme_named(who: str, name: str) -> Any:
 
 def plan(
     name: str, tensors: list[Tensor], weights: dict[str, Any], head: str
-) -> tuple[dict[str, Any], dict[str, Scheme]]:
+) -> tuple[dict[str, Any], dict[str, WritableScheme]]:
     """What config.json says of a model's linears, and how each quantized one is stored, by their names.
 
     head: its name, which is dense where no tensor has it. Raises ValueError where a scheme cannot hold a
@@ -65,7 +65,7 @@ def plan(
     return {"anyprec" if scheme is AnyPrecision else "quantization_config": block}, ways
 
 
-def _way(scheme: Any, tensor: Tensor, parts: list[Any]) -> Scheme:
+def _way(scheme: Any, tensor: Tensor, parts: list[Any]) -> WritableScheme:
     """How one linear is stored; ValueError, which names it, where it cannot be."""
     who, linear = f"huggingface.save: {scheme.name}", stem(tensor)
     if tensor.transposed and not scheme.transposes:
@@ -81,7 +81,7 @@ def _way(scheme: Any, tensor: Tensor, parts: list[Any]) -> Scheme:
     return way
 
 
-def entries(linear: str, way: Scheme, parts: Sequence[Any]) -> list[tensor_files.Tensor]:
+def entries(linear: str, way: WritableScheme, parts: Sequence[Any]) -> list[tensor_files.Tensor]:
     """How a quantized linear is written: name, shape, type of each tensor, and what makes it in its turn."""
     shapes = way.shapes(parts[0].shape[0], sum(part.shape[1] for part in parts))
     found: list[tensor_files.Tensor] = []

@@ -11,13 +11,15 @@ outputs at b bits, with G groups of inputs (codes lie in int32 words, the first 
     awq                 qweight [K, N/8], qzeros [G, N/8], scales [G, N]                        b = 4
     compressed-tensors  weight_packed [N, K b/32], weight_scale [N, G], weight_shape [2],       b = 4, 8
                         weight_zero_point [N b/32, G], weight_g_idx [K]
+    mxfp4               blocks [N, K/32, 16], scales [N, K/32], of each expert                b = 4
     any-precision       qweight [B, N, K/32], lut{b} [N, 2**b]                                  b <= B <= 8
 
 The first three mean (code - zero_point) * scale and become `Affine`: a zero point that is the middle code
 everywhere is None, scales keep the file's float type. Act-order (`g_idx`: the group of each input) becomes
-`Permuted`. The last becomes `BitPlanes`; a `Codebook` is written so, too, as a table of one width. The
-layouts are those that AutoGPTQ and GPTQModel, AutoAWQ, compressed-tensors and SNU-ARC/any-precision-llm on
-GitHub write. GPTQ is written as its second version.
+`Permuted`. MXFP4 becomes `Affine` of 5 bits (`mxfp4.py`). The last becomes `BitPlanes`; a `Codebook` is
+written so, too, as a table of one width. The layouts are those that AutoGPTQ and GPTQModel, AutoAWQ,
+compressed-tensors, GPT-OSS and SNU-ARC/any-precision-llm on GitHub write. GPTQ is written as its second
+version, MXFP4 is not written.
 """
 
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from checkpoints_convert.quantized.awq import Awq
 from checkpoints_convert.quantized.compressed_tensors import ByTarget, CompressedTensors
 from checkpoints_convert.quantized.config import json_object, unsupported
 from checkpoints_convert.quantized.gptq import ByModule, Gptq
+from checkpoints_convert.quantized.mxfp4 import Mxfp4
 from checkpoints_convert.quantized.words import Shapes, Tensors
 from jaxllm.weights.matmul import AnyWeight
 from jaxllm.weights.weight import Weight
@@ -46,9 +49,6 @@ class Linear(Protocol):
 @runtime_checkable
 class Scheme(Protocol):
     """How linears are stored: what tensors each has, and how these are read.
-
-    Each has, too, class methods that make it: `from_config` of what files say, and for writing `holding` of
-    weights, `to_config` of all linears, `round` of a weight that it cannot hold.
 
     name: in errors. main: the tensor that tells a quantized linear. transposes: matrices that
       are [in, out] in dense files are stored like all others here.
@@ -67,6 +67,15 @@ class Scheme(Protocol):
 
     def read(self, tensors: Tensors, K: int, N: int) -> Linear:
         """The linear of these tensors, whose shapes are right. Raises ValueError for numbers that are not."""
+
+
+@runtime_checkable
+class WritableScheme(Scheme, Protocol):
+    """One whose files are written, too.
+
+    Each has class methods that make it: `from_config` of what files say, `holding` of weights, `to_config` of
+    all linears, `round` of a weight that it cannot hold.
+    """
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -89,7 +98,10 @@ def scheme_of(raw: dict[str, Any]) -> Scheme | ByModule | ByTarget | None:
     if not given:
         return None
     given = json_object(given, "quantization_config")
-    named = given.get("quant_method") or given.get("quant_algo") or "unknown"
-    if named not in (Gptq.name, Awq.name, CompressedTensors.name):
-        raise unsupported(named)
-    return SCHEMES[named].from_config(given)
+    match given.get("quant_method") or given.get("quant_algo") or "unknown":
+        case Mxfp4.name:
+            return Mxfp4()
+        case Gptq.name | Awq.name | CompressedTensors.name as name:
+            return SCHEMES[name].from_config(given)
+        case other:
+            raise unsupported(other)

@@ -166,14 +166,16 @@ def attend(
     softcap: float | None = None,
     mask: Bool[Array, "B T S"] | None = None,
     bias: DistanceBias | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """What queries at `positions` read from a layer to which their own chunk (`lengths` tokens) was appended.
 
-    mask: hides further rows (tree decoding). bias: added to the scores by distance (T5).
+    mask: hides further rows (tree decoding). bias: added to the scores by distance (T5). sinks: scores of
+    heads that have no value (GPT-OSS).
     """
     keys, values = cache.keys[layer], cache.values[layer]
     seen = reach(cache, layer, positions, lengths)
-    rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
     q, k, v = rotate_queries(q, keys), dequantize(keys), dequantize(values)
     if mask is None and needs_tiles(q, k.shape[1]):
         return tiled_attention(q, k, v, seen, bias=bias, **rule)

@@ -23,7 +23,6 @@ of a tile, n = G T queries of a request and key head, M most requests of a conte
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,9 +38,11 @@ from jaxllm.ops.attention import (
     MASK_VALUE,
     PartialSoftmax,
     attention,
+    divided,
     merge,
     needs_tiles,
     partial_softmax,
+    sinks_by_block,
     tiled_softmax,
 )
 from jaxllm.pytree import pytree, static
@@ -133,22 +134,22 @@ def attend(
     softcap: float | None = None,
     mask: Bool[Array, "B T S"] | None = None,
     bias=None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """As `dense.attend`. mask: of the rows of the tail; the context is seen whole. bias must be None."""
     if bias is not None:
         raise ValueError("cache.attend: a bias by distance needs all rows: such a cache cannot be evicted")
     tail = cache.tail
     if tail.windows[layer] is not None:
-        return dense.attend(
-            q, tail, layer, positions, lengths, scale=scale, softcap=softcap, mask=mask, bias=None
-        )
+        rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        return dense.attend(q, tail, layer, positions, lengths, mask=mask, **rule)
     B, T, H, E = q.shape
     keys, values = tail.keys[layer], tail.values[layer]
     J = keys.shape[0]
     K, G = J // B, H * B // J
     asked = rotate_queries(q, keys)
     q = asked.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
-    rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    rule = {"scale": scale, "softcap": softcap}
     of_context = _attend_context(q, cache.context, _context_layer(tail, layer), **rule)
     of_context = jax.tree.map(lambda x: x.reshape(J, *x.shape[2:]), of_context)
     seen = dense.reach(tail, layer, positions, lengths)
@@ -160,8 +161,10 @@ def attend(
         of_row = jnp.broadcast_to(of_row[:, None, None], (B, K, G, T, of_row.shape[-1])).reshape(J, G * T, -1)
         q = q.reshape(J, G * T, E)
         of_tail = partial_softmax(q, dequantize(keys), dequantize(values), of_row, **rule)
-    _, total, out = merge(of_context, of_tail)
-    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(values.dtype)
+    by_row = None
+    if sinks is not None:
+        by_row = jnp.repeat(sinks_by_block(sinks, J, K), T, axis=1)  # [J, G T]
+    out = divided(merge(of_context, of_tail), by_row).astype(values.dtype)
     return out.reshape(B, K, G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
@@ -175,6 +178,7 @@ def attend_reference(
     scale: float,
     softcap: float | None = None,
     mask: Bool[Array, "B T S"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """What `attend` means, and a kernel over pages must equal: one softmax over each head's own rows.
 
@@ -194,9 +198,13 @@ def attend_reference(
         return jnp.concatenate([of_context, dequantize(tail).reshape(B, K, -1, E)], axis=2)
 
     keys, values = rows(context.keys, tail.keys[layer]), rows(context.values, tail.values[layer])
-    of_head = partial(attention, scale=scale, softcap=softcap)
-    of_heads = jax.vmap(of_head, in_axes=(2, 1, 1, 1), out_axes=2)
-    return of_heads(q, keys, values, jnp.concatenate(sees, axis=-1)).reshape(B, T, H, E)
+
+    def of_head(q, k, v, sees, sinks):
+        return attention(q, k, v, sees, scale=scale, softcap=softcap, sinks=sinks)
+
+    of_heads = jax.vmap(of_head, in_axes=(2, 1, 1, 1, None if sinks is None else 0), out_axes=2)
+    by_head = None if sinks is None else sinks.reshape(K, -1)
+    return of_heads(q, keys, values, jnp.concatenate(sees, axis=-1), by_head).reshape(B, T, H, E)
 
 
 def _own_rows(context: Context, layer: int, K: int) -> Bool[Array, "B K n"]:

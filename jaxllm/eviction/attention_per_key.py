@@ -21,14 +21,16 @@ def attention_per_key(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     share: Float[Array, "B T"] | None = None,
     reduce: Literal["max", "sum"] = "max",
 ) -> Float[Array, "B K G S"]:
     """The greatest weight, or the sum of weights, that each key is given by any query, in float32.
 
     The last T keys are the queries' own, of which later ones are never seen. seen: which of the others, and
-    of these, a query sees; one that sees none gives nothing. share: weights of each query count so much (1 if
-    None). Queries are taken some at a time, each time against the keys that they may see.
+    of these, a query sees; one that sees none gives nothing. sinks: as for `attention`. share: weights of
+    each query count so much (1 if None). Queries are taken some at a time, each time against the keys that
+    they may see.
     """
     (B, T, H, E), (J, S, _) = q.shape, k.shape
     K, G = J // B, H * B // J
@@ -44,8 +46,11 @@ def attention_per_key(
         )
         scores = soft_cap(scores, softcap)
         scores = jnp.where(seen[:, None, None, start:end, :n], scores, MASK_VALUE)
+        if sinks is not None:
+            sink = sinks.astype(jnp.float32).reshape(1, K, G, 1, 1)
+            scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        part = share[:, None, None, start:end] / weights.sum(-1)
+        part, weights = share[:, None, None, start:end] / weights.sum(-1), weights[..., :n]
         weights = weights * part[..., None]
         if reduce == "sum":
             out = out.at[..., :n].add(weights.sum(3))

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.eviction.attention_per_key import attention_per_key
+from jaxllm.models.attention import score_rule
 from jaxllm.models.inputs import pad_batch, require_global_layer
 from jaxllm.models.rope import rotate
 from jaxllm.models.taps import layer_tap
@@ -135,7 +136,7 @@ def _attention(
 
     def of_layer(layer: int, q, k) -> None:
         attention = model.layers[layer].attention
-        rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
+        rule = score_rule(attention)
         found.append(attention_per_key(q, heads_first(k), seen, reduce=reduce, **rule))
 
     tap = layer_tap(of_layer, ("attention.queries", "attention.keys"), global_layers(model.windows))
@@ -171,7 +172,12 @@ def _expected(
         mean, cov = mean.reshape(B, K, -1, E), cov.reshape(B, K, -1, E, E)
         logits = jnp.einsum("bkgd,btkd->bkgt", mean, k, **FLOAT32) * attention.scale
         logits += jnp.einsum("btkd,bkgde,btke->bkgt", k, cov, k, **FLOAT32) * (square / 2)
-        weights = jax.nn.log_softmax(jnp.where(real[:, None, None], logits, MASK_VALUE), axis=-1)
+        logits = jnp.where(real[:, None, None], logits, MASK_VALUE)
+        learned = score_rule(attention)["sinks"]
+        if learned is not None:
+            sink = learned.astype(jnp.float32).reshape(1, K, -1, 1)
+            logits = jnp.concatenate([logits, jnp.broadcast_to(sink, (*logits.shape[:3], 1))], axis=-1)
+        weights = jax.nn.log_softmax(logits, axis=-1)[..., :T]
         weights = jax.nn.logsumexp(weights, axis=2) - np.log(weights.shape[2])
         if epsilon:
             weights = jnp.logaddexp(weights, np.float32(np.log(epsilon)))

@@ -31,6 +31,7 @@ from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
 from jaxllm.cache.rows import dequantize, quantize, rotate_queries
 from jaxllm.eviction.attention_per_key import attention_per_key
+from jaxllm.models.attention import score_rule
 from jaxllm.models.inputs import STEP, pad_batch, require_global_layer, round_up
 from jaxllm.models.taps import layer_tap
 from jaxllm.ops.attention import FLOAT32, heads_first
@@ -196,7 +197,7 @@ def score_chunk(
         share = None
         if output_aware:
             share = 1 / jnp.maximum(jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 1e-12)
-        rule = {"scale": attention.scale, "softcap": getattr(attention, "softcap", None)}
+        rule = score_rule(attention)
         got = attention_per_key(rotate_queries(q, held), k, seen, share=share, **rule)
         got = got[..., prefix : prefix + m]  # [B, K, G, m]
         if output_aware:

@@ -26,7 +26,7 @@ from jaxllm.weights.matmul import FORMATS, num_bytes
 def linear_bits(model) -> float:
     """Stored bits over the number of weights, of the linears of the blocks alone."""
     weights = [w for name, w in linear_weights(model).items() if "." in name]
-    return 8 * sum(map(num_bytes, weights)) / sum(w.shape[0] * w.shape[1] for w in weights)
+    return 8 * sum(map(num_bytes, weights)) / sum(math.prod(w.shape) for w in weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ itself.
 Letters: B batch, T tokens of this chunk, H query heads, K key heads, E head size.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -48,18 +48,29 @@ def cached_attention(
     window: int | None = None,
     softcap: float | None = None,
     bias: DistanceBias | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> tuple[Float[Array, "B T H E"], C | None]:
     """What the queries read, and the cache with the chunk appended to `layer` (not yet advanced).
 
     cache: None attends to the chunk alone.
     lengths: tokens of the chunk that are real; the rest is padding on the right.
     window: tokens that a query sees, itself included; must be the cache's for this layer.
-    softcap, bias: as in `ops.attention.causal_attention`.
+    softcap, bias, sinks: as in `ops.attention.attention`.
     """
+    rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias, "sinks": sinks}
     if cache is not None:
         cache = kv.append(cache, layer, k, v, lengths)
         if not cache.is_first_chunk:  # it is so until advanced: behind the first chunk
-            y = kv.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap, bias=bias)
-            return y, cache
+            return kv.attend(q, cache, layer, positions, lengths, **rule), cache
         k, v = kv.round_trip(cache, layer, k, v)
-    return causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, bias=bias), cache
+    return causal_attention(q, k, v, window=window, **rule), cache
+
+
+def score_rule(attention: Any) -> dict[str, Any]:
+    """How the weights of a layer's attention come from its queries and keys: scale, soft cap, sinks."""
+    sinks = getattr(attention, "sinks", None)
+    return {
+        "scale": attention.scale,
+        "softcap": getattr(attention, "softcap", None),
+        "sinks": None if sinks is None else sinks.get_value(),
+    }

@@ -1,4 +1,4 @@
-"""The Llama line of decoders: Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi 3.
+"""The Llama line of decoders: Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi 3; of experts.
 
 One forward pass; what tells the families apart are features of the config, never their names. A block is
 
@@ -7,8 +7,10 @@ One forward pass; what tells the families apart are features of the config, neve
 
 with grouped-query attention (arXiv:2305.13245), rotary positions (`rope.py`), RMS norms (arXiv:1910.07467),
 and optionally biases on q, k, v, norms of q and k per head (Qwen 3, Gemma 3), sliding windows by layer
-(Mistral, Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), and a second rotation for
-the layers with a window (Gemma 3). Norms, rotation, softmax and logits are float32 whatever the weights are.
+(Mistral, Gemma), norms after each part, soft caps and scaled embeddings (Gemma 2), a second rotation for the
+layers with a window (Gemma 3), many mlps of which a token reads some (Mixtral, Qwen 3 MoE; `experts.py`), and
+sinks that take weight from all keys (GPT-OSS). Norms, rotation, softmax and logits are float32 whatever the
+weights are.
 
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     logits, _ = model(jnp.array([[1, 2, 3]]))                # [B, T, V]
@@ -26,7 +28,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache
-from jaxllm.models.attention import cached_attention, extents, split_heads
+from jaxllm.models.attention import cached_attention, extents, score_rule, split_heads
+from jaxllm.models.experts import ExpertMlp
 from jaxllm.models.language_model import LanguageModel
 from jaxllm.models.layers import (
     ACTIVATIONS,
@@ -34,6 +37,7 @@ from jaxllm.models.layers import (
     Embedding,
     Linear,
     RmsNorm,
+    constant,
     default_positions,
     last_token,
 )
@@ -71,8 +75,21 @@ class Config:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     stop_tokens: tuple[int, ...] = ()  # any of them ends a generation
+    experts: int = 0  # in the feed-forward part of a layer; 0: one mlp that all tokens read
+    experts_per_token: int = 0
+    expert_ffn: int = 0  # as `ffn`, of each expert
+    dense_layers: tuple[int, ...] = ()  # those with one mlp all the same (Qwen 3 MoE)
+    renormalize: bool = True  # the shares of the experts of a token add up to 1
+    expert_bias: bool = False  # of the router as well
+    glu_limit: float | None = None  # where gates and ups of experts are cut off (GPT-OSS)
+    attention_sinks: bool = False  # a score of each head that takes weight from all keys (GPT-OSS)
 
     def __post_init__(self):
+        if self.experts and not (1 <= self.experts_per_token <= self.experts and self.expert_ffn >= 1):
+            raise ValueError(
+                "decoder: experts_per_token must be 1 to experts, and expert_ffn at least 1, "
+                f"got {self.experts_per_token=}, {self.experts=}, {self.expert_ffn=}"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"decoder: kv_heads must divide heads, got {self.heads=}, {self.kv_heads=}")
         if len(self.windows) not in (0, self.layers):
@@ -81,6 +98,10 @@ class Config:
     def window(self, layer: int) -> int | None:
         """How many tokens the layer sees, or None for all."""
         return self.windows[layer] if self.windows else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward part of the layer is a choice of experts."""
+        return self.experts > 0 and layer not in self.dense_layers
 
 
 TINY = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=64, vocab=128, context=64, tied=False)
@@ -93,6 +114,7 @@ SHARDING = (
     (r"attention\.q\.w|mlp\.(gate|up)\.w", P(None, "model")),
     (r"attention\.[kv]\.w", P(None, "kv")),
     (r"attention\.o\.w|mlp\.down\.w", P("model", None)),
+    (r"mlp\.(gate|up)\.biases", P(None, "model")),
     (r"attention\.q\.bias|mlp\.(gate|up)\.bias", P("model")),
     (r"attention\.[kv]\.bias", P("kv")),
 )
@@ -121,6 +143,7 @@ class Attention(nnx.Module):
         self.head_dim = c.head_dim
         self.scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         self.softcap = c.attention_softcap
+        self.sinks = nnx.Param(constant(rngs, c.heads, 0.0, dtype)) if c.attention_sinks else None
 
     def __call__(
         self,
@@ -148,9 +171,8 @@ class Attention(nnx.Module):
             index,
             positions,
             lengths,
-            scale=self.scale,
             window=self.window,
-            softcap=self.softcap,
+            **score_rule(self),
         )
         return self.o(y.reshape(*x.shape[:2], -1), scoped(tap, "o")), cache
 
@@ -176,18 +198,18 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer."""
 
-    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs | None, dtype):
+    def __init__(self, config: Config, layer: int, *, rngs: nnx.Rngs | None, dtype):
+        c = config
 
         def norm() -> RmsNorm:
-            c = config
             return RmsNorm(c.width, eps=c.norm_eps, offset=c.norm_offset, rngs=rngs, dtype=dtype)
 
         self.attention_norm = norm()
-        self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
-        self.attention_post_norm = norm() if config.post_norms else None
+        self.attention = Attention(c, c.window(layer), rngs=rngs, dtype=dtype)
+        self.attention_post_norm = norm() if c.post_norms else None
         self.mlp_norm = norm()
-        self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
-        self.mlp_post_norm = norm() if config.post_norms else None
+        self.mlp = (ExpertMlp if c.has_experts(layer) else Mlp)(c, rngs=rngs, dtype=dtype)
+        self.mlp_post_norm = norm() if c.post_norms else None
 
     def __call__(
         self,
@@ -228,7 +250,7 @@ class Decoder(LanguageModel):
             return Linear(c.width, c.vocab, std=c.width**-0.5, rngs=rngs, dtype=dtype)
 
         self.embedding = Embedding(c.vocab, c.width, std=c.width**-0.5, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List([Block(c, c.window(i), rngs=rngs, dtype=dtype) for i in range(c.layers)])
+        self.layers = nnx.List([Block(c, i, rngs=rngs, dtype=dtype) for i in range(c.layers)])
         self.norm = RmsNorm(c.width, eps=c.norm_eps, offset=c.norm_offset, rngs=rngs, dtype=dtype)
         self.head = None if c.tied else head()
 

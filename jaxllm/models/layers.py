@@ -102,7 +102,7 @@ def normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], std: float, dtype):
     return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
-def weight(rngs: nnx.Rngs | None, shape: tuple[int, int], std: float, dtype) -> Dense:
+def weight(rngs: nnx.Rngs | None, shape: tuple[int, ...], std: float, dtype) -> Dense:
     """A weight of such rows."""
     rows = normal(rngs, shape, std, dtype)
     return jax.eval_shape(Dense, rows) if rngs is None else Dense(rows)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm.weights.experts import MappedStack
 from jaxllm.weights.matmul import FORMATS
 
 
@@ -60,7 +61,12 @@ def in_memory(tree: Any, *, copy: bool = False) -> Any:
 
     copy: the arrays must not share memory with the files.
     """
-    if not any(isinstance(x, np.ndarray) for x in jax.tree.leaves(tree)):
+    if not any(isinstance(x, np.ndarray | MappedStack) for x in jax.tree.leaves(tree)):
         return tree
-    make = jnp.array if copy else jnp.asarray
-    return jax.tree.map(lambda x: make(x) if isinstance(x, np.ndarray) else x, tree)
+
+    def make(x):
+        if isinstance(x, MappedStack):
+            return jnp.asarray(np.asarray(x))
+        return x if not isinstance(x, np.ndarray) else jnp.array(x) if copy else jnp.asarray(x)
+
+    return jax.tree.map(make, tree)

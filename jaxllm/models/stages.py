@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from jaxllm.models.linears import in_memory
+from jaxllm.weights.experts import MappedStack
 
 State = dict[str, Any]  # hidden states by side
 
@@ -46,10 +47,24 @@ class Stage:
         """The same with its block in memory, where it lay in a mapped file."""
         return dataclasses.replace(self, block=in_memory(self.block)) if self.name else self
 
+    @property
+    def operand(self) -> Any:
+        """The block as a compiled function takes it."""
+        return in_memory(self.block) if self.name else without_experts(self.block)
+
     def __call__(self, state: State, batch: Batch) -> State:
         """The state after this stage, on the host."""
-        new = _forward(self.block, self.shared, state, batch, run=self.run)
+        new = _forward(self.operand, self.shared, state, batch, run=self.run)
         return state | {side: np.asarray(x) for side, x in new.items()}
+
+
+def without_experts(model: Any) -> Any:
+    """A model for what lies between its blocks, which reads no experts: those in mapped files stay there."""
+
+    def one(x):  # NaN without memory: whoever read it would see
+        return np.broadcast_to(np.array(np.nan, x.dtype), x.shape) if isinstance(x, MappedStack) else x
+
+    return jax.tree.map(one, model)
 
 
 # subtle: `run` is static, so a function of a module: stages that share one share its compilation

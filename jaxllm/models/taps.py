@@ -54,18 +54,23 @@ def layer_tap(
 
 
 def linear_io(
-    inputs: dict[str, jax.Array], output: Callable[[str, jax.Array], jax.Array] | None = None
+    inputs: dict[str, jax.Array],
+    output: Callable[[str, jax.Array], jax.Array] | None = None,
+    assigned: dict[str, jax.Array] | None = None,
 ) -> Tap:
     """A tap that puts what each linear reads into `inputs`, by the linear's name.
 
     output: called with a linear's name and what it gives, returns what the model goes on with; None changes
       nothing.
+    assigned: gets, by the linear's name, which expert each row that it reads is for, where it has experts.
     """
 
     def tap(path: str, x: jax.Array) -> jax.Array:
         name, _, end = path.rpartition(".")
         if end == "in":
             inputs[name] = x
+        elif end == "assigned" and assigned is not None:
+            assigned[name] = x
         elif end == "out" and name in inputs and output is not None:  # blocks have an "out", and no "in"
             return output(name, x)
         return x

@@ -8,6 +8,7 @@ heads, G = H / K, J = B K, E head size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,12 +34,14 @@ def attention(
     scale: float,
     softcap: float | None = None,
     bias: Float[Array, "#B H T S"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention where `mask` says which key each query may see.
 
     k, v: J = B K blocks of rows, one a request and key head, as `heads_first` makes them.
     softcap: scores are bent to it by `soft_cap` (Gemma 2).
     bias: added to the scores (T5's relative positions).
+    sinks: a score of each head that takes its share of the weights and has no value (GPT-OSS).
     """
     B, T, H, E = q.shape
     J, S = k.shape[:2]
@@ -49,7 +52,10 @@ def attention(
         scores = scores + bias.astype(jnp.float32).reshape(-1, K, G, T, S)
     scores = soft_cap(scores, softcap)
     scores = jnp.where(mask[:, None, None], scores, MASK_VALUE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(J, G * T, S)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, G, 1, 1), (B, K, G, T, 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :S].astype(v.dtype).reshape(J, G * T, S)
     out = jnp.einsum("jns,jsd->jnd", weights, v, **FLOAT32).astype(v.dtype)
     return out.reshape(B, K, G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
@@ -106,6 +112,21 @@ def merge(one: PartialSoftmax, other: PartialSoftmax) -> PartialSoftmax:
     a, b = jnp.exp(one.greatest - greatest), jnp.exp(other.greatest - greatest)
     out = a[..., None] * one.out + b[..., None] * other.out
     return PartialSoftmax(greatest, a * one.total + b * other.total, out)
+
+
+def divided(softmax: PartialSoftmax, sinks: Float[Array, "*J n"] | None = None) -> Float[Array, "*J n E"]:
+    """What a softmax over all rows gives, 0 where it saw none. sinks: as for `attention`, of each row."""
+    greatest, total, out = softmax
+    if sinks is None:
+        return out / jnp.where(total > 0, total, 1.0)[..., None]
+    top = jnp.maximum(greatest, sinks)
+    shrink = jnp.exp(greatest - top)
+    return out * (shrink / (shrink * total + jnp.exp(sinks - top)))[..., None]
+
+
+def sinks_by_block(sinks: Float[Array, " H"], J: int, K: int) -> Float[Array, "J G"]:
+    """The sinks of the query heads that read each of J = B K blocks of rows, float32."""
+    return jnp.tile(sinks.astype(jnp.float32).reshape(K, -1), (J // K, 1))
 
 
 class Reach(NamedTuple):
@@ -193,12 +214,21 @@ def tiled_softmax(
 
 
 def tiled_attention(
-    q: Float[Array, "B T H E"], k: Float[Array, "J S E"], v: Float[Array, "J S E"], reach: Reach, **rule
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "J S E"],
+    v: Float[Array, "J S E"],
+    reach: Reach,
+    *,
+    sinks: Float[Array, " H"] | None = None,
+    **rule,
 ) -> Float[Array, "B T H E"]:
     """`attention` by tiles: the same numbers but for rounding, without memory for all scores."""
-    B, T, H, E = q.shape
-    _, total, out = tiled_softmax(q, k, v, reach, **rule)
-    out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(v.dtype)  # [J, T, G, E]
+    (B, T, H, E), J = q.shape, len(k)
+    found = tiled_softmax(q, k, v, reach, **rule)  # [J, T, G]
+    by_row = None
+    if sinks is not None:
+        by_row = jnp.broadcast_to(sinks_by_block(sinks, J, J // B)[:, None], found.total.shape)
+    out = divided(found, by_row).astype(v.dtype)  # [J, T, G, E]
     return out.reshape(B, -1, T, H * B // k.shape[0], E).swapaxes(1, 2).reshape(B, T, H, E)
 
 
@@ -211,6 +241,7 @@ def causal_attention(
     window: int | None = None,
     softcap: float | None = None,
     bias: DistanceBias | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Attention of a chunk to itself: token t sees tokens max(0, t - window + 1) to t.
 
@@ -224,10 +255,8 @@ def causal_attention(
     if needs_tiles(q[:, :size], T):
         at = jnp.arange(T)[None]
         reach = Reach(at, at, window=window)
-        return tiled_attention(q, k, v, reach, scale=scale, softcap=softcap, bias=bias)
-    block = jax.checkpoint(
-        lambda q, k, v, mask, bias: attention(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)
-    )
+        return tiled_attention(q, k, v, reach, scale=scale, softcap=softcap, bias=bias, sinks=sinks)
+    block = jax.checkpoint(partial(attention, scale=scale, softcap=softcap))
     outs = []
     for start in range(0, T, size):
         end = min(start + size, T)
@@ -238,5 +267,5 @@ def causal_attention(
             mask = mask & (distance < window)
         added = None if bias is None else bias(-distance[None])  # [1, H, T, S]
         seen = k[:, first:end], v[:, first:end]
-        outs.append(block(q[:, start:end], *seen, mask[None], added))
+        outs.append(block(q[:, start:end], *seen, mask[None], bias=added, sinks=sinks))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)

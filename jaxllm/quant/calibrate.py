@@ -31,7 +31,7 @@ from tqdm import tqdm
 from jaxllm.quant.gradients import gradients, squared_gradients
 from jaxllm.quant.stages import LinearInfo, linears_by_name, linears_of
 from jaxllm.quant.statistics import STATISTICS, Stats
-from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
+from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator, warn_of_few
 from jaxllm.quant.text import Text
 from jaxllm.storage import checksums, former_names
 from jaxllm.storage.arrays import read_npz, write_npz
@@ -65,6 +65,7 @@ class Calibration(Mapping[str, Stats]):
 
     def __getitem__(self, name: str) -> Stats:
         found: dict[str, Any] = {}
+        tokens = self._tokens[name]
         listed = checksums.names("calibration", self.path) if self._checked else ()
         for file in (f"{self._inputs[name]}.in.npz", f"{name}.out.npz"):
             if file in listed or (self.path / file).is_file():
@@ -74,10 +75,11 @@ class Calibration(Mapping[str, Stats]):
                     arrays = read_npz(self.path / file)
                 except ValueError as error:
                     raise ValueError(f"calibration: {str(self.path)!r}: {one_line(error)}") from error
-                found |= {key: jnp.asarray(arrays[key]) for key in arrays}
+                found |= {key: jnp.asarray(arrays[key]) for key in arrays if key != "tokens"}
+                tokens = int(arrays.get("tokens", tokens))  # an expert's
         if not found.keys() <= frozenset(STATISTICS):
             raise ValueError(f"calibration: files must hold statistics, got {', '.join(found)} of {name}")
-        return Stats(**found, tokens=self._tokens[name])
+        return Stats(**found, tokens=tokens)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -106,8 +108,12 @@ def calibrate(
     output_groups: of consecutive outputs, for "guided_hessian"; must divide every linear's N.
     batch: sequences that go through the model at once. sample: rows kept for "sample".
 
-    Warns where fewer tokens were seen than a Hessian has columns. Raises ValueError for no text, or for a
-    directory that another model, text or wish has begun; OSError in one line when the disk is full.
+    Of a linear of experts each has its own: "layers.0.mlp.up.3" is of the tokens that went to expert 3. One
+    that none went to has the statistics of all experts together.
+
+    Warns where fewer tokens were seen than a Hessian has columns, and names experts that saw so few. Raises
+    ValueError for no text, or for a directory that another model, text or wish has begun; OSError in one line
+    when the disk is full.
     """
     want = frozenset(want)
     if not want or want - frozenset(STATISTICS):
@@ -148,6 +154,7 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     if want & OF_OUTPUT:
         gradients(model, text, folder, output_groups=meta["output_groups"], want=want, bar=bar)
     states = text.initial_states()
+    few: dict[str, tuple[int, int]] = {}
     for stage in bar(model.stages(), desc="calibrate", unit="block"):
         prefix = stage.name
         if not prefix or (folder / f"{prefix}.done").is_file():
@@ -155,13 +162,16 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
             continue
         sums, stage = StatsAccumulator(want, meta["sample"]), stage.loaded()
         states = sums.update(stage, text, states, folder)
-        for name, linear in linears_of(model, stage).items():
+        linears = linears_of(model, stage)
+        few |= {f"{prefix}.{name}": count for name, count in sums.few(linears).items()}
+        for name, linear in linears.items():
             arrays = sums.arrays(name, linear) | squared_gradients(folder, f"{prefix}.{name}")
             for end, keys in (("in", arrays.keys() - OF_OUTPUT), ("out", arrays.keys() & OF_OUTPUT)):
                 if keys:
                     some = {key: arrays[key] for key in keys}
                     write_npz(folder, f"{prefix}.{name}.{end}.npz", some, checked=checked)
         (folder / f"{prefix}.done").touch()
+    warn_of_few(few)
     for file in folder.glob("*.done"):
         file.unlink()
     shutil.rmtree(folder / "gradients", ignore_errors=True)
@@ -178,7 +188,7 @@ def check(linears: dict[str, LinearInfo], want: frozenset[str], output_groups: i
         raise ValueError(
             f"calibrate: output_groups must divide the outputs of {uneven[0]}, got {output_groups=}, {N=}"
         )
-    short = [name for name, linear in linears.items() if text.counts[linear.side] < linear.K]
+    short = [n for n, one in linears.items() if one.expert is None and text.counts[one.side] < one.K]
     if short and want & {"hessian", "guided_hessian"}:
         names = ", ".join(short[:3]) + (", ..." if short[3:] else "")
         tokens = text.counts[linears[short[0]].side]

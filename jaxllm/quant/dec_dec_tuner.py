@@ -34,8 +34,11 @@ def tune_dec_dec(model, method: DecDec, *, gpu: str, slowdown: float = 0.05) -> 
     slowdown: by how much fetching may lengthen one token's products of all blocks together (0.05: 5 %).
     What `modelled_times` says, nothing is measured. A kind that can afford no row gets the base alone.
 
-    Raises ValueError for a GPU that is not known, a slowdown below 0, a base without a number of bits.
+    Raises ValueError for a GPU that is not known, a slowdown below 0, a base without a number of bits, and a
+    model of experts: which of them a token reads is not modelled.
     """
+    if getattr(model.config, "experts", 0):
+        raise ValueError(f"tune_dec_dec: the model must have no experts, got {model.config.experts=}")
     sizes = {name: w.shape for name, w in linear_weights(model).items() if "." in name}
     each = modelled_times(sizes, bits=_bits(method.base), residual_bits=method.residual_bits, gpu=gpu)
     kinds: dict[str, list[str]] = {}  # "attention.q": those of all blocks

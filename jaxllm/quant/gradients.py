@@ -6,7 +6,7 @@ Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecu
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from jaxllm.models.stages import Batch, State
+from jaxllm.models.stages import Batch, State, without_experts
 from jaxllm.models.taps import linear_io
 from jaxllm.quant.text import Text
 
@@ -36,10 +36,10 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
         states: list[State] = [{}]
         for stage in chain:
             states.append(stage(states[-1], batch))
-        g = loss_gradient(model, states.pop(), batch)
+        g = loss_gradient(without_experts(model), states.pop(), batch)
         for stage in reversed(chain[1:]):  # nothing is asked of what embeds
             g, saliency, squares = backward_block(
-                stage.block,
+                stage.operand,
                 stage.shared,
                 states.pop(),
                 batch,
@@ -53,7 +53,7 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
             prefix = stage.name
             if "guided_hessian" in want:
                 np.savez(place / f"{prefix}.{i}.npz", **{n: np.asarray(s) for n, s in saliency.items()})  # type: ignore[arg-type]
-            for name, square in squares.items():
+            for name, square in _by_linear(squares):
                 key = f"{prefix}.{name}"
                 if key not in fisher:
                     file = place / f"{key}.fisher.npy"
@@ -62,6 +62,15 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
     for array in fisher.values():
         array.flush()  # type: ignore[attr-defined]
     (place / "done").touch()
+
+
+def _by_linear(squares: dict[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:
+    """Each linear's squares [N, K], those of each expert by themselves."""
+    for name, square in squares.items():
+        if square.ndim == 2:
+            yield name, square
+        else:
+            yield from ((f"{name}.{e}", one) for e, one in enumerate(square))
 
 
 def squared_gradients(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -104,20 +113,21 @@ def backward_block(
     run: Callable[..., State],
     output_groups: int,
     fisher: bool,
-) -> tuple[State, dict[str, Float[Array, "B _ g"]], dict[str, Float[Array, "_ _"]]]:
+) -> tuple[State, dict[str, Float[Array, "B *_ g"]], dict[str, Float[Array, "*X _ _"]]]:
     """The gradient before a stage by side; of each linear its saliency, and its squared weight gradients.
 
     A zero is added to each linear's output, and the loss differentiated by it. Square first, sum later: the
     saliency squares a token's gradient, the Fisher a sequence's (arXiv:2505.07004 against arXiv:2306.07629).
     """
     inputs: dict[str, jax.Array] = {}
+    assigned: dict[str, jax.Array] = {}
 
     def through(state, zeros):
         def add_zero(name, array):
             return array + zeros[name]
 
-        y = state | run(block, shared, state, batch, linear_io(inputs, add_zero))
-        return y, dict(inputs)
+        y = state | run(block, shared, state, batch, linear_io(inputs, add_zero, assigned))
+        return y, (dict(inputs), dict(assigned))
 
     def shapes(state):
         outputs = {}
@@ -130,14 +140,19 @@ def backward_block(
         return outputs
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, state))
-    _, pull, inputs = jax.vjp(through, state, zeros, has_aux=True)
+    _, pull, (inputs, assigned) = jax.vjp(through, state, zeros, has_aux=True)
     before, g_out = pull(g)
     saliency, squares = {}, {}
     for name, gz in g_out.items():
         gz = gz.astype(jnp.float32)
-        saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:2], output_groups, -1)), axis=-1)
+        saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:-1], output_groups, -1)), axis=-1)
         if fisher:
-            squares[name] = _sum_of_squares(gz, inputs[name].astype(jnp.float32))
+            x = inputs[name].astype(jnp.float32)
+            squares[name] = (
+                _sum_of_squares_by_expert(gz, x, assigned[name])
+                if name in assigned
+                else _sum_of_squares(gz, x)
+            )
     return before, saliency, squares
 
 
@@ -150,3 +165,17 @@ def _sum_of_squares(gz: Float[Array, "B T N"], x: Float[Array, "B T K"]) -> Floa
 
     zeros = jnp.zeros((gz.shape[-1], x.shape[-1]), jnp.float32)
     return jax.lax.scan(one, zeros, (gz, x))[0]
+
+
+def _sum_of_squares_by_expert(
+    gz: Float[Array, "B T S N"], x: Float[Array, "B T S K"], assigned: Bool[Array, "B T S X"]
+) -> Float[Array, "X N K"]:
+    """The same of each expert's own rows."""
+
+    def rows(a):
+        return a.reshape(a.shape[0], -1, a.shape[-1])
+
+    def one(own):
+        return _sum_of_squares(jnp.where(own[..., None], rows(gz), 0.0), rows(x))
+
+    return jax.lax.map(one, jnp.moveaxis(rows(assigned), -1, 0))

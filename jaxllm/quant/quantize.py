@@ -8,13 +8,16 @@ A recipe is a list of (pattern, method): the first pattern that is found (re.sea
 as "layers.3.mlp.down", decides; None leaves it as it is; a name that no pattern matches is an error. One
 method alone takes every linear of the blocks. What lies outside of blocks stays as it is unless a pattern
 spells its name, as "head" or "^embedding$" do and ".*" does not, and gives it a method that needs no
-calibration. A quantized embedding is read row by row; tied, it is the head as well. Norms always stay.
+calibration. A quantized embedding is read row by row; tied, it is the head as well. Norms always stay, and so
+do routers. "layers.3.mlp.up" is that linear of all experts of a layer: each is quantized by what its own
+tokens said, and all are stored alike.
 
 In memory at a time: the model, what is finished, one block's statistics and the hidden states of the text.
 With `consume` what is finished takes the model's place; from the path of a safetensors directory, only what
 is finished, one block, its statistics and the states are there. Other checkpoints are read whole.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from jaxllm.quant.checkpoint import BlockCheckpoint
 from jaxllm.quant.recipe import Recipe, methods_by_linear
 from jaxllm.quant.source import CalibrationStream
 from jaxllm.quant.statistics import Allocator, Method, Stats, output_groups_of
-from jaxllm.weights.dense import Dense
+from jaxllm.weights.experts import Experts, members, parts, stack
 from jaxllm.weights.matmul import can_gather_rows
 
 
@@ -66,7 +69,7 @@ def quantize(
     plan = methods_by_linear(method, weights)
     source = CalibrationStream(
         model,
-        {name: chosen.required_stats for name, chosen in plan.items()},
+        {own: chosen.required_stats for name, chosen in plan.items() for own in members(name, weights[name])},
         sequences,
         output_groups=output_groups_of(*plan.values()),
         sequential=sequential,
@@ -87,7 +90,7 @@ def quantize(
             found = {}
             for name in names:
                 more = {"mask": masks[name]} if name in masks else {}
-                found[name] = _solve(plan[name], weights[name], stats.get(name, Stats()), name, **more)
+                found[name] = _solve(plan[name], weights[name], stats, name, **more)
                 if name in tables and not can_gather_rows(found[name]):
                     made = type(found[name]).__name__
                     raise ValueError(f"quantize: {name} must be stored in rows that stand alone, got {made}")
@@ -105,18 +108,22 @@ def quantize(
     return made
 
 
-def _solve(method: Method, w: Dense, stats: Stats, name: str, **more: Any) -> Any:
-    rows = in_memory(w).rows.astype(jnp.float32)
-    if not bool(jnp.isfinite(rows).all()):
-        raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {name}")
-    return method.quantize(rows, stats, name=name, dtype=w.dtype, **more)
+def _solve(method: Method, w: Any, stats: Mapping[str, Stats], name: str, **more: Any) -> Any:
+    """The weight by a method; experts one by one, with what is random the same, for they are stored alike."""
+    made = []
+    for own, one in zip(members(name, w), parts(w), strict=True):
+        rows = in_memory(one).rows.astype(jnp.float32)
+        if not bool(jnp.isfinite(rows).all()):
+            raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {own}")
+        made.append(method.quantize(rows, stats.get(own, Stats()), name=name, dtype=w.dtype, **more))
+    return stack(made) if isinstance(w, Experts) else made[0]
 
 
 def _allocate(plan: dict[str, Method], weights: dict[str, Any], source: CalibrationStream) -> dict[str, Any]:
-    """What a method that spends its bits across layers gives each of them."""
+    """What a method that spends its bits across layers gives each of them; each expert has the same."""
     shared: dict[Any, dict[str, Any]] = {}
     for name, method in plan.items():
-        if isinstance(method, Allocator):
+        if isinstance(method, Allocator) and not isinstance(weights[name], Experts):  # these are stored alike
             shared.setdefault(method, {})[name] = None
     if not shared:
         return {}

@@ -16,7 +16,7 @@ from typing import Any
 from jaxllm.quant.method_options import check_method, make_method
 from jaxllm.quant.statistics import Grouped, Method, output_groups_of
 from jaxllm.storage import former_names
-from jaxllm.weights.dense import Dense
+from jaxllm.weights.experts import is_dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +129,10 @@ def methods_by_linear(method: Recipe, weights: dict[str, Any]) -> dict[str, Meth
         chosen = recipe[i][1]
         if chosen is None:
             continue
-        if not isinstance(w, Dense):
+        if not is_dense(w):
             raise ValueError(f"quantize: {name} must be dense, got {type(w).__name__}")
         check_method(chosen)
-        _check_sizes(name, chosen, *w.shape)
+        _check_sizes(name, chosen, *w.shape[-2:])
         plan[name] = chosen
     if not all(used):
         raise ValueError(f"quantize: every pattern must match a linear, got {recipe[used.index(False)][0]!r}")

@@ -18,6 +18,7 @@ Letters: K inputs, N outputs.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -28,7 +29,8 @@ import numpy as np
 
 from jaxllm.models.linears import block_of, in_memory, linear_weights
 from jaxllm.quant.source import CalibrationStream
-from jaxllm.quant.statistics import Allocator, Method, output_groups_of
+from jaxllm.quant.statistics import Allocator, Method, Stats, output_groups_of
+from jaxllm.weights.experts import Experts, members, parts
 from jaxllm.weights.matmul import num_bytes
 
 By = Literal["guided_hessian", "fisher", "hessian", "hessian_diag"]
@@ -76,7 +78,7 @@ def sensitivity(
     want = frozenset({by}).union(*(method.required_stats for method in methods))
     source = CalibrationStream(
         model,
-        dict.fromkeys(weights, want),
+        {own: want for name, w in weights.items() for own in members(name, w)},
         sequences,
         output_groups=output_groups_of(*methods),
         batch=batch,
@@ -86,15 +88,21 @@ def sensitivity(
     table: dict[str, list[Choice]] = {}
     for block, stats in source.blocks():
         for name in (n for n in weights if block_of(n) == block):
-            rows = in_memory(weights[name]).rows.astype(jnp.float32)
-            table[name] = []
-            for method in methods:
-                made: Any = method.quantize(rows, stats[name], name=name, dtype=weights[name].dtype)
-                change = made.dequantize_rows(jnp.float32) - rows
-                cost = float(COSTS[by](change, stats[name])) / stats[name].tokens
-                table[name].append(Choice(method, 8 * num_bytes(made), rows.size, cost))
+            table[name] = [_choice(method, by, name, weights[name], stats, model) for method in methods]
         del stats
     return table
+
+
+def _choice(method: Method, by: By, name: str, w: Any, stats: Mapping[str, Stats], model) -> Choice:
+    """What a method does to a linear, or to all experts of one."""
+    bits, cost, tokens = 0, 0.0, 0
+    for own, one in zip(members(name, w), parts(w), strict=True):
+        rows = in_memory(one).rows.astype(jnp.float32)
+        made: Any = method.quantize(rows, stats[own], name=name, dtype=w.dtype)
+        cost += float(COSTS[by](made.dequantize_rows(jnp.float32) - rows, stats[own]))
+        bits, tokens = bits + 8 * num_bytes(made), tokens + stats[own].tokens
+    per_token = model.config.experts_per_token if isinstance(w, Experts) else 1  # rows that a token gives
+    return Choice(method, bits, math.prod(w.shape), cost * per_token / tokens)
 
 
 @jax.jit

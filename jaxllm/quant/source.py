@@ -22,17 +22,17 @@ from jaxllm.models.linears import block_of, replace_weights
 from jaxllm.quant import calibrate as measure
 from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
-from jaxllm.quant.stages import linears_by_name
+from jaxllm.quant.stages import linears_by_name, linears_of
 from jaxllm.quant.statistics import Stats
-from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator
+from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator, warn_of_few
 from jaxllm.quant.text import Text
 
 
 class CalibrationStream:
     """Statistics by block, of linears and what is wanted of each.
 
-    wanted: by the linear's name, names in `statistics.STATISTICS`, or none. output_groups: of guided
-    Hessians. desc: what the bar says.
+    wanted: by the linear's name, an expert's own, names in `statistics.STATISTICS`, or none.
+    output_groups: of guided Hessians. desc: what the bar says.
     sequences, sequential, batch, sample, progress: as for `quantize`.
     Raises ValueError for statistics that are missing, impossible, or another model's.
     """
@@ -117,6 +117,7 @@ class CalibrationStream:
             if all(prefix != stage.name for stage in chain):
                 yield prefix, {}
         states = self.text.initial_states()
+        few: dict[str, tuple[int, int]] = {}
         for stage in self.bar(chain):
             prefix, after = stage.name, states
             if not prefix:
@@ -130,6 +131,7 @@ class CalibrationStream:
             else:
                 sums = StatsAccumulator(self.want, self.sample)
                 after = sums.update(stage, self.text, states, self.folder)
+                few |= {f"{prefix}.{n}": c for n, c in sums.few(linears_of(self.model, stage)).items()}
                 yield prefix, sums.stats(self.model, stage, self.folder)
                 del sums
             if self.sequential:
@@ -138,6 +140,7 @@ class CalibrationStream:
                 quantized = dataclasses.replace(stage, block=replace_weights(stage.block, own))
                 after = self.text.run(quantized, states)
             states = after
+        warn_of_few(few)
 
     def _known(self, name: str) -> Stats:
         return Stats() if self.given is None or name not in self.given else self.given[name]

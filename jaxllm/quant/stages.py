@@ -21,6 +21,11 @@ class LinearInfo:
     side: str
     K: int
     N: int
+    expert: int | None = None  # which of a linear's experts it is, "mlp.up.3" of "mlp.up"
+
+    def stack_name(self, name: str) -> str:
+        """The name of the linear whose expert this one, called `name`, is."""
+        return name if self.expert is None else name.removesuffix(f".{self.expert}")
 
     def scoped(self, prefix: str) -> "LinearInfo":
         """As seen from the whole model."""
@@ -34,7 +39,7 @@ def side_of(array: Any, state: State, side: str) -> str:
 
 
 def linears_of(model, stage: Stage) -> dict[str, LinearInfo]:
-    """The linears of a stage, by name in the order in which they run; nothing is computed."""
+    """The linears of a stage, by name in the order in which they run, each expert's; nothing is computed."""
     if not stage.name:
         return {}
 
@@ -46,15 +51,21 @@ def linears_of(model, stage: Stage) -> dict[str, LinearInfo]:
 
     def run(block, shared, state, batch):
         inputs: dict[str, jax.Array] = {}
+        assigned: dict[str, jax.Array] = {}
 
         def describe(name, y):
             x = inputs[name]
             # subtle: while tracing, linears that read the same input read the same object
             first = next(other for other, same in inputs.items() if same is x)
-            found[name] = LinearInfo(first, side_of(x, state, stage.side), x.shape[-1], y.shape[-1])
+            one = LinearInfo(first, side_of(x, state, stage.side), x.shape[-1], y.shape[-1])
+            if name not in assigned:
+                found[name] = one
+                return y
+            for e in range(assigned[name].shape[-1]):
+                found[f"{name}.{e}"] = dataclasses.replace(one, source=f"{first}.{e}", expert=e)
             return y
 
-        return stage.run(block, shared, state, batch, linear_io(inputs, describe))
+        return stage.run(block, shared, state, batch, linear_io(inputs, describe, assigned))
 
     jax.eval_shape(run, stage.block, stage.shared, rows((1, 2, model.config.width), model.dtype), batch)
     return found

@@ -1,9 +1,13 @@
 """Statistics of a block's linears, summed over a text; linears that read one input share what depends on it.
 
-Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecutive outputs.
+A linear of experts has each statistic once for each, of the rows that are for it. An expert that no token of
+the text went to has what all experts of the linear have together: the nearest there is to its own.
+
+Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecutive outputs, X experts.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,9 +63,9 @@ class StatsAccumulator:
             old = self.sums.get(name)
             self.sums[name] = stats if old is None else _add(old, stats)
         for name, (rows, part) in inputs.items():
-            have = sum(len(r) for r in self.rows.get(name, []))
-            real = np.asarray(rows)[np.asarray(part) != 0][: self.sample - have]
-            self.rows.setdefault(name, []).append(np.asarray(real, np.float32))
+            for own, real in _by_expert(name, np.asarray(rows), np.asarray(part) != 0):
+                have = sum(len(r) for r in self.rows.get(own, []))
+                self.rows.setdefault(own, []).append(np.asarray(real[: self.sample - have], np.float32))
         for side, part in batch.part.items():
             self.tokens[side] = self.tokens.get(side, 0) + int(np.count_nonzero(part))
         return state | {side: np.asarray(x) for side, x in y.items()}
@@ -76,19 +80,52 @@ class StatsAccumulator:
                 | self.arrays(name, linear)
                 | squared_gradients(folder, full)
             )
-            found[full] = Stats(
-                **{key: jnp.asarray(x) for key, x in arrays.items()}, tokens=self.tokens[linear.side]
-            )
+            tokens = arrays.pop("tokens", self.tokens[linear.side])
+            found[full] = Stats(**{key: jnp.asarray(x) for key, x in arrays.items()}, tokens=int(tokens))
         return found
 
     def arrays(self, name: str, linear: LinearInfo) -> dict[str, Any]:
-        """What was measured under a linear's name, without what another speaks for."""
-        found: dict[str, Any] = dict(self.sums.get(name, {}))
+        """What was measured under a linear's name, without what another speaks for; "tokens" of an expert."""
+        found: dict[str, Any] = dict(self.sums.get(linear.stack_name(name), {}))
+        if linear.expert is not None:
+            found = self._of_expert(found, linear)
         if "mean" in found:
-            found["mean"] = found["mean"] / self.tokens[linear.side]
+            found["mean"] = found["mean"] / int(found.get("tokens", self.tokens[linear.side]))
         if name in self.rows:
             found["sample"] = np.concatenate(self.rows[name])
         return found
+
+    def _of_expert(self, found: dict[str, Any], linear: LinearInfo) -> dict[str, Any]:
+        found = {key: np.asarray(x) for key, x in found.items()}
+        if self._seen(linear)[linear.expert]:
+            return {key: x[linear.expert] for key, x in found.items()}
+        return {key: x.max(0) if key == "thresholds" else x.sum(0) for key, x in found.items()}
+
+    def _seen(self, linear: LinearInfo) -> np.ndarray:
+        """How many rows each expert of an expert's linear saw."""
+        return np.asarray(self.sums[linear.stack_name(linear.source)]["tokens"])
+
+    def few(self, linears: dict[str, LinearInfo]) -> dict[str, tuple[int, int]]:
+        """Experts that saw fewer tokens than they need, and both numbers, by the first linear that read them.
+
+        A Hessian needs as many as it has columns, all else one.
+        """
+        hessian = bool(self.want & {"hessian", "guided_hessian"})
+        first = {n: one for n, one in linears.items() if one.expert is not None and one.source == n}
+        counts = {n: (int(self._seen(one)[one.expert]), one.K if hessian else 1) for n, one in first.items()}
+        return {name: count for name, count in counts.items() if count[0] < count[1]}
+
+
+def warn_of_few(few: dict[str, tuple[int, int]]) -> None:
+    """Warns of experts that saw too few tokens, by name."""
+    if few:
+        named = [f"{name} ({seen} of {need})" for name, (seen, need) in few.items()]
+        rest = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        warnings.warn(
+            "calibrate: each expert should see as many tokens as its Hessian has columns, at least one, got "
+            f"fewer for {', '.join(named[:8])}{rest}",
+            stacklevel=3,
+        )
 
 
 def _add(old, new):
@@ -110,22 +147,45 @@ def _measure(
 ):
     """A batch's part of each statistic, by linear; and what linears read, for the sample."""
     seen: dict[str, jax.Array] = {}
-    y = run(block, shared, state, batch, linear_io(seen))
+    assigned: dict[str, jax.Array] = {}
+    y = run(block, shared, state, batch, linear_io(seen, assigned=assigned))
     sums: dict[str, dict[str, jax.Array]] = {}
     inputs: dict[str, tuple[jax.Array, jax.Array]] = {}
     for name, array in seen.items():
         part = batch.part[side_of(array, state, side)]
+        if name in assigned:
+            part = jnp.where(jnp.moveaxis(assigned[name], -1, 0), part[None, ..., None], 0)  # [X, B, T, S]
         flat = array.astype(jnp.float32).reshape(-1, array.shape[-1])
         if not any(array is seen[other] for other in inputs):  # the first that reads it speaks for the others
             inputs[name] = array, part
-            sums[name] = _of_input(flat, part.ravel(), want)
+            sums[name] = _each(partial(_of_input, flat, want=want), part)
+            if name in assigned:
+                sums[name]["tokens"] = jnp.sum(part != 0, axis=(1, 2, 3))
         if name in saliency:
-            s = saliency[name].astype(jnp.float32) * (part != 0).astype(jnp.float32)[..., None]
-            sums[name] = sums.get(name, {}) | {"guided_hessian": _guided(flat, s.reshape(-1, s.shape[-1]))}
+            s = saliency[name].astype(jnp.float32).reshape(len(flat), -1)
+            guided = _each(partial(_guided, flat, s), part)
+            sums[name] = sums.get(name, {}) | {"guided_hessian": guided}
     return y, sums, inputs if "sample" in want else {}
 
 
-def _of_input(x: Float[Array, "n K"], part: Int[Array, " n"], want: frozenset[str]) -> dict[str, jax.Array]:
+def _each(measure: Callable[[jax.Array], Any], part: Int[Array, "..."]) -> Any:
+    """What is measured of the rows that count, or of each expert's [X, ...]."""
+    if part.ndim == 2:
+        return measure(part.ravel())
+    return jax.lax.map(measure, part.reshape(len(part), -1))
+
+
+def _by_expert(name: str, rows: np.ndarray, real: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The rows that count, by the name of the linear, or of each expert."""
+    if real.ndim == 2:
+        yield name, rows[real]
+    else:
+        yield from ((f"{name}.{e}", rows[own]) for e, own in enumerate(real))
+
+
+def _of_input(
+    x: Float[Array, "n K"], part: Int[Array, " n"], *, want: frozenset[str]
+) -> dict[str, jax.Array]:
     """What depends on a linear's inputs [n, K] alone."""
     x = jnp.where(part[:, None] != 0, x, 0.0)
     kept = x if "held_out" not in want else jnp.where(part[:, None] > 0, x, 0.0)
@@ -161,8 +221,9 @@ def token_thresholds(x: Float[Array, "n K"]) -> Float[Array, " K"]:
     return jnp.asarray(UPPER_ENDS)[steps]
 
 
-def _guided(x: Float[Array, "n K"], s: Float[Array, "n g"]) -> Float[Array, "g K K"]:
+def _guided(x: Float[Array, "n K"], s: Float[Array, "n g"], part: Int[Array, " n"]) -> Float[Array, "g K K"]:
     """sum_t s[t, j] x[t] x[t]^T of inputs [n, K] and saliencies [n, g], a group at a time."""
+    s = jnp.where(part[:, None] != 0, s, 0.0)
     return jax.lax.map(lambda root: _gram(x * root[:, None]), jnp.sqrt(s).T)
 
 

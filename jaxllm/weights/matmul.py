@@ -1,6 +1,7 @@
 """The one function that multiplies by a stored weight, whatever its format, and what formats exist.
 
 A weight is a `jax.Array` [K, N] or one of the frozen pytrees in `FORMATS`; what each has, `Weight` says.
+`Experts` are several weights as one: `grouped.py` multiplies by them.
 Adding a format is one file and one entry of `FORMATS`; one that multiplies in a way of its own gets a `case`.
 """
 
@@ -18,6 +19,7 @@ from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.codebook import Codebook
 from jaxllm.weights.dense import Dense
+from jaxllm.weights.experts import Experts
 from jaxllm.weights.host_residual import HostResidual
 from jaxllm.weights.mixed_columns import MixedColumns
 from jaxllm.weights.nested_float import NestedFloat
@@ -32,7 +34,7 @@ AnyWeight = jax.Array | Weight
 # Closed on purpose: what a saved file may name. A name is looked up here and never imported.
 FORMATS: tuple[type, ...] = (
     Dense, Affine, Codebook, BitPlanes, Scaled, MixedColumns, NestedFloat, HostResidual, Permuted,
-    Rotated, BlockAffine, DenseAndSparse,
+    Rotated, BlockAffine, DenseAndSparse, Experts,
 )  # fmt: skip
 PARTS: tuple[type, ...] = (Packed,)  # of which formats are made
 

@@ -152,7 +152,10 @@ def with_mode(tree, mode: Mode | jax.Array):
         name, switch = "traced", mode
 
     def turn(w):
-        return dataclasses.replace(w, switch=switch, mode=name) if isinstance(w, NestedFloat) else w
+        if not isinstance(w, NestedFloat):
+            return w
+        own = None if switch is None else jnp.broadcast_to(switch, w.upper.shape[:-2])  # of experts, each
+        return dataclasses.replace(w, switch=own, mode=name)
 
     return jax.tree.map(turn, tree, is_leaf=lambda w: isinstance(w, NestedFloat))
 

@@ -60,6 +60,8 @@ GEMMA = HEAD | {
     "final_logit_softcapping": 3.0,
     "tie_word_embeddings": True,
 }
+EXPERTS = HEAD | {"num_experts_per_tok": 2, "num_local_experts": 5}
+QWEN_MOE = HEAD | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
@@ -93,6 +95,10 @@ CHECKPOINTS = {
     "phi3": ("phi3", {"sliding_window": 7}),
     "phi3_partial": ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5,
                      "rope_theta": 100.0, "rope_type": "default"}}),
+    "mixtral": ("mixtral", EXPERTS | {"sliding_window": 7}),
+    "qwen3_moe": ("qwen3_moe", QWEN_MOE | {"mlp_only_layers": [0]}),
+    "gpt_oss": ("gpt_oss", EXPERTS | {"sliding_window": 5, "swiglu_limit": 0.5,
+                "rope_parameters": YARN | {"truncate": False}}),
     # 24 tokens: with 64 always the short list, with 8 always the long, with 16 the length decides
     "phi3_short": ("phi3", {"rope_parameters": longrope(4, 96)}),
     "phi3_long": ("phi3", {"rope_parameters": longrope(4, 8)}),
@@ -248,6 +254,12 @@ FEATURES = [
     ("gemma3", "qk_norm", False),
     ("gemma3", "windows", ()),
     ("phi3", "windows", ()),
+    ("mixtral", "experts_per_token", 1),
+    ("mixtral", "renormalize", False),
+    ("qwen3_moe", "renormalize", True),
+    ("gpt_oss", "glu_limit", None),
+    ("gpt_oss", "expert_bias", False),
+    ("gpt_oss", "attention_sinks", False),
     ("phi3_partial", "rope", lambda rope: dataclasses.replace(rope, fraction=1.0)),
     ("phi3_long", "rope", lambda rope: dataclasses.replace(rope, original_context=64)),
     ("phi3_long", "rope", lambda rope: dataclasses.replace(rope, attention_factor=1.0)),

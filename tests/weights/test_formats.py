@@ -22,6 +22,7 @@ from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine, codebook, sparse
 from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.dense import Dense
+from jaxllm.weights.experts import Experts
 from jaxllm.weights.matmul import (
     FORMATS,
     bits_per_weight,
@@ -128,7 +129,7 @@ def inputs(*shape):
 
 
 def test_every_format_is_tried_here(weights):
-    assert {type(w) for w in weights[1].values()} | {Dense} == set(FORMATS)
+    assert {type(w) for w in weights[1].values()} | {Dense, Experts} == set(FORMATS)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -69,8 +69,8 @@ def masked(model, cache, keep, tokens, lengths, ends=LENGTHS):
     hidden = ~np.pad(np.asarray(keep), [(0, 0)] * 3 + [(0, 64 - keep.shape[-1])])
     hidden &= (np.arange(64)[None] < np.asarray(ends)[:, None])[None, :, None]
 
-    def attend(q, cache, layer, positions, lengths, *, scale, softcap=None, bias=None):
-        assert bias is None  # of models whose cache cannot be evicted
+    def attend(q, cache, layer, positions, lengths, *, scale, softcap=None, bias=None, sinks=None):
+        assert bias is None and sinks is None  # a bias: of models whose cache cannot be evicted
         if cache.windows[layer] is not None:
             return kv.dense.attend(q, cache, layer, positions, lengths, scale=scale, softcap=softcap)
         seen = kv.dense.reach(cache, layer, positions, lengths).mask()

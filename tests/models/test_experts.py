@@ -258,3 +258,16 @@ def test_experts_are_quantized_from_files_as_from_memory(tmp_path):
     small = [jl.quantize(some, recipe, TEXT, progress=False) for some in (model, tmp_path / "files")]
     for a, b in zip(*map(jax.tree.leaves, small), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:calibrate")
+def test_what_a_method_costs_all_experts_of_a_linear_is_told_as_one(model):
+    """In more bits less, of all weights of the linear, and by the loss of a token."""
+    methods = [jl.Rtn(bits=bits, group_size=16) for bits in (2, 4, 8)]
+    table = jl.sensitivity(model, methods, TEXT, layers=r"mlp\.", by="hessian", progress=False)
+    assert table.keys() == {f"layers.0.mlp.{name}" for name in ("gate", "up", "down")}
+    for choices in table.values():
+        assert [choice.weights for choice in choices] == [3 * 16 * 32] * 3
+        assert choices[0].cost > choices[1].cost > choices[2].cost > 0
+        assert choices[0].num_bits < choices[1].num_bits < choices[2].num_bits

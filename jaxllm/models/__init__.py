@@ -2,6 +2,7 @@
 
 decoder         Llama, Mistral, Qwen, Gemma, Phi, Mixtral: one forward pass
 experts         a feed-forward part of many, of which each token reads some
+grouped         the product over experts
 gpt             GPT-2, minGPT, OPT and the shapes of GPT-3
 t5              T5: an encoder, and a decoder that sees the source
 language_model  what all of them offer beside the forward pass: type, windows, cache, stages

@@ -8,7 +8,7 @@ GPT-OSS has biases everywhere here, cuts gates off at `glu_limit` from above and
 
 The router is float32 and stays as it is when the experts are quantized: its choices are what they were
 calibrated for. Experts are stored stacked (`weights/experts.py`) and multiplied by groups
-(`weights/grouped.py`). Which experts a token reads depends on nothing but the token.
+(`models/grouped.py`). Which experts a token reads depends on nothing but the token.
 
 Letters: B batch, T tokens, D width, F inner width of an expert, X experts, S experts of a token.
 """
@@ -24,7 +24,7 @@ from jaxllm.models.layers import ACTIVATIONS, broadcast_last, constant, normal, 
 from jaxllm.models.taps import Tap, probe, scoped
 from jaxllm.ops.dot import dot
 from jaxllm.weights.experts import Experts
-from jaxllm.weights.grouped import Groups, group, grouped_matmul
+from jaxllm.models.grouped import Groups, group, grouped_matmul
 
 
 class Router(nnx.Module):

@@ -12,7 +12,6 @@
     sparse          another format, and numbers added to single weights (dense and sparse)
     nested_float    a float16 whose upper byte is a float8 (NestedFP)
     experts         the weights of several experts as one, in any other format
-    grouped         the product over experts
     host_residual   a base, and residual rows from host memory (DecDEC)
     permuted        another format whose inputs stand in another order
     rotated         another format in a rotated basis, activations of 4 or 8 bits

@@ -5,7 +5,7 @@
 
 Experts are stored alike: one format with the same static fields. So a layer has three arrays for any number
 of experts, one program multiplies by whichever is chosen, and of the others nothing is read
-(`grouped.py`). As lossless as the format.
+(`models/grouped.py`). As lossless as the format.
 
 Letters: X experts, K inputs, N outputs.
 """

@@ -1,7 +1,7 @@
 """The one function that multiplies by a stored weight, whatever its format, and what formats exist.
 
 A weight is a `jax.Array` [K, N] or one of the frozen pytrees in `FORMATS`; what each has, `Weight` says.
-`Experts` are several weights as one: `grouped.py` multiplies by them.
+`Experts` are several weights as one: `models/grouped.py` multiplies by them.
 Adding a format is one file and one entry of `FORMATS`; one that multiplies in a way of its own gets a `case`.
 """
 

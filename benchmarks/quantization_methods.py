@@ -39,7 +39,7 @@ def affine(bits: int, group_size: int) -> dict[str, Any]:
     return {
         "RTN": jl.Rtn(**grid),
         "RTN, clipped": jl.Rtn(**grid, clip=True),
-        "GPTQ, as published": jl.Gptq(**grid, act_order=False, clip=False),
+        "GPTQ, as published": jl.Gptq(**grid, act_order=False, clip=False, rounds=1),
         "GPTQ": jl.Gptq(**grid),
         "GPTQ, guided": jl.Gptq(**grid, guided=True),
         "AWQ": jl.Awq(**grid),

@@ -49,7 +49,7 @@ def solvers(bits: int, group_size: int) -> dict[str, Any]:
     return {
         "RTN": jl.Rtn(**grid),
         "RTN, clipped": jl.Rtn(**grid, clip=True),
-        "GPTQ, as published": jl.Gptq(**grid, act_order=False, clip=False),
+        "GPTQ, as published": jl.Gptq(**grid, act_order=False, clip=False, rounds=1),
         "GPTQ, one round": jl.Gptq(**grid, rounds=1),
         "GPTQ": jl.Gptq(**grid),
         "DASH-Q, paper": jl.DashQ(**grid, mode="paper"),

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.models.stages import Batch, State, without_experts
 from jaxllm.models.taps import linear_io
 from jaxllm.quant.text import Text
+from jaxllm.storage import checksums
 
 LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
 
@@ -27,6 +28,7 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
     """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients [N, K]."""
     place = folder / "gradients"
     if (place / "done").is_file():
+        checksums.verify("calibrate", place, _results(place), required=False)  # 0.1.0 wrote none
         return
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -61,6 +63,7 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
                 fisher[key] += np.asarray(square)
     for array in fisher.values():
         array.flush()  # type: ignore[attr-defined]
+    checksums.write(place, _results(place))
     (place / "done").touch()
 
 
@@ -71,6 +74,11 @@ def _by_linear(squares: dict[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]
             yield name, square
         else:
             yield from ((f"{name}.{e}", one) for e, one in enumerate(square))
+
+
+def _results(place: Path) -> list[str]:
+    """The files of a whole backward pass."""
+    return [file.name for pattern in ("*.npz", "*.npy") for file in place.glob(pattern)]
 
 
 def squared_gradients(folder: Path, name: str) -> dict[str, np.ndarray]:

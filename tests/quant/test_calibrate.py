@@ -165,6 +165,12 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_block(model, tmp_path, mo
     with pytest.raises(FileNotFoundError, match=r"calibration\.json must be in the directory"):
         Calibration(tmp_path / "stats")
     begun = (tmp_path / "stats" / "layers.0.attention.q.in.npz").stat().st_mtime_ns
+    saliency = tmp_path / "stats" / "gradients" / "layers.1.0.npz"
+    whole_file = saliency.read_bytes()
+    saliency.write_bytes(whole_file[:-9] + bytes([whole_file[-9] ^ 1]) + whole_file[-8:])
+    with pytest.raises(ValueError, match=r"calibrate: .*layers\.1\.0\.npz' must have the checksum"):
+        calibrate(model, ROWS, **options)
+    saliency.write_bytes(whole_file)
     again = calibrate(model, ROWS, **options)
     assert (tmp_path / "stats" / "layers.0.attention.q.in.npz").stat().st_mtime_ns == begun
     whole = calibrate(model, ROWS, **(options | {"path": None}))

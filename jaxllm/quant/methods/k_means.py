@@ -3,7 +3,8 @@
 Nothing but sorting, adding up and looking up the result touches every weight. A row is sorted once; of f, f x
 and f x^2 running sums are kept, as pairs of float32 (48 bits); what an interval of places costs under a level
 then takes two look-ups, and where a level's interval ends a bisection (as in Any-Precision's own code, there
-in float64: github.com/SyphonArch/flash1dkmeans). So a start costs m log K and not m K steps.
+in float64: github.com/SyphonArch/flash1dkmeans). So a start costs m log K and not m K steps, and the optimum
+m K log K and not m K^2.
 """
 
 import functools
@@ -13,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, Key
 
+from jaxllm.ops.batches import map_in_batches
 from jaxllm.quant.statistics import layer_key
 
 MAX_LLOYD_STEPS = 300  # a hundred are rare
-AT_ONCE = 2**22  # numbers of [rows at once, 16, K], or of [rows at once, m, K] if exact
+AT_ONCE = 2**22  # numbers of [rows at once, 16, K], or of [rows at once, 256, K] if exact: they stay in cache
 BLOCKS = 64  # that running sums are made in, side by side
+RADIX = 8  # of the places between two whose best start is known, one in so many is searched next
+TILE = 8  # starts that are tried for each of them at once
 
 Part = Float[Array, "..."]  # of a sum
 Place = Int[Array, "..."] | int
@@ -46,9 +50,9 @@ def k_means(
     """
     K, m = rows.shape[1], 2**bits
     solve = functools.partial(_solve, m=m, restarts=restarts, exact=exact)
-    size = AT_ONCE // (K * (m if exact else 16))
+    size = AT_ONCE // (K * (256 if exact else 16))
     given = rows.astype(jnp.float32), weights.astype(jnp.float32), keys
-    return jax.lax.map(lambda row: solve(*row), given, batch_size=max(1, size))
+    return map_in_batches(lambda row: solve(*row), given, size)
 
 
 def _solve(
@@ -68,7 +72,7 @@ def _solve(
     f = jnp.zeros_like(weight).at[place].add(weight)
     sums = running_sums(x, f)
     if exact:
-        c = lloyd(x, sums, optimum(x, f, m))
+        c = lloyd(x, sums, optimum(x, sums, m))
     else:
         u = jax.random.uniform(key, (restarts, m, 2 + int(math.log(m))))
         tries = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(u)
@@ -266,37 +270,106 @@ def plus_plus(x: Float[Array, " K"], sums: Sums, u: Float[Array, "m trials"]) ->
     return jax.lax.fori_loop(1, m, step, (jnp.full(m, first), ends))[0]
 
 
-def optimum(x: Float[Array, " K"], f: Float[Array, " K"], m: int) -> Float[Array, " m"]:
+# -- the optimum
+
+
+def optimum(x: Float[Array, " K"], sums: Sums, m: int) -> Float[Array, " m"]:
     """The levels of least J, by dynamic programming over where the last interval starts.
 
-    best[j, e] is the least J of the first e places in at most j intervals. Place by place, the interval from
-    each start s grows by one, its mass, mean and cost updated as Welford does: sums of positive terms only.
-    Places of no weight (of a run of one value all but the first) cost nothing.
+    best_j(e), the least J of the first e places in at most j intervals, is the least over s < e of
+    best_{j-1}(s) and what places s .. e - 1 cost. The first interval is a sum, the last has one end only, K.
     """
     K = x.shape[0]
-    s = jnp.arange(K)
+    places = jnp.arange(K, dtype=jnp.int32)
 
-    def grow(state, place):
-        mass, mean, cost, best = state
-        e, x_e, f_e = place
-        grown = s <= e
-        total, mean = mass + f_e, jnp.where(s == e, x_e, mean)
-        shift, share = x_e - mean, jnp.where(total > 0, f_e / total, 0.0)
-        cost = jnp.where(grown, cost + mass * share * shift**2, 0.0)
-        mean = jnp.where(grown, mean + share * shift, 0.0)
-        mass = jnp.where(grown, total, 0.0)
-        through = jnp.where(grown[None], best[:-1, :-1] + cost[None], jnp.inf)  # [m, K]: last starts at s
-        least = through.min(1)
-        best = jax.lax.dynamic_update_slice(best, least[:, None], (1, e + 1))
-        start = jnp.where(through <= least[:, None], s[None], K).min(1)  # argmin, which is slow on a CPU
-        return (mass, mean, cost, best), (start, mean[start])
+    def grow(best, _):
+        start = best_starts(sums, best)
+        best = best[start] + least_cost(look_up(sums, start), look_up(sums, places))
+        return jnp.where(places > 0, best, 0.0), start
 
-    zero = jnp.zeros(K)
-    state = zero, zero, zero, jnp.full((m + 1, K + 1), jnp.inf).at[:, 0].set(0.0)
-    _, (starts, means) = jax.lax.scan(grow, state, (s, x, f))  # [K, m] each
+    from_first = least_cost(look_up(sums, jnp.zeros_like(places)), look_up(sums, places))
+    best, starts = jax.lax.scan(grow, from_first, length=m - 2)
+    last = best + least_cost(look_up(sums, places), look_up(sums, jnp.full_like(places, K)))
+    last = jnp.argmin(last).astype(jnp.int32)
+    _, inner = jax.lax.scan(lambda e, start: (start[e], start[e]), last, starts, reverse=True)
+    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), inner, last[None], jnp.full(1, K, jnp.int32)])
+    origin = x[ends[:-1]]
+    mass, mean = mass_and_mean(sums, ends[:-1], ends[1:], origin)
+    return origin + jnp.where(mass > 0, mean, 0.0)  # an interval of no places stands at the first
 
-    def back(e, j):
-        return jnp.where(e > 0, starts[e - 1, j], 0), jnp.where(e > 0, means[e - 1, j], x[0])
 
-    _, c = jax.lax.scan(back, jnp.int32(K), jnp.arange(m - 1, -1, -1))
-    return c[::-1]
+def best_starts(sums: Sums, best: Float[Array, " K"]) -> Int32[Array, " K"]:
+    """Of each e the least s < e for which best[s] and the cost of places s .. e - 1 are least together.
+
+    That cost is concave Monge, so s never falls as e grows (X. Wu, J. Algorithms 12, 1991): what is known of
+    two ends bounds all between them. Stage by stage, RADIX - 1 ends between each two known ones try all
+    starts that the two allow, which for all of them are K and a few; TILE by TILE, so that shapes are fixed.
+    """
+    K = best.shape[0]
+    stages = max(1, math.ceil(math.log(K, RADIX) - 1e-9))
+    member = jnp.arange(1, RADIX, dtype=jnp.int32)[:, None]
+
+    def stage(start, stride, groups):
+        tiles = -(-K // TILE) + groups  # as many as there can be
+        low_end = jnp.arange(groups, dtype=jnp.int32) * RADIX * stride
+        e = jnp.minimum(
+            low_end[None] + member * stride, K
+        )  # [members, groups]; K, which is no end here, fills
+        low = start[jnp.minimum(low_end, K)]
+        high = jnp.maximum(start[jnp.minimum(low_end + RADIX * stride, K)], low)
+        after = jnp.cumsum((high - low) // TILE + 1).astype(jnp.int32)
+        first = jnp.pad(after[:-1], (1, 0))  # tile of each group
+        marks = jnp.zeros(tiles, jnp.int32).at[first[1:]].add(1, mode="promise_in_bounds")
+        group = jnp.cumsum(marks).astype(jnp.int32)  # of each tile
+        s = (low - TILE * first)[group] + TILE * jnp.arange(tiles, dtype=jnp.int32)
+        s = jnp.minimum(s[None] + jnp.arange(TILE, dtype=jnp.int32)[:, None], K - 1)[
+            :, None
+        ]  # [TILE, 1, tiles]
+        end = e[:, group]  # [members, tiles]
+        until = look_up(sums, end)
+
+        def one(_, s):  # a loop, so that XLA computes each cost once, and not for each use of it
+            through = best[s] + least_cost(look_up(sums, s), until)
+            return None, jnp.where(s < end, through, jnp.inf)
+
+        _, through = jax.lax.scan(one, None, s)  # [TILE, members, tiles]
+        slot = (member - 1) * groups + group[None]
+
+        def least(of_tiles, nothing):
+            empty = jnp.full(e.size, nothing)
+            return empty.at[slot.ravel()].min(of_tiles.ravel(), mode="promise_in_bounds")
+
+        lowest = least(functools.reduce(jnp.minimum, through), jnp.inf)[slot]
+        found = least(jnp.where(through <= lowest[None], s, K - 1).min(0), jnp.int32(K - 1))
+        return start.at[e].set(jnp.where(e < K, found.reshape(e.shape), K - 1))
+
+    def coarse(i, start):
+        return stage(start, jnp.int32(RADIX) ** (stages - 1 - i), -(-K // RADIX**2))
+
+    start = jnp.full(K + 1, K - 1, jnp.int32).at[0].set(0)
+    start = jax.lax.fori_loop(0, stages - 1, coarse, start)
+    return stage(start, 1, -(-K // RADIX))[:K]
+
+
+def look_up(sums: Sums, at: Int32[Array, "..."]) -> tuple[Part, ...]:
+    """The sums over the first `at` places: high parts of f, f x, f x^2, then low parts."""
+    both = sums.reshape(-1, 6).at[at].get(mode="promise_in_bounds")
+    return tuple(both[..., i] for i in range(6))
+
+
+def least_cost(start: tuple[Part, ...], stop: tuple[Part, ...]) -> Part:
+    """`cost` at the mean, of the places between two that were looked up; of three long products it needs two.
+
+    At c = D1 / D0 as rounded, D1 - c D0 is next to zero: in (D2 - c D1) - c (D1 - c D0) it needs no low part.
+    """
+    (mass, mass_low), (moment, moment_low), (square, square_low) = (
+        pair_sum(stop[i], stop[i + 3], -start[i], -start[i + 3]) for i in range(3)
+    )
+    c = jnp.where(mass > 0, moment / mass, 0.0)
+
+    def left(a, a_low, b, b_low):  # of a - c b
+        less, less_low = product(b, c)
+        return (a - less) + (a_low - less_low - c * b_low)
+
+    left_square = left(square, square_low, moment, moment_low)
+    return jnp.maximum(left_square - c * left(moment, moment_low, mass, mass_low), 0.0)

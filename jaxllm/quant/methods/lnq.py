@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, UInt8
 
+from jaxllm.ops.batches import map_in_batches
 from jaxllm.ops.search import better
 from jaxllm.quant.methods.curvature import check_curvature, curvature, damped, importance
 from jaxllm.quant.methods.k_means import k_means, row_keys
@@ -185,8 +186,8 @@ def refit(
             c = jnp.where(jnp.isfinite(step).all(), c + step, c)
         return c
 
-    size = max(1, AT_ONCE // (rows.shape[1] * m))
-    return jax.lax.map(one, (rows, codes.astype(jnp.int32), table), batch_size=size)
+    size = AT_ONCE // (rows.shape[1] * m)
+    return map_in_batches(one, (rows, codes.astype(jnp.int32), table), size)
 
 
 @functools.partial(jax.jit, static_argnames="cycles")

@@ -6,7 +6,7 @@ does (arXiv:2402.10517): sorted rows, where clusters are intervals; greedy k-mea
 borders. Ours differs so:
 
 - several starts, the best kept (`restarts=1` is the papers'), or the optimum itself (`exact`): dynamic
-  programming over intervals, 2**bits * K^2 steps a row, also what tests hold the heuristic against;
+  programming over intervals, 2**bits K log K steps a row, also what tests hold the heuristic against;
 - float32 on any device: rows are centred and scaled, running sums are kept as pairs of float32 (48 bits), as
   differences of plain ones lose a light cluster that stands behind a heavy one;
 - nothing counts for nothing: f is at least 2**-30 of its row's mean, so that clusters of zero weight or fewer
@@ -43,9 +43,9 @@ from jaxllm.weights.sparse import DenseAndSparse, block_rows, encode, highest
 class SqueezeLlm:
     """Fisher-weighted k-means of each output's weights.
 
-    restarts: how many starts of Lloyd's algorithm, of which the best is kept. exact: the optimum instead; K
-    should be moderate (K^2 * 2**bits steps a row, some 3 ns each on a CPU core). outliers: the share of
-    weights that are kept in float16, at most 0.05; None for none.
+    restarts: how many starts of Lloyd's algorithm, of which the best is kept. exact: the optimum instead, in
+    one to three times the time up to K = 1,024, in five times at 4,096 (8 starts, 2 to 4 bits, a CPU).
+    outliers: the share of weights that are kept in float16, at most 0.05; None for none.
     """
 
     bits: int = 3

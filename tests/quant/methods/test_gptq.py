@@ -119,16 +119,30 @@ def test_what_was_made_up_for_is_what_is_stored(layer):
     np.testing.assert_array_equal(codes, unpack(stored.codes))
 
 
-def test_more_rounds_never_raise_a_rows_loss(layer):
+@pytest.mark.parametrize("act_order", [True, False])
+def test_more_rounds_never_raise_a_rows_loss(layer, act_order):
     rows, hessian = layer
     stats, before = Stats(hessian=hessian), np.inf
     for rounds in (1, 2, 4):
-        stored = Gptq(bits=2, group_size=GROUP, rounds=rounds).quantize(
-            rows, stats, name="w", dtype=jnp.float32
-        )
+        method = Gptq(bits=2, group_size=GROUP, act_order=act_order, rounds=rounds)
+        stored = method.quantize(rows, stats, name="w", dtype=jnp.float32)
         now = loss(rows, stored, damped(hessian, 0.01))
         assert (now <= before * (1 + 1e-5)).all()
         before = now
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_no_row_is_worse_than_with_grids_fitted_when_they_are_reached(layer, clip):
+    rows, hessian = layer
+    grid = Rtn(bits=3, group_size=GROUP, clip=clip)
+    codes, scale, zero_point = (np.asarray(x, np.float64) for x in refitted(rows, hessian, grid))
+    method = Gptq(bits=3, group_size=GROUP, act_order=False, clip=clip)
+    stored = method.quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
+    of = np.arange(K) // GROUP
+    error = np.asarray(rows, np.float64) - (codes - zero_point[:, of]) * scale[:, of]
+    reached = np.einsum("nk,kl,nl->n", error, np.asarray(damped(hessian, 0.01), np.float64), error)
+    ours = np.asarray(loss(rows, stored, damped(hessian, 0.01)))
+    assert (ours <= reached * (1 + 1e-5)).all() and (ours < reached * (1 - 1e-3)).any()
 
 
 def test_with_one_grid_a_row_the_order_of_inputs_does_not_matter(layer):

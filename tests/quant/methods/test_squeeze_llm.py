@@ -59,6 +59,29 @@ def test_the_exact_solver_equals_brute_force(seed):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-14)
 
 
+def test_the_exact_solver_is_the_dynamic_program_over_all_intervals_on_hard_rows_too():
+    rng = np.random.default_rng(1)
+    rows = [
+        *(rng.standard_normal(K), rng.standard_t(1.5, K), np.exp(rng.normal(0, 3, K)), np.arange(K)),
+        *(rng.choice([-1, 0, 1], K) + 1e-4 * rng.standard_normal(K), rng.choice(rng.normal(size=20), K)),
+        *(np.sort(rng.uniform(size=K)) ** 9, -np.exp(rng.normal(0, 3, K))),
+    ]
+    rows = np.stack(rows).astype(np.float32)
+    weights = (10 ** rng.uniform(-4, 0, rows.shape)).astype(np.float32)
+    got = loss(rows, weights, *k_means(rows, weights, row_keys(0, "", N), bits=3, exact=True))
+    for row, weight, value in zip(rows, weights, got, strict=True):
+        order = np.argsort(row)
+        x, f = np.float64(row)[order], np.float64(weight)[order]
+        sums = np.stack([np.append(0.0, np.cumsum(f * x**n)) for n in range(3)])
+        mass, moment, square = sums[:, None] - sums[:, :, None]  # [s, e]: of places s .. e - 1
+        later = np.triu(np.ones_like(mass, bool), 1)
+        cost = np.where(later, square - moment**2 / np.where(later, mass, 1.0), np.inf)
+        best = cost[0]
+        for _ in range(7):
+            best = np.minimum(best, (best[:, None] + cost).min(0))
+        assert value <= best[K] * (1 + 2e-5)
+
+
 def test_the_heuristic_never_beats_the_exact_solver_and_comes_near_it(solved):
     rows, weights, keys, (codes, table) = solved
     exact = loss(rows, weights, *k_means(rows, weights, keys, bits=3, exact=True))

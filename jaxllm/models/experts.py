@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllm.models.grouped import Groups, group, grouped_matmul
 from jaxllm.models.layers import ACTIVATIONS, broadcast_last, constant, normal, weight
 from jaxllm.models.taps import Tap, probe, scoped
 from jaxllm.ops.dot import dot
 from jaxllm.weights.experts import Experts
-from jaxllm.models.grouped import Groups, group, grouped_matmul
 
 
 class Router(nnx.Module):

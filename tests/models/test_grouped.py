@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.models.grouped import MAX_TILE, group, grouped_matmul, ragged_product, tile_rows
 from jaxllm.weights import affine
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.experts import Experts, members, parts, stack
-from jaxllm.models.grouped import MAX_TILE, group, grouped_matmul, ragged_product, tile_rows
 
 X, K, N = 5, 32, 8
 RNG = np.random.default_rng(0)

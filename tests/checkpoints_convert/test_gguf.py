@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from checkpoints_convert.families import gpt, llama_line
 from checkpoints_convert.gguf import blocks, checkpoint, container
+from checkpoints_convert.gguf.architectures import ARCHITECTURES, config_of, metadata_of
 from checkpoints_convert.gguf.tokenizer import read_tokenizer, tokenizer_metadata
 from checkpoints_convert.materialize import materialize, named_weights
 from jaxllm.models.linears import linear_weights, replace_weights
@@ -117,6 +118,50 @@ def test_every_family_comes_back(name, tmp_path):
             assert ours.attention_factor == pytest.approx(theirs.attention_factor)
             again.config = dataclasses.replace(again.config, **{rope: ours})
     assert again.config == model.config
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
+SAME = [1.0, 2.0, 3.5, 4.0]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        YARN,
+        YARN | {"attention_factor": 1.5, "beta_fast": 16.0},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        LLAMA3,
+        {"rope_type": "longrope", "long_factor": SAME, "short_factor": SAME, "attention_factor": 1.0},
+        {"rope_type": "longrope", "long_factor": SAME, "short_factor": [1.0] * 4, "attention_factor": 1.25},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_rotation_turns_alike_behind_the_keys_of_llama_cpp(rope):
+    arch = next(one for one in ARCHITECTURES if one.name == "qwen2")
+    family = arch.family
+    config = family.config(family.defaults | FAMILIES["qwen2"][1] | {"rope_parameters": rope, "head_dim": 8})
+    metadata, factors = metadata_of(arch, config, family.to_hf_config(config))
+    raw = config_of(arch, metadata, {"token_embd.weight": (67, 16)}, factors)
+    read = family.config(family.defaults | raw)
+    np.testing.assert_allclose(
+        np.broadcast_to(config.rope.frequencies(8), (2, 4)), np.broadcast_to(read.rope.frequencies(8), (2, 4))
+    )
+    assert read.rope.attention_factor == pytest.approx(config.rope.attention_factor)
+    assert read.context == config.context
+
+
+def test_what_a_file_leaves_out_means_what_it_means_to_llama_cpp():
+    sizes = {"context_length": 64, "embedding_length": 16, "block_count": 2, "feed_forward_length": 24}
+    sizes |= {"attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6}
+    read = {}
+    for arch in ARCHITECTURES[:-1]:
+        metadata = {f"{arch.name}.{name}": value for name, value in sizes.items()}
+        raw = config_of(arch, metadata, {"token_embd.weight": (67, 16)}, {})
+        read[arch.name] = arch.family.config(arch.family.defaults | raw)
+    assert all((c.kv_heads, c.head_dim, c.tied, c.vocab) == (4, 4, True, 67) for c in read.values())
+    assert read["gemma2"].windows == (4096, None) and read["gemma3"].windows == read["phi3"].windows == ()
+    assert read["gemma2"].attention_softcap == 50.0 and read["gemma2"].logit_softcap == 30.0
+    assert read["gemma3"].local_rope is None and {c.rope.theta for c in read.values()} == {1e4}
 
 
 def test_files_say_what_llama_cpp_reads(tmp_path):

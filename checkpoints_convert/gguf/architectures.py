@@ -167,13 +167,13 @@ def config_of(
     if arch.family is gpt.GPT2:
         return raw
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
-    raw.setdefault("head_dim", width // heads)
+    # what a file leaves out means what it means to llama.cpp, not to transformers
+    raw = {"num_key_value_heads": heads, "head_dim": width // heads, "rope_theta": 10_000.0} | raw
     if arch.wide_layers is not None:
         wide = raw["num_hidden_layers"] == arch.wide_layers
         raw["query_pre_attn_scalar"] = width // heads if wide else raw["head_dim"]
     raw["rope_scaling"] = _scaling(arch, metadata, raw, factors)
     raw["original_max_position_embeddings"] = raw["rope_scaling"].get("original_max_position_embeddings")
-    raw.setdefault("rope_theta", 10_000.0)
     return raw
 
 

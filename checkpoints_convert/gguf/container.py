@@ -34,7 +34,7 @@ FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype("<f8"),
 }
-LARGEST_ALIGNMENT = 1 << 20
+ALIGNMENT, LARGEST_ALIGNMENT = 32, 1 << 20  # bytes: where a file does not say, and the most that one may
 DIMENSIONS = 4
 
 
@@ -184,7 +184,7 @@ def _tensors(
     who: str, data: np.ndarray, at: int, metadata: dict[str, Any], infos: list[TensorInfo]
 ) -> dict[str, np.ndarray | Blocks]:
     """The tensors, which must follow one another, as llama.cpp demands: no overlap, no hole."""
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= LARGEST_ALIGNMENT or alignment & (alignment - 1):
         raise ValueError(
             f"gguf.load: general.alignment must be a power of two from 8 to {LARGEST_ALIGNMENT}, "
@@ -269,10 +269,13 @@ def write_file(path: Path, metadata: dict[str, Any], entries: list[Entry]) -> No
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for one in entries:
-        value = np.ascontiguousarray(one.read())
-        assert value.nbytes == one.num_bytes, one.name
-        writer.write_tensor_data(value)
     writer.close()
-    with path.open("rb") as file:
+    with path.open("ab") as file:  # not by the writer, whose `tofile` does not say that a disk is full
+        for one in entries:
+            value = np.asarray(one.read(), order="C")
+            assert value.nbytes == one.num_bytes, one.name
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            file.write(value.reshape(-1).view(np.uint8).data)
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        file.flush()
         os.fsync(file.fileno())

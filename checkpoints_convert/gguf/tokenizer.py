@@ -120,13 +120,14 @@ def _byte_level(metadata: Metadata, tokens: list[str], cut: str):
         raise ValueError("gguf.load: a tokenizer of gpt2 must have tokenizer.ggml.merges, got none")
     vocab = {token: i for i, token in enumerate(tokens)}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut == "llama-bpe"))
-    inner.pre_tokenizer = _pre_tokenizer(cut)
+    inner.pre_tokenizer = pre_tokenizer(cut)
     inner.normalizer = normalizers.NFC() if cut == "qwen2" else None
     inner.decoder = decoders.ByteLevel()
     return inner
 
 
-def _pre_tokenizer(cut: str):
+def pre_tokenizer(cut: str):
+    """What cuts text in one of the ways of `CUTS`."""
     from tokenizers import Regex, pre_tokenizers
 
     made: list[Any] = []
@@ -270,7 +271,7 @@ def _model_metadata(whole: dict[str, Any]) -> Metadata:
         }
     if model["type"] == "BPE" and not model["byte_fallback"] and normal in ([], [{"type": "NFC"}]):
         for name in CUTS:
-            if steps == _steps(json.loads(_pre_tokenizer(name).__getstate__())):
+            if steps == _steps(json.loads(pre_tokenizer(name).__getstate__())):
                 return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name}
     told = {name: whole[name] for name in ("normalizer", "pre_tokenizer")}
     raise ValueError(

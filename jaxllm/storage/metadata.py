@@ -93,6 +93,6 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 
 def excerpt(value: Any) -> str:
-    """What was given, for an error: its `repr`, of a long or deep one the beginning."""
-    text = _SHORT.repr(value)
+    """What was given, for an error: its `repr` in one line, of a long or deep one the beginning."""
+    text = _SHORT.repr(value).replace("\n", " ")  # an array's has several
     return text if len(text) <= 160 else f"{text[:160]}..."

@@ -1,11 +1,11 @@
 """GGUF files: codes kept bit for bit, every family there and back, and what is refused."""
 
 import dataclasses
+import errno
+import os
 import re
 import struct
 import sys
-from importlib.resources import files
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from their_models import FAMILIES
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from checkpoints_convert.families import gpt, llama_line
 from checkpoints_convert.gguf import blocks, checkpoint, container
-from checkpoints_convert.gguf.tokenizer import read_tokenizer, tokenizer_metadata
+from checkpoints_convert.gguf.architectures import ARCHITECTURES, config_of, metadata_of
 from checkpoints_convert.materialize import materialize, named_weights
 from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.weights import affine
@@ -117,6 +115,50 @@ def test_every_family_comes_back(name, tmp_path):
             assert ours.attention_factor == pytest.approx(theirs.attention_factor)
             again.config = dataclasses.replace(again.config, **{rope: ours})
     assert again.config == model.config
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
+SAME = [1.0, 2.0, 3.5, 4.0]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        YARN,
+        YARN | {"attention_factor": 1.5, "beta_fast": 16.0},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        LLAMA3,
+        {"rope_type": "longrope", "long_factor": SAME, "short_factor": SAME, "attention_factor": 1.0},
+        {"rope_type": "longrope", "long_factor": SAME, "short_factor": [1.0] * 4, "attention_factor": 1.25},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_rotation_turns_alike_behind_the_keys_of_llama_cpp(rope):
+    arch = next(one for one in ARCHITECTURES if one.name == "qwen2")
+    family = arch.family
+    config = family.config(family.defaults | FAMILIES["qwen2"][1] | {"rope_parameters": rope, "head_dim": 8})
+    metadata, factors = metadata_of(arch, config, family.to_hf_config(config))
+    raw = config_of(arch, metadata, {"token_embd.weight": (67, 16)}, factors)
+    read = family.config(family.defaults | raw)
+    np.testing.assert_allclose(
+        np.broadcast_to(config.rope.frequencies(8), (2, 4)), np.broadcast_to(read.rope.frequencies(8), (2, 4))
+    )
+    assert read.rope.attention_factor == pytest.approx(config.rope.attention_factor)
+    assert read.context == config.context
+
+
+def test_what_a_file_leaves_out_means_what_it_means_to_llama_cpp():
+    sizes = {"context_length": 64, "embedding_length": 16, "block_count": 2, "feed_forward_length": 24}
+    sizes |= {"attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6}
+    read = {}
+    for arch in ARCHITECTURES[:-1]:
+        metadata = {f"{arch.name}.{name}": value for name, value in sizes.items()}
+        raw = config_of(arch, metadata, {"token_embd.weight": (67, 16)}, {})
+        read[arch.name] = arch.family.config(arch.family.defaults | raw)
+    assert all((c.kv_heads, c.head_dim, c.tied, c.vocab) == (4, 4, True, 67) for c in read.values())
+    assert read["gemma2"].windows == (4096, None) and read["gemma3"].windows == read["phi3"].windows == ()
+    assert read["gemma2"].attention_softcap == 50.0 and read["gemma2"].logit_softcap == 30.0
+    assert read["gemma3"].local_rope is None and {c.rope.theta for c in read.values()} == {1e4}
 
 
 def test_files_say_what_llama_cpp_reads(tmp_path):
@@ -224,10 +266,19 @@ def test_a_model_that_the_keys_cannot_say_is_refused(name, settings, said, tmp_p
         )
 
 
-def test_a_file_is_never_written_over_and_the_package_is_asked_for(plain, tmp_path, monkeypatch):
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_appears_whole_or_not_at_all_and_the_package_is_asked_for(plain, tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"x")
     with pytest.raises(FileExistsError, match=r"gguf\.save: the output must not exist yet"):
         checkpoint.save(plain, None, tmp_path / "m.gguf")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"gguf\.save: the disk must have room for the output"):
+            checkpoint.save(plain, None, tmp_path / "deep" / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     with pytest.raises(FileNotFoundError, match=r"gguf\.load: no such file"):
         checkpoint.load(tmp_path / "other.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -299,85 +350,6 @@ def test_a_header_that_says_what_the_file_is_not_is_one_line(change, said, small
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         checkpoint.load(tmp_path / "m.gguf")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
-def sentence_piece(space: str = "first"):
-    """A tokenizer as Llama's, with bytes, in one of the spellings of the prefix."""
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{i:02X}>" for i in range(256)),
-        *"▁abcd",
-        "ab",
-        "▁ab",
-        "cd",
-        "abcd",
-    ]
-    merges = [("a", "b"), ("▁", "ab"), ("c", "d"), ("ab", "cd")]
-    bpe = models.BPE(
-        vocab={w: i for i, w in enumerate(words)}, merges=merges, unk_token="<unk>", byte_fallback=True
-    )
-    inner = Tokenizer(bpe)
-    if space == "prepend":
-        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space, split=False)
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def told_and_read(tokenizer, vocab: int, *, stop_tokens=(), without=()):
-    """A tokenizer as the keys that tell it, read again; lists of numbers as a file gives them."""
-    config = SimpleNamespace(vocab=vocab, stop_tokens=stop_tokens)
-    metadata = tokenizer_metadata(tokenizer, config)
-    assert len(metadata["tokenizer.ggml.tokens"]) == vocab
-    for name in {"tokenizer.ggml.token_type", "tokenizer.ggml.scores"} & metadata.keys():
-        metadata[name] = np.asarray(metadata[name])
-    return read_tokenizer({name: value for name, value in metadata.items() if name not in without}, vocab)
-
-
-@pytest.mark.parametrize("space", ["first", "never", "prepend"])
-@pytest.mark.parametrize("without", [(), ("tokenizer.ggml.merges",)])  # other tools write scores alone
-def test_a_sentence_piece_tokenizer_comes_back(space, without):
-    tokenizer = sentence_piece(space)
-    read = told_and_read(tokenizer, 280, stop_tokens=(2,), without=without)
-    assert len(read) == len(tokenizer)
-    texts = ["ab abcd", "abab  cdx é"]
-    if space != "first":  # which puts no space before one: llama.cpp and SentencePiece do
-        texts += [" abab", "é</s>a"]
-    for text in texts:
-        assert read.encode(text) == tokenizer.encode(text)
-        assert read.decode(read.encode(text)) == tokenizer.decode(tokenizer.encode(text)).removeprefix(
-            " " if space != "never" else ""
-        )
-
-
-def test_a_byte_level_tokenizer_comes_back_with_its_template_and_policy():
-    file = files("jaxllm") / "pico" / "target" / "tokenizer.json"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<|bos|>", eos_token="<|eos|>")
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    read = told_and_read(tokenizer, 1024, stop_tokens=(tokenizer.eos_token_id,))
-    text = "In 1999 a girl couldn't find\n\n her 2 dogs."
-    assert read.encode(text) == tokenizer.encode(text) and read.encode(text)[0] == tokenizer.bos_token_id
-    assert read.chat_template == tokenizer.chat_template and read.eos_token == tokenizer.eos_token
-
-
-def test_text_cut_in_an_unknown_way_is_told(tmp_path):
-    from tokenizers import pre_tokenizers
-
-    write_gguf(
-        tmp_path / "m.gguf", width=32, ffn=32, heads=2, kv_heads=1, keys={"tokenizer.ggml.pre": "bloom"}
-    )
-    with pytest.warns(UserWarning, match="the tokenizer is left out"):
-        model, tokenizer = checkpoint.load(tmp_path / "m.gguf")
-    assert tokenizer is None
-    tokenizer = sentence_piece()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ValueError, match=r"gguf\.save: the tokenizer must be"):
-        checkpoint.save(model, tokenizer, tmp_path / "out.gguf")
 
 
 @pytest.mark.parity

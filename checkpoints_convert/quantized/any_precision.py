@@ -1,7 +1,6 @@
 """Any-Precision's checkpoints (SNU-ARC/any-precision-llm), read and written; the order of their bits."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from jaxtyping import Array, Int32, UInt32
 
 from checkpoints_convert.json_fields import OBJECT, check_fields, null_or
 from checkpoints_convert.quantized.affine import bits_of, innermost, read_rows
-from checkpoints_convert.quantized.config import whole_number
+from checkpoints_convert.quantized.config import layers_by_linear, whole_number
 from checkpoints_convert.quantized.words import Shapes, Tensors, codes_of, on_host, words_of
 from jaxllm.storage.metadata import excerpt
 from jaxllm.weights import bit_planes, codebook
@@ -105,25 +104,22 @@ class AnyPrecision:
 
         The authors' loader puts the same modules in every layer and knows one pair of widths.
         """
-        pattern = re.compile(r"(.+?)\.(\w+)\.(\d+)\.(.+)")
-        modules: dict[str, set[str]] = {}  # the layers that have each
-        for name in ways:
-            match = pattern.fullmatch(name)
-            if match is None:
-                raise ValueError(f"linears must be of layers, got {name} in tables")
-            modules.setdefault(match[4], set()).add(f"{match[1]}.{match[2]}.{match[3]}")
-        found = map(pattern.fullmatch, (*ways, *dense))
-        layers = {f"{match[1]}.{match[2]}.{match[3]}" for match in found if match}
-        places = {layer.rpartition(".")[0].rpartition(".")[::2] for layer in layers}
+        linears = layers_by_linear(ways)
+        if "" in linears:
+            raise ValueError(f"linears must be of layers, got {min(linears[''])} in tables")
+        everywhere = layers_by_linear((*ways, *dense))
+        everywhere.pop("", None)
+        layers = set().union(*everywhere.values())
+        places = {tuple(layer.rsplit(".", 2)[:2]) for layer in layers}  # "model", "layers"
         widths = {(way.seed, way.parent) for way in ways.values()}
-        if len(places) != 1 or len(widths) != 1 or any(having != layers for having in modules.values()):
+        if len(places) != 1 or len(widths) != 1 or any(having != layers for having in linears.values()):
             raise ValueError(
                 "the same linears and widths must be in every layer, "
                 f"got {len(ways)} linears of widths {sorted(widths)}"
             )
         ((outer, inner),) = places
         ((seed, parent),) = widths
-        arch = {"model_name": outer, "layers_name": inner, "module_names": list(modules)}
+        arch = {"model_name": outer, "layers_name": inner, "module_names": list(linears)}
         return {
             "seed_precision": seed,
             "parent_precision": parent,

@@ -1,6 +1,7 @@
 """What the blocks of a config.json say, or the line that says why it cannot be read."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from checkpoints_convert.json_fields import FLAG, check_fields, null_or
@@ -62,3 +63,13 @@ def whole_number(given: dict[str, Any], *names: str, allowed=None) -> int:
         )
     assert isinstance(value, int)
     return value
+
+
+def layers_by_linear(names: Iterable[str]) -> dict[str, set[str]]:
+    """The layers that have each linear: "mlp.up_proj" to "model.layers.0", ...; "" has those of no layer."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.+?\.\w+\.\d+)\.(.+)", name)
+        layer, linear = match.groups() if match else (name, "")
+        found.setdefault(linear, set()).add(layer)
+    return found

@@ -12,6 +12,7 @@ from checkpoints_convert.quantized.affine import Grid, check_bits, rounded
 from checkpoints_convert.quantized.config import (
     check_flags,
     json_object,
+    layers_by_linear,
     module_pattern,
     unsupported,
     whole_number,
@@ -105,7 +106,8 @@ class Gptq:
     def to_config(cls, ways: dict[str, "Gptq"], dense: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` of linears stored so and of dense ones, by their names.
 
-        What most linears share stands once; `dynamic` has the others, and the dense ones of the blocks.
+        What most linears share stands once; `dynamic` has the others, and the dense ones of the blocks. For
+        transformers, which does not read it, the blocks' linears are named, too, where all have the same.
         """
         (bits, group_size), _ = collections.Counter(
             (w.bits, w.group_size) for w in ways.values()
@@ -115,7 +117,12 @@ class Gptq:
             for name, way in ways.items()
             if (way.bits, way.group_size) != (bits, group_size)
         }
-        dynamic |= {f"-:{re.escape(name)}$": {} for name in dense if "." in name}
+        left_out = [name for name in dense if "." in name]  # the head is, unasked
+        dynamic |= {f"-:{re.escape(name)}$": {} for name in left_out}
+        linears, everywhere = layers_by_linear(ways), layers_by_linear((*ways, *left_out))
+        named: dict[str, Any] = {}
+        if left_out and all(having == everywhere[linear] for linear, having in linears.items()):
+            named["modules_in_block_to_quantize"] = [[linear for linear in linears if linear]]
         return {
             "quant_method": cls.name,
             "bits": bits,
@@ -125,6 +132,7 @@ class Gptq:
             "checkpoint_format": "gptq_v2",
             "lm_head": any("." not in name for name in ways),
             **({"dynamic": dynamic} if dynamic else {}),
+            **named,
         }
 
     def shapes(self, K: int, N: int) -> Shapes:

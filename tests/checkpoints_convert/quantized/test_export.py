@@ -168,6 +168,10 @@ def test_linears_of_several_settings_and_dense_ones_are_told_apart_in_the_config
         assert (block["bits"], block["group_size"], block["sym"]) == (4, 32, False)
         assert block["dynamic"][f"+:{re.escape(up)}$"] == {"bits": 8, "group_size": 64}
         assert block["dynamic"][f"-:{re.escape(gate)}$"] == {}
+        (names,) = block["modules_in_block_to_quantize"]
+        assert sorted(names) == [f"mlp.{n}_proj" for n in ("down", "up")] + [
+            f"self_attn.{n}_proj" for n in "koqv"
+        ]
     else:
         assert {gate, "lm_head"} <= set(block["ignore"]) and up not in block["ignore"]
         targets = [group["targets"] for group in block["config_groups"].values()]

@@ -46,30 +46,59 @@ def dense():
     return decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(("to", "settings"), CASES, ids=str)
-def test_transformers_reads_what_was_written(to, settings, dense, tmp_path):
+def their_logits(to, path, **more):
+    """Logits of what transformers makes of a directory, and their model."""
     for package in PACKAGES[to]:
         pytest.importorskip(package)
     import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoModelForCausalLM
 
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu", **more)
+    with torch.no_grad():
+        return theirs(torch.asarray(TOKENS)).logits.float().numpy(), theirs
+
+
+def dequantizing(to):
+    """How a model is loaded.
+
+    subtle: kept compressed, compressed-tensors 0.20 expects zero points that are not packed.
+    """
+    if to != "compressed-tensors":
+        return {}
+    pytest.importorskip("compressed_tensors")
+    from transformers import CompressedTensorsConfig
+
+    return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+
+
+@pytest.mark.parametrize(("to", "settings"), CASES, ids=str)
+def test_transformers_reads_what_was_written(to, settings, dense, tmp_path):
+    more = dequantizing(to)
     small = jl.quantize(dense, jl.Rtn(**settings), progress=False)
     jl.save(small, tmp_path / "out", to=to)
-    # subtle: kept compressed, compressed-tensors 0.20 expects the zeros of a model in memory, not in a file
-    how = CompressedTensorsConfig(run_compressed=False) if to == "compressed-tensors" else None
-    more = {} if how is None else {"quantization_config": how}
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, device_map="cpu", **more
-    )
-    with torch.no_grad():
-        got = theirs(torch.asarray(TOKENS)).logits.float().numpy()
-    want = np.asarray(small(jnp.asarray(TOKENS))[0])
-    difference = np.abs(got - want).max()
-    print(f"{to} {settings}: logits differ by {difference:.1e}")
-    assert difference < 1e-2  # both round weights to float16
-    linear = theirs.model.layers[1].mlp.down_proj
+    got, theirs = their_logits(to, tmp_path / "out", **more)
+    assert np.abs(got - small(jnp.asarray(TOKENS))[0]).max() < 1e-2  # they round weights to float16
     if to != "awq":  # whose kernel never has the whole weight: see below
-        same_rows(linear.weight if how else linear.dequantize_weight().T, small)
+        linear = theirs.model.layers[1].mlp.down_proj
+        same_rows(linear.weight if more else linear.dequantize_weight().T, small)
+
+
+@pytest.mark.parametrize("to", PACKAGES)
+def test_transformers_leaves_dense_what_is_dense(to, dense, tmp_path):
+    more = dequantizing(to)
+    recipe = [("gate", None), (r"\.", jl.Rtn(bits=4, group_size=32, symmetric=True))]
+    small = jl.quantize(dense, recipe, progress=False)
+    jl.save(small, tmp_path / "out", to=to)
+    got, _ = their_logits(to, tmp_path / "out", **more)
+    assert np.abs(got - small(jnp.asarray(TOKENS))[0]).max() < 1e-2
+
+
+def test_compressed_tensors_reads_several_settings(dense, tmp_path):
+    rtn = [jl.Rtn(bits=bits, group_size=32, symmetric=True) for bits in (8, 4)]
+    small = jl.quantize(dense, [("mlp.up", rtn[0]), (r"\.", rtn[1])], progress=False)
+    jl.save(small, tmp_path / "out", to="compressed-tensors")
+    got, _ = their_logits("compressed-tensors", tmp_path / "out")
+    np.testing.assert_allclose(got, small(jnp.asarray(TOKENS))[0], atol=1e-4)
 
 
 def same_rows(theirs, model):

@@ -17,6 +17,7 @@ Letters: L layers without a window, B requests, K key heads, T tokens of the lon
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -89,6 +90,7 @@ def kvzip_scores(
     replay: RepeatPrompt | None = None,
     prefix: int = 0,
     chunk: int | None = None,
+    past_context: bool = False,
     output_aware: bool = False,
 ) -> Float[Array, "L B K T"]:
     """Scores of what the cache holds of each request's context; 0 behind the end of a shorter one.
@@ -96,6 +98,8 @@ def kvzip_scores(
     cache: holds `prefix` tokens, then the context, and nothing more. context: its token ids, a row a request.
     tokenizer: makes the published prompts; replay: other ones; neither: the context is repeated unasked.
     chunk: tokens repeated at a time; None: 2,000, or as many as fit the model's context behind the cache.
+    past_context: the repetition may take positions past the model's context, as in the published code, with a
+      warning: the model was never trained on them. Needs rotary positions; learned ones end with the context.
 
     Raises ValueError where the cache does not hold this context, or the repetition does not fit.
     """
@@ -105,7 +109,11 @@ def kvzip_scores(
     replay = replay or (RepeatPrompt() if tokenizer is None else RepeatPrompt.from_tokenizer(tokenizer))
     B, T = tokens.shape
     asked = max(len(replay.before(None)), len(replay.before(np.zeros(replay.seed, np.int32))))
-    chunk, room, wide = _fit(model, cache, asked, T, prefix, chunk)
+    if past_context and not hasattr(model.config, "rope"):
+        raise ValueError(
+            f"kvzip: past_context must be False without rotary positions, got a {type(model).__name__}"
+        )
+    chunk, room, wide = _fit(model, cache, asked, T, prefix, chunk, past_context)
     found = []
     for at in range(0, T, chunk):
         m = min(chunk, round_up(T - at))
@@ -126,13 +134,21 @@ def kvzip_scores(
 
 
 def _fit(
-    model, cache: DenseCache | PagedCache, asked: int, T: int, prefix: int, chunk: int | None
+    model,
+    cache: DenseCache | PagedCache,
+    asked: int,
+    T: int,
+    prefix: int,
+    chunk: int | None,
+    past_context: bool,
 ) -> tuple[int, int, Any]:
     """Tokens of a chunk, the most that are fed at once, and the cache with room for them.
 
     asked: tokens of the longest prompt. chunk: None is as many as fit, up to CHUNK.
     """
     context, held = model.config.context, prefix + T
+    if chunk is None and past_context:
+        chunk = CHUNK
     if chunk is None:
         free = context - held - asked
         # where there are several chunks, all but the last share a compilation with those of other texts
@@ -141,10 +157,15 @@ def _fit(
     if chunk < MIN_CHUNK:
         raise ValueError(f"kvzip: chunk must be at least {MIN_CHUNK} tokens, got {chunk=}")
     needed = asked + min(chunk, T)
-    if held + needed > context:
+    if held + needed > context and past_context:
+        warnings.warn(
+            f"kvzip: positions run past the model's context of {context}, to {held} + {needed} tokens",
+            stacklevel=3,
+        )
+    elif held + needed > context:
         raise ValueError(
             f"kvzip: cache and repetition must fit the model's context of {context}, got "
-            f"{held} + {needed} tokens"
+            f"{held} + {needed} tokens; smaller chunks or past_context=True help"
         )
     room = asked + min(chunk, round_up(T))
     wide = kv.with_capacity(cache, round_up(held) + room)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import DenseCache
@@ -45,7 +45,14 @@ from jaxllm.models.layers import (
 from jaxllm.models.relative_bias import RelativeBias
 from jaxllm.models.stages import Stage, State
 from jaxllm.models.taps import Tap, probe, scoped
-from jaxllm.ops.attention import DistanceBias, attention, heads_first
+from jaxllm.ops.attention import (
+    DistanceBias,
+    Reach,
+    attention,
+    heads_first,
+    needs_tiles,
+    tiled_attention,
+)
 from jaxllm.pytree import pytree
 
 
@@ -204,12 +211,23 @@ def relative_bias(config: Config, *, causal: bool, rngs: nnx.Rngs | None, dtype)
     return RelativeBias(c.buckets, c.max_distance, c.heads, causal=causal, std=std, rngs=rngs, dtype=dtype)
 
 
-def encoder_mask_and_bias(
-    relative: RelativeBias, S: int, lengths: Int[Array, " B"]
-) -> tuple[Bool[Array, "B 1 S"], Float[Array, "1 H S S"]]:
-    """Which of S source tokens are real, and what their distances add to the scores of the encoder."""
-    step = jnp.arange(S, dtype=jnp.int32)
-    return (step[None, :] < lengths[:, None])[:, None], relative((step[None, :] - step[:, None])[None])
+def attend_source(
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "J S E"],
+    v: Float[Array, "J S E"],
+    lengths: Int[Array, " B"],
+    bias: DistanceBias | None = None,
+) -> Float[Array, "B T H E"]:
+    """Attention to a source's real tokens, `lengths` of S; by tiles where there are too many scores.
+
+    bias: of distances, added to the scores.
+    """
+    at, of = (jnp.arange(n, dtype=jnp.int32)[None] for n in (q.shape[1], k.shape[1]))
+    if needs_tiles(q, k.shape[1]):
+        reach = Reach(at, jnp.where(of < lengths[:, None], of, -1), causal=False)
+        return tiled_attention(q, k, v, reach, scale=1.0, bias=bias)
+    added = None if bias is None else bias(of[:, None] - at[:, :, None])  # [1, H, T, S]
+    return attention(q, k, v, (of < lengths[:, None])[:, None], scale=1.0, bias=added)
 
 
 class EncoderBlock(nnx.Module):
@@ -224,14 +242,15 @@ class EncoderBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        mask: Bool[Array, "B 1 S"],
-        bias: Float[Array, "1 H S S"],
+        lengths: Int[Array, " B"],
+        bias: DistanceBias,
         tap: Tap | None = None,
     ) -> Float[Array, "B S D"]:
+        """x: of the source, `lengths` real tokens. bias: the encoder's, `encoder.relative`."""
         part, t = self.attention, scoped(tap, "attention")
         h = self.attention_norm(x)
         q, k, v = part.queries(h, t), part.keys(h, t), part.values(h, t)
-        y = attention(q, heads_first(k), heads_first(v), mask, scale=1.0, bias=bias)
+        y = attend_source(q, heads_first(k), heads_first(v), lengths, bias)
         x = residual_add(x, part.out(y, t))
         x = residual_add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
         return probe(tap, "out", x)
@@ -250,9 +269,8 @@ class Encoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], lengths: Int[Array, " B"], tap: Tap | None = None
     ) -> Float[Array, "B S D"]:
-        mask, bias = encoder_mask_and_bias(self.relative, x.shape[1], lengths)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, bias, scoped(tap, f"layers.{i}"))
+            x = layer(x, lengths, self.relative, scoped(tap, f"layers.{i}"))
         return probe(tap, "norm", self.norm(x))
 
 
@@ -298,8 +316,7 @@ class Block(nnx.Module):
         part, t = self.cross, scoped(tap, "cross")
         q = part.queries(self.cross_norm(x), t)
         keys, values = memory.keys[index], memory.values[index]
-        mask = jnp.arange(keys.shape[1])[None, :] < memory.lengths[:, None]  # [B, S]
-        y = attention(q, keys, values, mask[:, None], scale=1.0)
+        y = attend_source(q, keys, values, memory.lengths)
         x = residual_add(x, part.out(y, t))
 
         x = residual_add(x, self.mlp(self.mlp_norm(x), scoped(tap, "mlp")))
@@ -414,9 +431,7 @@ def embed_source(model: T5, shared, state: State, batch, tap) -> State:
 
 def encode_source(block: EncoderBlock, relative: RelativeBias, state: State, batch, tap) -> State:
     """The stage of a layer of the encoder."""
-    x = state["source"]
-    mask, bias = encoder_mask_and_bias(relative, x.shape[1], batch.lengths["source"])
-    return {"source": block(x, mask, bias, tap)}
+    return {"source": block(state["source"], batch.lengths["source"], relative, tap)}
 
 
 def end_source(model: T5, norm: RmsNorm, state: State, batch, tap) -> State:

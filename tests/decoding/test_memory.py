@@ -12,7 +12,9 @@ from flax import nnx
 import jaxllm as jl
 import jaxllm.ops.attention as tiles
 from jaxllm.decoding import prefill, run
+from jaxllm.models import t5
 from jaxllm.models.decoder import TINY, Config, Decoder
+from jaxllm.models.t5 import T5
 
 perplexity = importlib.import_module("jaxllm.measure.perplexity")
 CONTEXT = 2**15
@@ -59,6 +61,29 @@ def test_a_window_over_262144_entries_keeps_what_a_call_may_take(usual_compiler,
     program = perplexity._predict.lower(model, ints(1, T), ints(1), ints(1, T), None)
     held = program.compile(compiler_options=usual_compiler).memory_analysis().temp_size_in_bytes
     assert held < 2 * 4 * perplexity.CALL_LOGITS
+
+
+@pytest.mark.slow
+def test_an_encoder_over_16k_tokens_takes_memory_linear_in_them(usual_compiler):
+    S, sizes = 2**14, {"width": 16, "heads": 32, "head_dim": 8, "ffn": 16, "vocab": 128}
+    model = T5(t5.Config(encoder_layers=1, layers=1, **sizes), rngs=None)
+    program = jax.jit(T5.encode).lower(model, ints(1, S), ints(1))
+    held = program.compile(compiler_options=usual_compiler).memory_analysis().temp_size_in_bytes
+    assert held < HELD + A_TOKEN * S < 4 * 32 * S * S / 10
+
+
+def test_tiles_of_a_source_give_what_all_of_it_gives(monkeypatch):
+    model = T5(t5.TINY, rngs=nnx.Rngs(0))
+    source, target = (jnp.asarray(np.arange(2 * n).reshape(2, n) % 97 + 3, jnp.int32) for n in (23, 9))
+    lengths = jnp.asarray([23, 14], jnp.int32)
+
+    def ask():
+        return jax.jit(lambda model: model(target, memory=model.encode(source, lengths))[0])(model)
+
+    want = ask()
+    for name, size in (("MAX_SCORES", 0), ("TILE_SCORES", 0), ("TILE_KEYS", 7), ("MIN_QUERIES", 5)):
+        monkeypatch.setattr(tiles, name, size)
+    np.testing.assert_allclose(ask(), want, atol=2e-5)
 
 
 def test_slices_of_rows_give_what_all_logits_at_once_give(monkeypatch):

@@ -102,6 +102,19 @@ def test_a_context_that_can_be_repeated_whole_is_repeated_whole(model):
     assert (np.asarray(kvzip_scores(model, cache, [row], chunk=64)) != whole).any()
 
 
+def test_positions_past_the_context_are_warned_of_and_score_as_a_model_of_a_longer_context(model):
+    short = Decoder(dataclasses.replace(CONFIG, context=64), rngs=nnx.Rngs(0))  # the same weights
+    cache, options = filled(model), {"replay": REPLAY, "prefix": 3, "chunk": 64}
+    with pytest.raises(ValueError, match=r"context of 64, got 43 \+ 46 tokens; .*past_context=True"):
+        kvzip_scores(short, cache, ROWS, **options)
+    with pytest.warns(UserWarning, match=r"past the model's context of 64, to 43 \+ 46 tokens"):
+        past = kvzip_scores(short, cache, ROWS, past_context=True, **options)
+    np.testing.assert_array_equal(past, kvzip_scores(model, cache, ROWS, **options))
+    learned = gpt.Gpt(dataclasses.replace(gpt.TINY, context=64), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="past_context must be False without rotary positions, got a Gpt"):
+        kvzip_scores(learned, filled(learned), ROWS, past_context=True, **options)
+
+
 def test_chunks_look_at_their_own_keys_and_never_score_less_than_the_whole_softmax(model):
     cache = filled(model)
     got = np.asarray(kvzip_scores(model, cache, ROWS, replay=REPLAY, prefix=3, chunk=16))

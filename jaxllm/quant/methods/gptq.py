@@ -19,6 +19,7 @@ first input to the last. Differs in how, not in what it computes:
 
       2 bits   0.852  0.840  0.887  0.819      clipped   0.499  0.473  0.467  0.444
       3 bits   0.142  0.135  0.144  0.132      clipped   0.120  0.116  0.110  0.104
+
 - An input that is always 0 keeps its weight, rounded; damping is relative, so H may have any scale.
 
 `guided` (arXiv:2505.07004, eq. 7) takes H from the gradients of the end loss, one for each of `output_groups`
@@ -57,8 +58,8 @@ class Gptq:
 
     act_order: inputs by falling hessian_diag; False: as they come. rounds: how often grids are fitted: once
     before, then to what was corrected, and with inputs as they come also when each group is reached; the best
-    is kept, row by row. damping: times the mean of H's diagonal, added to it. clip, symmetric, integer_zero_point: as in `Rtn`. guided: H of the end loss,
-    for `output_groups` groups of outputs.
+    is kept, row by row. damping: times the mean of H's diagonal, added to it. clip, symmetric,
+    integer_zero_point: as in `Rtn`. guided: H of the end loss, for `output_groups` groups of outputs.
     """
 
     bits: int = 4

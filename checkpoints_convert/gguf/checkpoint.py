@@ -70,11 +70,9 @@ def load(path, *, dtype=None, mesh=None):
     check_names(arch.family, found, wanted)
     coded = [one for one in wanted if isinstance(found[one.theirs], Blocks)]
     plain = reader(found, [one for one in wanted if one not in coded], leaves)
-    formats = {}
+    formats, stands_for = {}, np.float32 if dtype is None else dtype
     for one in coded:
-        formats |= _coded(
-            arch, config, one, found[one.theirs], leaves, np.float32 if dtype is None else dtype
-        )
+        formats |= _coded(arch, config, one, found[one.theirs], leaves, stands_for)
     model = materialize(model, partial(_plain, arch, config, plain), dtype=dtype, mesh=mesh, formats=formats)
     return model, read_tokenizer(file.metadata, config.vocab)
 
@@ -107,19 +105,22 @@ def read_config(arch: Architecture, file: File) -> Any:
     shapes = {name: value.shape for name, value in file.tensors.items()}
     raw = config_of(arch, file.metadata, shapes, factors)
     raw = arch.family.defaults | raw | {"eos_token_id": None}
-    check_fields(f"the config of {file.name}", raw, arch.family.fields)
-    huggingface.check_layers(arch.family, raw, len(shapes))
-    return dataclasses.replace(arch.family.config(raw), stop_tokens=stop_tokens_of(file.metadata))
+    try:
+        check_fields("the config", raw, arch.family.fields)
+        huggingface.check_layers(arch.family, raw, len(shapes))
+        config = arch.family.config(raw)
+    except ValueError as error:  # said in the words of config.json
+        why = str(error).removeprefix("huggingface.load: ")
+        raise ValueError(f"gguf.load: the keys of {file.name} must make a config: {why}") from error
+    return dataclasses.replace(config, stop_tokens=stop_tokens_of(file.metadata))
 
 
 def _plain(arch: Architecture, config: Any, read: Callable, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A leaf as we have it, of what the file has."""
     value = rows_in_order(arch, config, name, read(name, shape))
-    return (
-        value.astype(np.float32) - arch.norm_offset
-        if arch.norm_offset and name.endswith("norm.scale")
-        else value
-    )
+    if arch.norm_offset and name.endswith("norm.scale"):
+        return value.astype(np.float32) - arch.norm_offset
+    return value
 
 
 def _coded(

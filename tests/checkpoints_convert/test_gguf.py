@@ -324,6 +324,10 @@ def behind(text: bytes, more: int = 0):
         ),
         (put(behind(b"llama.block_count", 4), "I", 1 << 31), "must be a whole number"),
         (put(behind(b"llama.block_count", 4), "I", 1 << 30), "at most the number of tensors"),
+        (
+            put(behind(b"llama.attention.head_count_kv", 4), "I", 3),
+            "must make a config: decoder: kv_heads must",
+        ),
         (put(behind(b"tokenizer.ggml.tokens", 8), "Q", 1 << 40), "cannot have so many items"),
         (put(behind(b"tokenizer.ggml.eos_token_id", 4), "I", 1 << 31), "eos_token_id must be a whole number"),
         (put(behind(b"blk.0.attn_q.weight"), "I", 400), "must have 1 to 4 dimensions"),

@@ -81,6 +81,15 @@ WRITTEN = {
     "any-precision": ("any-precision", any_precision, ANY, {}),
 }
 
+# those that say nothing which the others do not
+SLOW = {
+    "gptq, 8 bits, zeros",
+    "gptq, one group",
+    "gptq, 2 bits, zeros",
+    "compressed",
+    "compressed, act-order",
+}
+
 
 def said(path):
     """What config.json says of quantized weights."""
@@ -88,7 +97,9 @@ def said(path):
     return config.get("quantization_config") or config["anyprec"]
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in WRITTEN]
+)
 def test_files_are_written_byte_for_byte_as_they_were_read(name, tmp_path):
     to, make, block, options = WRITTEN[name]
     tensors, _ = checkpoint(tmp_path / "q", make, block, **options)
@@ -184,7 +195,7 @@ def test_awq_leaves_dense_what_is_dense(dense, tmp_path):
     assert "model.layers.0.mlp.up_proj" in said(tmp_path / "out")["modules_to_not_convert"]
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_codebooks_are_any_precisions_tables_of_one_width(bits, dense, tmp_path):
     rng = np.random.default_rng(0)
 
@@ -285,7 +296,10 @@ def test_codes_that_only_need_more_bits_are_not_rounded(dense, tmp_path):
     same_rows(written(small, tmp_path / "out", "awq"), model)
 
 
-@pytest.mark.parametrize(("to", "kind"), [("gptq", Affine), ("any-precision", Codebook)])
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [pytest.param("gptq", Affine, marks=pytest.mark.slow), ("any-precision", Codebook)],
+)
 def test_requantizing_takes_any_weight_and_an_embedding_becomes_dense(to, kind, dense):
     rows = linear_weights(dense)["layers.0.mlp.up"].rows
     two = codebook.encode(rows, rows[:, :4], bits=2)

@@ -65,6 +65,7 @@ def test_experts_are_read_to_the_last_bit(directory):
             np.testing.assert_array_equal(one.dequantize_rows(jnp.float32), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_numbers_are_those_of_transformers(torch, directory):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors

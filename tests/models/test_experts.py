@@ -1,6 +1,7 @@
 """Models of experts: who reads what, and calibration, quantization, eviction and files as for the others."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -18,6 +19,7 @@ from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.method_options import make_method
 from jaxllm.quant.methods import METHODS
 from jaxllm.sharding import make_mesh, shard
+from jaxllm.storage.manifest import arrays_of, build, describe
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.dense import Dense
@@ -154,7 +156,7 @@ class Spy:
         return affine.quantize(rows.T, bits=4, group_size=16)
 
 
-def test_every_expert_is_quantized_by_what_its_tokens_said_and_the_router_stays(model, measured, tmp_path):
+def test_every_expert_is_quantized_by_what_its_tokens_said_and_the_router_stays(model, measured):
     spy, names = Spy(), [f"layers.0.mlp.{x}" for x in ("down", "gate", "up")]
     small = jl.quantize(model, [(r"mlp\.", spy), (r".", None)], measured[0], progress=False)
     assert [name for name, *_ in spy.seen] == [name for name in names for _ in range(3)]
@@ -169,10 +171,27 @@ def test_every_expert_is_quantized_by_what_its_tokens_said_and_the_router_stays(
     router = small.layers[0].mlp.router.weight.get_value()
     assert router is model.layers[0].mlp.router.weight.get_value()
     assert jl.report_bytes(small).weights == jl.report_bytes(model).weights
+    arrays = dict(arrays_of(made, "w"))
+    again = build(describe(made, "w"), "w", lambda name, shape, dtype: arrays[name])
+    assert jax.tree.structure(again) == jax.tree.structure(made)
+
+
+@pytest.mark.slow
+def test_quantized_experts_are_saved_and_read_without_loss(model, tmp_path):
+    small = jl.quantize(model, jl.Rtn(bits=3, group_size=16), progress=False)
     jl.save(small, tmp_path / "small")
     again, _ = jl.load(tmp_path / "small")
     for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+    manifest = tmp_path / "small" / "manifest.json"
+    said = json.loads(manifest.read_text("utf-8"))
+    (up,) = (described for name, described in said["weights"].items() if "mlp.up" in name)
+    up["fields"]["stack"]["fields"]["scale"]["shape"][0] = 2  # of 3 experts
+    manifest.write_text(json.dumps(said), "utf-8")
+    with pytest.raises(
+        ValueError, match=r"mlp\.up.* must have parts that fit, got an array of different num"
+    ):
+        jl.load(tmp_path / "small", verify=False)
 
 
 OPTIONS = {"bits": 4, "group_size": 16}

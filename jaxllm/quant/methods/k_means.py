@@ -74,7 +74,9 @@ def _solve(
     if exact:
         c = lloyd(x, sums, optimum(x, sums, m))
     else:
-        u = jax.random.uniform(key, (restarts, m, 2 + int(math.log(m))))
+        trials = 2 + int(math.log(m))
+        # subtle: XLA:CPU takes eight times as long to compile draws of three axes, of the same numbers
+        u = jax.random.uniform(key, (restarts * m * trials,)).reshape(restarts, m, trials)
         tries = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(u)
         c = tries[jnp.argmin(jax.vmap(lambda c: objective(x, sums, c))(tries))]
     return jnp.searchsorted(middles(c), unit, side="right").astype(jnp.int32), c * scale + centre

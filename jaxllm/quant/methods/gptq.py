@@ -157,8 +157,8 @@ def _by_diagonal(hessian):
 
 
 def _factored(hessian, order, damping: float):
-    upper, pivots = _factor(damped(hessian, damping), order)
-    if not isinstance(upper, jax.core.Tracer) and not bool(jnp.isfinite(upper).all()):
+    upper, pivots, is_finite = _factor(damped(hessian, damping), order)
+    if not isinstance(is_finite, jax.core.Tracer) and not bool(is_finite):
         raise ValueError(f"gptq: hessian must be finite and positive definite once damped, got {damping=}")
     return upper, pivots
 
@@ -167,12 +167,13 @@ def _factored(hessian, order, damping: float):
 def _factor(hessian, order):
     """U of H = U D U^T with inputs in `order`, 0 on and below the diagonal; D with inputs as they come.
 
-    A lower Cholesky factor of H read backwards is an upper one of H.
+    And whether they are finite. A lower Cholesky factor of H read backwards is an upper one of H.
     """
     backwards = order[::-1]
     upper = jnp.linalg.cholesky(hessian[backwards[:, None], backwards[None]])[::-1, ::-1]
     root = jnp.diag(upper)
-    return jnp.triu(upper / root[None], 1), jnp.zeros_like(root).at[order].set(root**2)
+    above = jnp.triu(upper / root[None], 1)
+    return above, jnp.zeros_like(root).at[order].set(root**2), jnp.isfinite(above).all()
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))

@@ -159,7 +159,7 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("budget", ["global", "per_head", "whole_heads"])
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [slow(None), 8])
 def test_evicted_twice_is_evicted_once_by_the_smaller_ratio(filled, budget, bits):
     cache, options = filled(bits=bits), {"page": 4, "prefix": 2, "budget": budget}
     scores = drawn(7)[..., :24]

@@ -238,7 +238,9 @@ def test_a_tokenizer_of_another_size_than_the_model_is_refused(stories):
         load_tokenizer(stories / "tok512.bin", 500)
 
 
-@pytest.mark.parametrize("place", [2, 8 + 8])  # of the layers in a float header, and in an int8 one
+@pytest.mark.parametrize(
+    "place", [pytest.param(2, marks=pytest.mark.slow), 8 + 8]
+)  # of the layers in a float header, and in an int8 one
 def test_sizes_beyond_the_file_are_refused_before_anything_is_built(tmp_path, stories, place):
     name = "stories260K.bin" if place == 2 else "stories260K-q8.bin"
     data = bytearray((stories / name).read_bytes())

@@ -27,7 +27,10 @@ OTHER = dataclasses.replace(
 )
 
 
-@pytest.fixture(scope="module", params=[TINY, OTHER], ids=["plain", "other"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(TINY, id="plain", marks=pytest.mark.slow), pytest.param(OTHER, id="other")],
+)
 def case(request):
     """A model, its jitted forward, tokens [3, 24], and the logits of one whole pass."""
     model = Gpt(request.param, rngs=nnx.Rngs(0))

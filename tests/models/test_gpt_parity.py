@@ -89,7 +89,10 @@ def assert_close(got, want):
     assert np.abs(np.asarray(got) - want).max() <= 1e-4 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("lengths", [(T, T, T), (5, T, 11)], ids=["whole", "ragged"])
+@pytest.mark.parametrize(
+    "lengths",
+    [pytest.param((T, T, T), id="whole", marks=pytest.mark.slow), pytest.param((5, T, 11), id="ragged")],
+)
 def test_prefill_and_steps_through_the_cache_give_their_logits(torch, case, tokens, lengths):
     _, _, theirs, ours = case
     want = logits_of(torch, theirs, tokens)

@@ -20,7 +20,10 @@ V1_1 = dataclasses.replace(V1_0, head_scale=1.0, tied=False, gated=True, activat
 LENGTHS = jnp.array([17, 1, 6], jnp.int32)
 
 
-@pytest.fixture(scope="module", params=[V1_0, V1_1], ids=["v1.0", "v1.1"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(V1_0, id="v1.0", marks=pytest.mark.slow), pytest.param(V1_1, id="v1.1")],
+)
 def case(request):
     """A model, its jitted parts, sources [3, 17], targets [3, 24], memory, logits of one pass."""
     model = T5(request.param, rngs=nnx.Rngs(0))

@@ -160,7 +160,7 @@ def test_the_exact_optimum_of_the_tests_is_that_of_all_codes():
         np.testing.assert_allclose(got, regressed(row, every, h)[0].min(), rtol=1e-9)
 
 
-@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("heavy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_search_is_within_ten_percent_of_the_exact_optimum_and_the_paper_behind(heavy):
     rows, h = problem(N=40, K=64)
     rows = jnp.asarray(np.random.default_rng(1).standard_t(3, (40, 64)), jnp.float32) if heavy else rows

@@ -35,7 +35,7 @@ def test_one_of_every_four_groups_is_the_best(layer):
     assert mixed_ablations.one_of_four(np.arange(6.0)).tolist() == [False] * 3 + [True, False, False]
 
 
-@pytest.mark.parametrize("fit", ["search", "paper"])
+@pytest.mark.parametrize("fit", ["search", pytest.param("paper", marks=pytest.mark.slow)])
 def test_more_groups_at_four_bits_never_raise_the_error_and_the_gain_picks_the_best_set(fit):
     rows, stats = example(16, 128)
     options = {"fit": fit, "group4": 16, "outliers": 0.0}
@@ -205,7 +205,7 @@ def test_outliers_lie_in_groups_at_two_bits_and_are_no_more_than_asked_for(layer
     assert (np.asarray(w.outlier)[-1] != 0).sum() <= int(0.05 * 4 * 100)
 
 
-@pytest.mark.parametrize("fit", ["search", "paper"])
+@pytest.mark.parametrize("fit", [pytest.param("search", marks=pytest.mark.slow), "paper"])
 def test_more_outliers_never_raise_the_error_and_all_of_them_give_the_weights(layer, fit):
     rows, stats = layer
     mask = mask_of(1, 4, 5)

@@ -124,7 +124,9 @@ def test_one_large_weight_makes_a_layer_an_exception_the_same_in_every_mode(mode
         nested(rows.at[0, 0].set(1e5))
 
 
-@pytest.mark.parametrize("shift", [1, 2, 5])
+@pytest.mark.parametrize(
+    "shift", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_larger_weights_are_shifted_where_that_loses_nothing(shift):
     rows = jnp.asarray([[1.5 * 2**shift, -(2.0**-18), 0.125]], jnp.float16)
     w = encode(rows)

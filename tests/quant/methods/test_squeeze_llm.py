@@ -59,6 +59,7 @@ def test_the_exact_solver_equals_brute_force(seed):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_exact_solver_is_the_dynamic_program_over_all_intervals_on_hard_rows_too():
     rng = np.random.default_rng(1)
     rows = [

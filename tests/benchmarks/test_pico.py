@@ -39,6 +39,7 @@ def test_the_benchmark_draws_what_training_cannot():
     assert all(np.random.default_rng(seed).integers(0, 2**62) != ours for seed in seeds)
 
 
+@pytest.mark.slow
 def test_a_document_is_scored_as_the_model_scores_it(tiny):
     model, _ = tiny
     ids = np.random.default_rng(1).integers(3, 1024, 30)

@@ -189,6 +189,7 @@ def assert_same_but_for_rounding(got, want, plain):
     assert float(jnp.abs(got - want).mean()) < 0.1 * float(jnp.abs(plain - want).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, bits", [("full", 8), pytest.param("windows", 4, marks=pytest.mark.slow)])
 def test_chunks_tokens_and_the_whole_text_give_the_same_logits(models, name, bits):
     model = models[name]

@@ -111,6 +111,7 @@ def test_evicted_equals_masked_for_chunks_ragged_heads_and_batches(model, filled
     np.testing.assert_array_equal(small.lengths, np.asarray(LENGTHS) + np.asarray(lengths) + 2)
 
 
+@pytest.mark.slow
 def test_at_ratio_one_nothing_is_lost(model, filled):
     cache = filled()
     chunk = jnp.asarray([[5, 6], [7, 8], [9, 10]])
@@ -214,6 +215,7 @@ def test_a_threshold_keeps_what_reaches_it(filled):
                 np.testing.assert_array_equal(rows[b][head], want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [slow(None), 8])
 def test_a_held_budget_keeps_the_best_of_old_and_new_rows_at_their_positions(model, filled, bits):
     cache = filled(bits=bits)

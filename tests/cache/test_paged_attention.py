@@ -68,11 +68,11 @@ def both(q, cache, layer, T, lengths, **rule):
 @pytest.mark.parametrize(
     "K, G, T, bits, softcap",
     [
-        (2, 2, 1, None, None),
+        pytest.param(2, 2, 1, None, None, marks=pytest.mark.slow),
         (2, 1, 5, None, 1.5),
         (1, 4, 3, 8, None),
         (2, 2, 4, 4, 2.0),
-        (24, 1, 1, None, None),
+        pytest.param(24, 1, 1, None, None, marks=pytest.mark.slow),
         (3, 12, ROOM, None, None),  # more queries than a tile takes
     ],
 )

@@ -180,6 +180,7 @@ def test_what_cannot_be_generated_is_refused(model, prompts, options, message):
         jl.generate(model, None, prompts, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_the_compiled_loop_holds_no_second_copy_of_the_weights(dtype, usual_compiler):
     """XLA:CPU likes to take conversions of weights out of the loop, and then holds the model twice."""

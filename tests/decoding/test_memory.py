@@ -72,6 +72,7 @@ def test_an_encoder_over_16k_tokens_takes_memory_linear_in_them(usual_compiler):
     assert held < HELD + A_TOKEN * S < 4 * 32 * S * S / 10
 
 
+@pytest.mark.slow
 def test_tiles_of_a_source_give_what_all_of_it_gives(monkeypatch):
     model = T5(t5.TINY, rngs=nnx.Rngs(0))
     source, target = (jnp.asarray(np.arange(2 * n).reshape(2, n) % 97 + 3, jnp.int32) for n in (23, 9))

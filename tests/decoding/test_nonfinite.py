@@ -73,6 +73,7 @@ def test_one_request_ends_and_the_others_go_on_as_ever(model):
     assert outs[1] == want[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_stream_raises_behind_its_last_good_token(model):
     want = [token.token_id for token in jl.stream(model, None, [1, 2, 3], max_new_tokens=8)]

@@ -30,7 +30,7 @@ def model():
     return Decoder(CONFIG, rngs=nnx.Rngs(0))
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=["fast", "zap", pytest.param("zap-linear", marks=pytest.mark.slow)])
 def gates(model, request):
     """Gates with nothing zero in them."""
     plain = new_gates(model, request.param, hidden=12)

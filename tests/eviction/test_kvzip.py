@@ -86,6 +86,7 @@ def test_one_chunk_is_the_greatest_weight_of_the_whole_softmax(model):
             assert (got[layer, b, :, len(row) :] == 0).all()
 
 
+@pytest.mark.slow
 def test_contexts_of_about_one_length_share_a_compilation(model):
     size = kvzip.score_chunk._cache_size()
     for n in (126, 128):  # in chunks: twice their length does not fit
@@ -146,6 +147,7 @@ def test_output_aware_scores_weigh_by_how_far_a_value_moves_the_output(model):
         np.testing.assert_allclose(got[layer, 0], want, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_scoring_leaves_the_cache_as_it_was_and_knows_caches_in_codes(model):
     cache = filled(model)
     before = jax.tree.map(np.array, cache)

@@ -104,6 +104,28 @@ CHECKPOINTS = {
     "phi3_long": ("phi3", {"rope_parameters": longrope(4, 8)}),
     "phi3_between": ("phi3", {"rope_parameters": longrope(4, 16)}),
 }  # fmt: skip
+# variants of others that stay: checkpoints, and single features of them
+SLOW = {
+    "llama2",
+    "linear",
+    "yarn",
+    "qwen2",
+    "phi3_partial",
+    "phi3_short",
+    "phi3_long",
+    "phi3_between",
+    "qwen3_moe",
+    ("gemma2", "windows"),
+    ("phi3", "windows"),
+    ("gpt_oss", "glu_limit"),
+    ("gpt_oss", "attention_sinks"),
+}
+
+
+def quick(rows):
+    """Parameters, the slow ones marked so; a checkpoint by its name, or a feature of one."""
+    rows = [(row,) if isinstance(row, str) else row for row in rows]
+    return [pytest.param(*row, marks=pytest.mark.slow if SLOW & {row[0], row[:2]} else ()) for row in rows]
 
 
 def their_model(torch, name: str, seed: int):
@@ -173,7 +195,7 @@ def forward(model, tokens, cache, lengths):
     return model(tokens, cache, lengths=lengths)
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", quick(CHECKPOINTS))
 def test_logits_equal_theirs_in_prefill_and_decode_of_a_ragged_batch(torch, made, name):
     theirs, ours = made(name)
     rows = texts()
@@ -236,11 +258,11 @@ FEATURES = [
     ("linear", "qkv_bias", False),
     ("linear", "out_bias", False),
     ("linear", "mlp_bias", False),
-    pytest.param("yarn", "rope", Rope(theta=500.0), marks=pytest.mark.slow),
+    ("yarn", "rope", Rope(theta=500.0)),
     ("yarn", "rope", lambda rope: dataclasses.replace(rope, attention_factor=1.0)),
     ("mistral", "windows", ()),
     ("qwen2", "qkv_bias", False),
-    pytest.param("qwen2", "windows", (), marks=pytest.mark.slow),
+    ("qwen2", "windows", ()),
     ("qwen3", "qk_norm", False),
     ("gemma2", "attention_softcap", None),
     ("gemma2", "logit_softcap", None),
@@ -248,28 +270,23 @@ FEATURES = [
     ("gemma2", "embedding_scale", 1.0),
     ("gemma2", "post_norms", False),
     ("gemma2", "norm_offset", 0.0),
-    pytest.param("gemma2", "windows", (), marks=pytest.mark.slow),
+    ("gemma2", "windows", ()),
     ("gemma2", "activation", "silu"),
     ("gemma3", "local_rope", None),
     ("gemma3", "qk_norm", False),
     ("gemma3", "windows", ()),
-    pytest.param("phi3", "windows", (), marks=pytest.mark.slow),
-    pytest.param("qwen3_moe", "renormalize", True, marks=pytest.mark.slow),
-    pytest.param("gpt_oss", "glu_limit", None, marks=pytest.mark.slow),
-    pytest.param("gpt_oss", "attention_sinks", False, marks=pytest.mark.slow),
+    ("phi3", "windows", ()),
+    ("qwen3_moe", "renormalize", True),
+    ("gpt_oss", "glu_limit", None),
+    ("gpt_oss", "attention_sinks", False),
     ("phi3_partial", "rope", lambda rope: dataclasses.replace(rope, fraction=1.0)),
     ("phi3_long", "rope", lambda rope: dataclasses.replace(rope, original_context=64)),
     ("phi3_long", "rope", lambda rope: dataclasses.replace(rope, attention_factor=1.0)),
-    pytest.param(
-        "phi3_short",
-        "rope",
-        lambda rope: dataclasses.replace(rope, original_context=8),
-        marks=pytest.mark.slow,
-    ),
+    ("phi3_short", "rope", lambda rope: dataclasses.replace(rope, original_context=8)),
 ]
 
 
-@pytest.mark.parametrize(("name", "field", "off"), FEATURES)
+@pytest.mark.parametrize(("name", "field", "off"), quick(FEATURES))
 def test_switching_a_feature_off_moves_logits(made, name, field, off):
     _, ours = made(name)
     assert getattr(ours.config, field) != off

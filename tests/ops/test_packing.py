@@ -92,6 +92,7 @@ def test_any_words_are_those_of_their_codes(data, bits):
     np.testing.assert_array_equal(to_words(from_words(jnp.asarray(words), bits), bits), words)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), bits=widths, n=lengths)
 def test_planes_are_a_bijection_too(data, bits, n):

@@ -144,6 +144,7 @@ def test_gpt_is_measured_too():
     assert all(stats.hessian_diag is not None and stats.hessian is None for stats in got.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_after_the_last_block(model, tmp_path, monkeypatch):
     options = {
         "want": {"hessian", "guided_hessian"},

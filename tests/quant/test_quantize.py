@@ -181,6 +181,7 @@ def quick_gc():
     gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_no_more_than_one_blocks_statistics_are_held(quick_gc, model):
     held: list = []
 

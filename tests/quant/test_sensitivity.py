@@ -33,6 +33,7 @@ def table(model):
     return sensitivity(model, METHODS, ROWS, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", COSTS)
 def test_a_cost_is_the_error_weighed_by_the_curvature(model, stats, by):
     name = "layers.1.mlp.down"

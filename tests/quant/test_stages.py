@@ -76,6 +76,7 @@ def seen(model):
     return sequences
 
 
+@pytest.mark.slow
 def test_every_linear_of_both_sides_is_measured_with_its_own_tokens(measured, model):
     assert set(measured) == set(linear_weights(model)) - {"head", "embedding"}
     sources, targets = sum(len(s) for s, _ in PAIRS), sum(1 + len(t) for _, t in PAIRS)
@@ -83,6 +84,7 @@ def test_every_linear_of_both_sides_is_measured_with_its_own_tokens(measured, mo
     assert measured["layers.0.cross.q"].tokens == measured["layers.1.mlp.up"].tokens == targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 def test_statistics_equal_a_pass_through_the_whole_model(measured, seen, name):
     got = measured[name]

@@ -107,7 +107,16 @@ FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), a
 )
 FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
 # a model of these takes a quarter of a minute
-SLOW_TO_MAKE = {"mixed_two_bit", "any_precision", "dense_and_sparse"}
+SLOW_TO_MAKE = {
+    "mixed_two_bit",
+    "any_precision",
+    "dense_and_sparse",
+    "awq",
+    "affine3",
+    "affine8",
+    "codebook3",
+    "offsets",
+}
 # what these multiply by depends on x: their own tests say how
 OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
 # an embedding can be stored so

@@ -131,6 +131,7 @@ def test_permuted_columns_hold_the_same_numbers(w):
     assert (np.asarray(mixed_columns.permute(x, w)).reshape(12, 16)[:, 0] == 16 * np.asarray(w.order)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)])
 def test_a_weight_cut_over_devices_gives_the_same_product(spec):
     rows, stats = example(64, 64)

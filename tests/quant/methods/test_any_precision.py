@@ -238,6 +238,7 @@ def test_the_exact_split_equals_brute_force_on_clusters_of_any_weights(intervals
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_papers_split_is_where_lloyds_algorithm_stands_still_and_never_better():
     n, k = 16, 40
     rows, stats = example(n, k)

@@ -275,7 +275,15 @@ def test_the_product_is_that_of_the_numbers_and_of_group_sums():
     np.testing.assert_allclose(factored, want, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 7), (17, 9)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 1), marks=pytest.mark.slow),
+        pytest.param((3, 1), marks=pytest.mark.slow),
+        (1, 7),
+        (17, 9),
+    ],
+)
 def test_any_shape_works_and_rows_do_not_depend_on_one_another(shape):
     rows, h = problem(*shape)
     w = solved(rows, h, group_size=4)
@@ -326,6 +334,7 @@ def test_feedback_is_gptq_on_the_fitted_grids_and_pays_with_many_tokens():
     assert (unpack(diagonal.codes) == unpack(plain.codes)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [pytest.param(24, marks=pytest.mark.slow), 4096])
 def test_the_shrinkage_chosen_has_the_least_held_out_error(tokens):
     rows, true = problem()[0], gaussian()

@@ -152,6 +152,7 @@ def test_no_input_left_out_lies_in_a_higher_bucket_than_one_taken():
             assert mine[same].sum() == 0 or mine[same][: mine[same].sum()].all()
 
 
+@pytest.mark.slow
 def test_with_one_input_a_bucket_the_selection_is_the_exact_one_of_each_chunk():
     floors = np.asarray(host_residual.bucket_floors(jnp.array([32.0, 16.0])))
     middle = np.append(40.0, (floors[:-1] + floors[1:]) / 2).astype(np.float32)
@@ -233,6 +234,7 @@ def test_fused_layers_are_layers_fused():
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(codes), jax.tree.leaves(want), strict=True))
 
 
+@pytest.mark.slow
 def test_the_error_left_falls_by_the_share_of_energy_taken_and_on_average_with_every_more(rows):
     x, plain = normal(400, K, seed=9), np.asarray(rows)
     lost = []

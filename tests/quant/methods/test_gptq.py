@@ -192,7 +192,7 @@ def test_a_constant_row_comes_back(layer, act_order, integer_zero_point):
     np.testing.assert_allclose(got[3:5], rows[3:5], atol=2e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 129)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 129)])
 def test_any_shape_and_groups_wider_than_it_work(shape):
     rows = jax.random.normal(jax.random.key(1), shape)
     stats = Stats(hessian=jnp.eye(shape[1]) + 0.1)

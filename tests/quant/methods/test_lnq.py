@@ -174,6 +174,7 @@ def test_inputs_that_are_always_zero_go_to_their_nearest_level_and_disturb_no_ot
     np.testing.assert_array_equal(codes, lnq(rows, jnp.eye(K)[None], start, bits=3)[0])
 
 
+@pytest.mark.slow
 def test_constant_rows_and_fewer_distinct_weights_than_levels_come_back(layer):
     rows, hessian, _, _ = layer
     rows = rows.at[0].set(0.25).at[1].set(0.0).at[2].set(jnp.where(jnp.arange(K) % 3 == 0, 1.0, -0.5))

@@ -60,6 +60,7 @@ def energy(rows, stats):
     return float((h * np.square(np.asarray(rows))).sum())
 
 
+@pytest.mark.slow
 def test_every_rule_of_selection_gives_a_number_a_group_and_gain_is_the_best(layer):
     rows, stats = layer
     options = {"outliers": 0.0, "group4": 16}
@@ -79,6 +80,7 @@ def test_every_rule_of_selection_gives_a_number_a_group_and_gain_is_the_best(lay
     assert got["range"] > got["gain"] * 1.05
 
 
+@pytest.mark.slow
 def test_gains_do_not_depend_on_how_many_tokens_were_seen(layer):
     rows, stats = layer
     more = Stats(hessian_diag=stats.hessian_diag * 1024)
@@ -229,6 +231,7 @@ def test_outliers_may_lie_anywhere_or_nowhere(layer):
     assert error(spread, rows, stats) < error(solve(rows, stats, mask, outliers=0.0), rows, stats)
 
 
+@pytest.mark.slow
 def test_places_of_outliers_fit_sixteen_bits_at_any_width():
     assert [sparse.block_rows(n) for n in (64, 4096, 8192, 11008, 65536)] == [16, 16, 8, 4, 1]
     with pytest.raises(ValueError, match="outliers need at most 65536 inputs, got W=65552"):

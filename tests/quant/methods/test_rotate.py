@@ -177,6 +177,7 @@ def test_the_product_is_that_of_rounded_inputs_and_the_stored_weight(layer, grou
     np.testing.assert_allclose(half.astype(jnp.float32), want, atol=0.1 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.slow
 def test_at_four_bits_rotation_saves_what_great_inputs_would_drown():
     """Two of 1,024 inputs are thirty times the others and hardly weigh: unturned, they set the step alone."""
     keys = jax.random.split(jax.random.key(0), 2)

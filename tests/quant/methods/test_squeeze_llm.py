@@ -211,6 +211,7 @@ def test_pruned_weights_do_not_count():
     assert (weights[:, ::3] == curvature.MIN_IMPORTANCE).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_rows_shorter_than_their_table_are_stored_to_half_precision(k):
     rows, fisher = example(3, k)

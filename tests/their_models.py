@@ -39,7 +39,7 @@ FAMILIES = {
              | {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
     "mixtral": ("mixtral", SMALL | {"num_local_experts": 3, "sliding_window": 8}),
     "qwen3_moe": ("qwen3_moe", SMALL | {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True,
-                  "moe_intermediate_size": 20, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+                  "moe_intermediate_size": 24, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
     "gpt_oss": ("gpt_oss", SMALL | {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8,
                 "rope_parameters": YARN}),
     "gpt2": ("gpt2", GPT),

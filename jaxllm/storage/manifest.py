@@ -71,7 +71,7 @@ def arrays_of(value: Any, name: str, classes: Classes | None = None) -> Iterator
         yield name, value
 
 
-def build(described: dict[str, Any] | None, name: str, make: Make, classes: Classes | None = None) -> Any:
+def build(described: Any, name: str, make: Make, classes: Classes | None = None) -> Any:
     """A weight from what the manifest says; `make(name, shape, dtype)` gives each array by its name there.
 
     Raises ValueError in one line for what `describe` does not write.

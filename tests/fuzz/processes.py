@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 MORE_MEMORY = 1 << 30  # bytes of addresses where an allocation fails, before the machine's memory is gone
-PATIENCE = 60  # seconds until a process that does not even notice its own alarm is ended
+PATIENCE = 30  # seconds until a process that does not even notice its own alarm is ended
 SLOW = {"native": 0.2, "native_of_0_1_0": 0.1}  # whole models by Orbax, 0.1 s and more each
 OUTCOMES = ("refused", "equal", "opened", "traceback", "silent", "hang", "memory", "crash")
 

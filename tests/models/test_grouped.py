@@ -9,6 +9,8 @@ from jaxllm.models.grouped import MAX_TILE, group, grouped_matmul, ragged_produc
 from jaxllm.weights import affine
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.experts import Experts, members, parts, stack
+from jaxllm.weights.matmul import matmul
+from jaxllm.weights.nested_float import encode, with_mode
 
 X, K, N = 5, 32, 8
 RNG = np.random.default_rng(0)
@@ -47,6 +49,35 @@ def test_stored_codes_and_the_ragged_product_of_accelerators_give_the_same(produ
         return ragged_product(x[groups.source], jnp.asarray(ROWS), groups.sizes)[groups.place]
 
     np.testing.assert_allclose(ragged(x, chosen), by_rows(x, ROWS, chosen), atol=1e-5)
+
+
+def test_no_more_than_one_expert_is_ever_dequantized(usual_compiler):
+    many, size = 16, 256
+    one = affine.quantize(jnp.full((size, size), 0.01), bits=4, group_size=32)
+    w = jax.eval_shape(lambda one: Experts(jax.tree.map(lambda x: jnp.stack([x] * many), one)), one)
+    x, chosen = jax.ShapeDtypeStruct((64, size), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    program = jax.jit(lambda x, w, chosen: grouped_matmul(x, w, group(chosen, experts=many)))
+    compiled = program.lower(x, w, chosen).compile(compiler_options=usual_compiler)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * size * size < many * 4 * size * size / 2
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_switch_chosen_while_it_runs_reaches_every_expert(fp8):
+    chosen = np.arange(39, dtype=np.int32) % X
+    x = RNG.standard_normal((39, K)).astype(np.float32)
+    nested = [encode(jnp.asarray(rows / 10)) for rows in ROWS]
+
+    @jax.jit
+    def run(w, x, fp8):
+        return grouped_matmul(x, with_mode(w, fp8), group(jnp.asarray(chosen), experts=X))
+
+    @jax.jit
+    def alone(w, x):
+        return matmul(x, w)
+
+    mode = "fp8" if fp8 else "fp16"
+    want = [alone(with_mode(nested[e], mode), x[None, i])[0] for i, e in enumerate(chosen)]
+    np.testing.assert_allclose(run(stack(nested), x, jnp.int32(fp8)), want, atol=2e-3)
 
 
 def test_tiles_are_as_long_as_an_expert_has_rows():

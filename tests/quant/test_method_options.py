@@ -93,7 +93,7 @@ def test_a_method_made_in_python_is_held_to_the_same_table():
         ("scale_bits", "8", "scale_bits of rtn must be a whole number or null, got '8'"),
     ):
         base = jl.Rtn()
-        object.__setattr__(base, field, value)  # where annotations are checked, there is no other way
+        object.__setattr__(base, field, value)  # beartype, which runs with tests, lets no other way
         method = jl.DecDec(base=base)
         with pytest.raises(ValueError, match=message):
             methods_by_linear(method, weights)

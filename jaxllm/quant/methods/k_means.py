@@ -75,7 +75,7 @@ def _solve(
         c = lloyd(x, sums, optimum(x, sums, m))
     else:
         trials = 2 + int(math.log(m))
-        # subtle: XLA:CPU takes eight times as long to compile draws of three axes, of the same numbers
+        # subtle: XLA:CPU compiles draws of three axes, of the same numbers, far longer
         u = jax.random.uniform(key, (restarts * m * trials,)).reshape(restarts, m, trials)
         tries = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(u)
         c = tries[jnp.argmin(jax.vmap(lambda c: objective(x, sums, c))(tries))]

@@ -44,8 +44,8 @@ class SqueezeLlm:
     """Fisher-weighted k-means of each output's weights.
 
     restarts: how many starts of Lloyd's algorithm, of which the best is kept. exact: the optimum instead, in
-    one to three times the time up to K = 1,024, in five times at 4,096 (8 starts, 2 to 4 bits, a CPU).
-    outliers: the share of weights that are kept in float16, at most 0.05; None for none.
+    2**bits K log K steps a row. outliers: the share of weights that are kept in float16, at most 0.05; None
+    for none.
     """
 
     bits: int = 3

@@ -11,9 +11,12 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 LEFT_OUT = {"common", "kv_methods", "mixed_ablations", "quantization_methods", "quantization_tables"}
 LEFT_OUT |= {"decode"}
 NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
+QUICK = "gpu_decode_memory"  # each of the others takes longer
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in NAMES]
+)
 def test_it_runs_and_writes_a_page(name, tmp_path):
     script = importlib.import_module(name)
     script.main(["--tiny", "--results", str(tmp_path)])

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxllm.cache import files as cache_files
+from jaxllm.cli import demo
 from jaxllm.eviction.gates import ZapGate, save_gates
 from jaxllm.eviction.heads import save_heads
 from jaxllm.models.decoder import TINY, Decoder
@@ -49,6 +50,17 @@ def test_what_appears_whole_leaves_nothing(who, what, model, tmp_path, monkeypat
     with pytest.raises(OSError, match=f"{who}: the disk must have room for the output, got") as caught:
         WRITERS[who](model, tmp_path / "deep" / "out")
     assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_whole_or_absent(model, tmp_path, monkeypatch):
+    def drawn(context):
+        with open(context.out / "figure.png", "wb") as file:
+            full_while_writing(file)
+
+    monkeypatch.setattr(demo, "SECTIONS", (demo.size, drawn))
+    with pytest.raises(OSError, match="demo: the disk must have room for the output, got"):
+        demo.run(tmp_path / "report", model=model, note=str)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -313,7 +313,7 @@ def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
     blocks = []
     shapes = ((256, 256), (256, 512), (512, 256))
     one = {(K, N): FORMS[name](jnp.full((N, K), 0.01)) for K, N in shapes}
-    for layers in (1, 3):
+    for layers in (1, 2):
         config = dataclasses.replace(
             TINY, layers=layers, width=256, heads=8, kv_heads=8, head_dim=32, ffn=512, vocab=256
         )
@@ -329,7 +329,7 @@ def test_a_decoding_loop_never_holds_the_model_unpacked(name, usual_compiler):
         )
         block = 4 * (4 * 256 * 256 + 3 * 256 * 512)  # float32 bytes of one block's linears
         blocks.append(memory.temp_size_in_bytes / block)
-    assert blocks[1] - blocks[0] < 2 * 0.1  # what two more blocks take
+    assert blocks[1] - blocks[0] < 0.1  # what one more block takes
     assert blocks[0] < 1.5
 
 

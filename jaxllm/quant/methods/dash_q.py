@@ -28,6 +28,7 @@ Letters: K inputs, N outputs, G = ceil(K / group_size) groups of C * U places.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -41,7 +42,7 @@ from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine, check_rows
 
 ROWS = 256  # rows solved at a time: their working arrays stay in cache
-UNROLL = 64  # places of a group in one fused loop
+UNROLL = 32  # places of a group in one fused loop
 GROUPS = {2: 32, 3: 64, 4: 128}  # the paper's; other widths take the nearest
 RANGES, SHIFTS = 10, 3  # starts: so many shares of the range, each at so many shifts
 STEPS_PER_START = 2
@@ -163,7 +164,8 @@ def fit(
             qmax, of = 2**method.bits - 1, {"damping": method.damping, "ridge": method.ridge}
             s, low = descend(w, h, *_range(w, qmax), qmax=qmax, steps=method.iterations, **of)
             return s, -low / s
-        return polish(method, rows, w, h, *search(method, w, h))
+        step, moved, centre = _stepper(method, w, h)
+        return polish(method, rows, w, h, step, centre, *search(method, moved, step, centre))
 
     def by_row(x):
         return x.transpose(0, 2, 1).reshape(blocks * n, -1)[:N]
@@ -193,7 +195,8 @@ def _cut(rows: Float[Array, "n K"], group_size: int) -> Places:
 
 
 def _places(group_size: int) -> tuple[int, int]:
-    C = -(-group_size // UNROLL)
+    # subtle: two parts at least; XLA takes a loop of one trip apart and copies it into all that reads its sums
+    C = max(2, -(-group_size // UNROLL))
     return C, -(-group_size // C)
 
 
@@ -290,10 +293,19 @@ def descend(
     return s, low + mean
 
 
-def search(method: DashQ, w: Places, h: Shares) -> tuple[PerGroup, PerGroup]:
-    """Scale and zero point (in codes) of the best of many starts, refined."""
+def _stepper(method: DashQ, w: Places, h: Shares):
+    """The undamped step, the weights it is for, and what was taken from them [G, n]."""
     qmax = 2**method.bits - 1
-    step, w, centre = _stepper(method, w, h)
+    mean = _mean(w, h)
+    if method.integer_zero_point:
+        return functools.partial(refit_code, w, h, mean, qmax=qmax), w, jnp.zeros_like(mean)
+    centred = w - mean[None, :, None]
+    return functools.partial(refit, centred, h, qmax=qmax), centred, mean
+
+
+def search(method: DashQ, w: Places, step: Callable, centre: PerGroup) -> tuple[PerGroup, PerGroup]:
+    """Scale and zero point (in codes) of the best of many starts, refined; all of `_stepper`."""
+    qmax, starts = 2**method.bits - 1, RANGES * SHIFTS
     whole, low = _range(w, qmax, method.integer_zero_point)
     middle = low + whole * (qmax / 2)
 
@@ -306,35 +318,31 @@ def search(method: DashQ, w: Places, h: Shares) -> tuple[PerGroup, PerGroup]:
             return s, -s * jnp.clip(jnp.round(-low / s) + shift, 0, qmax)
         return s, low + s * (shift / SHIFTS)
 
-    def refined(grid, steps: int):
-        return jax.lax.fori_loop(0, steps, lambda _, at: step(*at[1:]), (none, *grid))
+    def attempt(i, best):  # the last goes on from the best: one loop, as each would be compiled
+        last = i == starts
+        grid = (jnp.where(last, a, b) for a, b in zip(best[1:], start(i), strict=True))
+        steps = jnp.where(last, method.iterations, STEPS_PER_START)
+        new = jax.lax.fori_loop(0, steps, lambda _, at: step(*at[1:]), (none, *grid))
+        return better(new, best)
 
     none = jnp.full_like(whole, jnp.inf)
-    best = none, whole, low
-    best = jax.lax.fori_loop(
-        0, RANGES * SHIFTS, lambda i, best: better(refined(start(i), STEPS_PER_START), best), best
-    )
-    _, s, low = better(refined(best[1:], method.iterations), best)
+    _, s, low = jax.lax.fori_loop(0, starts + 1, attempt, (none, whole, low))
     return s, -(low + centre) / s
 
 
-def _stepper(method: DashQ, w: Places, h: Shares):
-    """The undamped step, the weights it is for, and what was taken from them."""
-    qmax = 2**method.bits - 1
-    mean = _mean(w, h)
-    if method.integer_zero_point:
-        return functools.partial(refit_code, w, h, mean, qmax=qmax), w, jnp.zeros_like(mean)
-    centred = w - mean[None, :, None]
-    return functools.partial(refit, centred, h, qmax=qmax), centred, mean
-
-
 def polish(
-    method: DashQ, rows: Float[Array, "n K"], w: Places, h: Shares, s: PerGroup, zero_point: PerGroup
+    method: DashQ,
+    rows: Float[Array, "n K"],
+    w: Places,
+    h: Shares,
+    step: Callable,
+    centre: PerGroup,
+    s: PerGroup,
+    zero_point: PerGroup,
 ) -> tuple[PerGroup, PerGroup]:
     """Grid as stored: the best of round to nearest, one mean a group, (s, zero_point) and its refits."""
     qmax, integer_zero_point = 2**method.bits - 1, method.integer_zero_point
     sizes = {"bits": method.bits, "group_size": method.group_size_of(rows.shape[1])}
-    step, _, centre = _stepper(method, w, h)
     whole, low = _range(w, qmax, integer_zero_point)
 
     def candidate(s, zero_point):

@@ -79,7 +79,8 @@ def steps():
     run = jax.jit(partial(dash_q.descend, w, weights, *dash_q._range(w, 3), qmax=3))
 
     def places(x):
-        return np.broadcast_to(x, w.shape)[0].transpose(0, 2, 1).astype(np.float64)
+        G, n = w.shape[1], w.shape[3]
+        return np.broadcast_to(x, w.shape).transpose(1, 3, 0, 2).reshape(G, n, -1).astype(np.float64)
 
     return lambda *of: [np.asarray(x, np.float64) for x in run(**of[0])], places(w), places(weights)
 
@@ -138,7 +139,7 @@ def test_equal_energies_are_plain_least_squares_and_dead_inputs_do_not_count():
         lambda w: dash_q.descend(w, weights, *start, qmax=3, steps=3, damping=1.0, ridge=0.0),
         lambda w: dash_q.refit_code(w, weights, dash_q._mean(w, weights), start[0], -start[0], qmax=3),
     ):
-        other = jnp.asarray(w).at[:, 0, 3].set(-0.7)
+        other = jnp.asarray(w).at[0, 0, 3].set(-0.7)
         for a, b in zip(step(w), step(other), strict=True):
             assert (a == b).all()
 

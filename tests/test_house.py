@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and README, package and CI saying the same."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -28,6 +29,12 @@ TOWER = (
     {"ops", "pallas_kernels", "dram", "image"},
     {"pytree"},
 )
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The tree of a file."""
+    return ast.parse(path.read_text("utf-8"))
 
 
 def modules_of(package: str) -> set[str]:
@@ -58,7 +65,7 @@ def imports(root) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, path in known.items():
         named = set()
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 named |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -105,7 +112,7 @@ def test_no_file_imports_anothers_private_names(root):
     private = [
         f"{name}: {alias.name}"
         for name, path in modules(root).items()
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES
         for alias in node.names
         if alias.name.startswith("_")
@@ -119,7 +126,7 @@ def test_no_lambda_is_bound_to_a_name(root):
         f"{path.relative_to(root)}:{node.lineno}"
         for folder in folders
         for path in sorted((root / folder).rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)
         if any(isinstance(target, ast.Name) for target in node.targets)
     ]
@@ -146,7 +153,7 @@ def test_a_folders_docstring_names_each_of_its_modules_and_no_other(root):
     for path in modules(root).values():
         if path.name != "__init__.py" or path.parent.name in ("jaxllm", "pallas_kernels"):
             continue
-        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        text = ast.get_docstring(parsed(path)) or ""
         named = set(re.findall(r"^ *(\w+/?)  ", text, re.M))
         there = {file.stem for file in path.parent.glob("*.py") if file.name != "__init__.py"}
         there |= {f"{inner.parent.name}/" for inner in path.parent.glob("*/__init__.py")}

@@ -61,7 +61,13 @@ def test_each_key_of_a_config_is_read_or_refused_in_one_line(kind, tmp_path):
             assert all(isinstance(one, str) and key in one for one in got[: len(NEVER)]), (key, got)
 
 
-@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn", "longrope", "dynamic", "x"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("default", "linear", "llama3")),
+        *("yarn", "longrope", "dynamic", "x"),
+    ],
+)
 def test_each_key_of_rope_parameters_is_read_or_refused_in_one_line(rope, tmp_path):
     good = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0}
     good |= {"high_freq_factor": 4.0, "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}

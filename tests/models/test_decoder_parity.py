@@ -107,6 +107,9 @@ CHECKPOINTS = {
 # variants of others that stay: checkpoints, and single features of them
 SLOW = {
     "llama2",
+    "mistral",
+    "gemma2",
+    "phi3",
     "linear",
     "yarn",
     "qwen2",
@@ -115,8 +118,6 @@ SLOW = {
     "phi3_long",
     "phi3_between",
     "qwen3_moe",
-    ("gemma2", "windows"),
-    ("phi3", "windows"),
     ("gpt_oss", "glu_limit"),
     ("gpt_oss", "attention_sinks"),
 }

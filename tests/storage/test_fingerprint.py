@@ -51,7 +51,12 @@ def neighbours(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["float32", "bfloat16", pytest.param("encoder", marks=pytest.mark.slow), "quantized"]
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "encoder")),
+        "bfloat16",
+        "quantized",
+    ],
 )
 def test_one_bit_of_one_number_anywhere_gives_another_fingerprint(name, models):
     found = [fingerprint(models[name]), *map(fingerprint, neighbours(models[name]))]

@@ -106,8 +106,12 @@ FORMS["rotated, whole"] = lambda rows: jl.Rotate(base=Fixed(FORMS["affine8"]), a
     rows, Stats(), name="w", dtype=jnp.float32
 )
 FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.arange(rows.shape[1])[::-1])
-# a model of these takes a quarter of a minute
+# a model of these takes seconds; of each kind one is quick
 SLOW_TO_MAKE = {
+    "affine2, coded scales",
+    "nested_fp",
+    "permuted",
+    "rotated, whole",
     "mixed_two_bit",
     "any_precision",
     "dense_and_sparse",

@@ -77,7 +77,7 @@ def test_the_count_of_bits_is_the_papers_formula_in_a_large_matrix(r, group4, p,
         (48, 192, (), 0.0),
         (48, 192, (1, 4, 5), 0.002),
         (20, 100, (0, 6), 0.02),
-        (33, 64, (0, 1, 2, 3), 0.02),
+        pytest.param(33, 64, (0, 1, 2, 3), 0.02, marks=pytest.mark.slow),
         (1, 1, (0,), 0.0),
     ],
 )

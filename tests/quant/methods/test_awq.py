@@ -37,7 +37,7 @@ def loss(rows, stored, x):
     return float(jnp.sum(((rows - stored.dequantize_rows()) @ x.T) ** 2))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(b, marks=pytest.mark.slow) for b in (3, 4))])
 def test_scaling_beats_round_to_nearest_and_clipping_beats_scaling_alone(layer, bits):
     rows, x = layer
     sizes = {"bits": bits, "group_size": GROUP}

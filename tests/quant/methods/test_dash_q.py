@@ -186,7 +186,7 @@ def test_a_whole_zero_is_fitted_next_to_its_optimum():
 
 
 @pytest.mark.parametrize("integer_zero_point", [False, True])
-@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("bits", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_no_group_ends_above_round_to_nearest(bits, integer_zero_point):
     rows, h = problem()
     rows = rows.at[0].multiply(1e-3).at[1].add(20.0).at[2, 5].set(50.0)

@@ -99,7 +99,7 @@ def test_without_correlations_it_is_round_to_nearest_on_the_same_grid(layer, dia
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(b, marks=pytest.mark.slow) for b in (3, 4))])
 def test_on_correlated_inputs_it_beats_round_to_nearest_by_far(layer, bits):
     rows, hessian = layer
     stats = Stats(hessian=hessian, hessian_diag=jnp.diag(hessian))

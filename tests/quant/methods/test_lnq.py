@@ -210,7 +210,7 @@ def test_unguided_uses_no_gradients(layer):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 129)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 129)])
 def test_any_shape_works(shape):
     rows = jax.random.normal(jax.random.key(1), shape)
     codes, table = lnq(rows, (jnp.eye(shape[1]) + 0.1)[None], jnp.zeros(shape, jnp.uint8), bits=1)

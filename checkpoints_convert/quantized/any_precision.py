@@ -16,6 +16,7 @@ from jaxllm.storage.metadata import excerpt
 from jaxllm.weights import bit_planes, codebook
 from jaxllm.weights.bit_planes import CODES_PER_WORD, BitPlanes
 from jaxllm.weights.codebook import Codebook
+from jaxllm.weights.sparse import DenseAndSparse
 from jaxllm.weights.weight import Weight
 
 
@@ -80,6 +81,11 @@ class AnyPrecision:
                     widths.add((w.seed_bits, w.parent_bits))
                 case Codebook():
                     widths.add((w.codes.bits, w.codes.bits))
+                case DenseAndSparse():
+                    raise ValueError(
+                        "its layout has no sparse part: weights must be tables alone (outliers=None), "
+                        f"got {type(w).__name__}"
+                    )
                 case _:
                     raise ValueError(
                         "weights must be tables, as of SqueezeLlm, Lnq and AnyPrecision, "
@@ -91,8 +97,13 @@ class AnyPrecision:
         return cls(seed, parent)
 
     @classmethod
-    def round(cls, w: Weight) -> Codebook:
-        """The weight in tables of even steps from each output's least weight to its greatest."""
+    def round(cls, w: Weight) -> Codebook | BitPlanes:
+        """The weight in tables of even steps from each output's least weight to its greatest.
+
+        Tables around which weights were kept apart stay, and each of these takes its nearest level.
+        """
+        if isinstance(w, DenseAndSparse) and isinstance(w.base, Codebook | BitPlanes):
+            return _without_kept(w, w.base)
         bits, rows = bits_of(innermost(w)), read_rows(w)
         steps = jnp.linspace(0.0, 1.0, 2**bits)[None]
         low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
@@ -147,6 +158,16 @@ class AnyPrecision:
             return to_cuda_planes(planes, parts[0].shape[0])
         table = int(last.removeprefix("lut")) - self.seed
         return np.concatenate([np.asarray(_tables(w)[table]) for w in parts])
+
+
+def _without_kept(w: DenseAndSparse, base: Codebook | BitPlanes) -> Codebook | BitPlanes:
+    widest = base if isinstance(base, Codebook) else base.at(base.parent_bits)
+    codes, table = bit_planes.unpack(_planes(widest), w.shape[0]), _tables(widest)[-1]
+    nearest = codebook.nearest(w.dequantize_rows(jnp.float32), table.astype(jnp.float32))
+    codes = jnp.where(w.is_kept(), nearest.astype(codes.dtype), codes)
+    if isinstance(base, Codebook):
+        return codebook.from_codes(codes, table, bits=base.codes.bits, dtype=w.dtype)
+    return bit_planes.from_codes(codes, base.tables, bits=base.bits, dtype=w.dtype)
 
 
 def _planes(w: Any) -> Any:

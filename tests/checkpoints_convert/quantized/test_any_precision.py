@@ -11,10 +11,13 @@ from quantized_files import ANY, LINEARS, LLAMA, PHI3, any_precision, checkpoint
 
 import jaxllm as jl
 from checkpoints_convert import huggingface
+from checkpoints_convert.quantized.export import requantize
 from jaxllm.files import convert
 from jaxllm.models.decoder import TINY as SMALLEST
 from jaxllm.models.decoder import Decoder
-from jaxllm.weights.bit_planes import from_codes
+from jaxllm.models.linears import linear_weights
+from jaxllm.weights import codebook, sparse
+from jaxllm.weights.bit_planes import from_codes, read_at
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
@@ -82,6 +85,39 @@ def test_what_any_precisions_layout_cannot_say_is_refused(changes, name, message
     with pytest.raises(ValueError, match=message):
         jl.save(with_planes(model, name), tmp_path / "out", to="huggingface")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("widths", [(3,), (2, 3)], ids=["codebook", "planes"])
+def test_outliers_are_refused_with_what_fits_and_rounded_on_request_without_touching_the_others(
+    widths, tmp_path
+):
+    rng, K, N = np.random.default_rng(3), SMALLEST.width, SMALLEST.heads * SMALLEST.head_dim
+    rows, kept = rng.normal(size=(N, K)).astype(np.float32), np.zeros((N, K), bool)
+    kept[::5, 7] = True
+    codes = jnp.asarray(rng.integers(0, 8, (N, K)), jnp.int32)
+    tables = tuple(jnp.asarray(rng.normal(size=(N, 2**b)), jnp.float32) for b in widths)
+    if len(widths) == 1:
+        base = codebook.from_codes(codes, tables[0], bits=3)
+    else:
+        base = from_codes(codes, tables, bits=3)
+    w = sparse.encode(base, jnp.asarray(rows), jnp.asarray(kept), 20)
+    model = Decoder(dataclasses.replace(SMALLEST, layers=1), rngs=nnx.Rngs(0))
+    model.layers[0].attention.q.w.set_value(w)
+    where = r"outliers=None\), got DenseAndSparse, at model.layers.0.self_attn.q_proj: quantize so, or round"
+    with pytest.raises(ValueError, match=where) as caught:
+        jl.save(model, tmp_path / "out", to="any-precision")
+    assert "\n" not in str(caught.value)
+    small, changes = requantize(model, "any-precision")
+    assert list(changes) == ["layers.0.attention.q"]
+    made = linear_weights(small)["layers.0.attention.q"]
+    got, was, table = (np.asarray(a) for a in (made.dequantize_rows(), base.dequantize_rows(), tables[-1]))
+    kept = np.asarray(w.is_kept())
+    np.testing.assert_array_equal(got[~kept], was[~kept])
+    rounded, levels = rows.astype(np.float16).astype(np.float32), table.astype(np.float16).astype(np.float32)
+    least = np.abs(rounded[..., None] - levels[:, None]).min(-1)
+    np.testing.assert_array_equal(np.abs(got - rounded)[kept], least[kept])
+    if len(widths) > 1:
+        np.testing.assert_array_equal(read_at(made, 2).tables[0], base.tables[0])
 
 
 @pytest.mark.parametrize(

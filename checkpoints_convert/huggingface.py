@@ -216,6 +216,8 @@ def save(
     tensors = tensors_of(family, weights)
     if scheme is None and any(isinstance(w, BitPlanes | Codebook) for w in weights.values()):
         scheme = quantized.AnyPrecision.name
+    if not family.coded_experts:
+        _check_experts(family, tensors, weights)
     head = next(row.theirs for row in family.rows if row.ours == ("head.w",)).removesuffix(".weight")
     block, ways = ({}, {}) if scheme is None else export.plan(scheme, tensors, weights, head)
     entries = [entry for tensor in tensors for entry in _entries(tensor, weights, ways)]
@@ -244,6 +246,18 @@ def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]
         "eos_token_id": None if not ends else ends[0] if len(ends) == 1 else list(ends),
         "dtype": dtype,
     }
+
+
+def _check_experts(family: Family, tensors: list[Tensor], weights: dict[str, Any]) -> None:
+    """Raises ValueError for experts in codes."""
+    for tensor in tensors:
+        coded = [name for name in tensor.ours if not isinstance(weights[name], jax.Array)]
+        if coded and ".experts." in tensor.theirs:
+            raise ValueError(
+                f"huggingface.save: experts of {family.model_type} must be dense, no tool has a layout for "
+                f"their codes: leave them so, or write the native one, got "
+                f"{type(weights[coded[0]]).__name__} at {coded[0]}"
+            )
 
 
 def _entries(

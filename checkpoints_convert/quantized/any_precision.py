@@ -113,7 +113,8 @@ class AnyPrecision:
     def to_config(cls, ways: dict[str, "AnyPrecision"], dense: Sequence[str]) -> dict[str, Any]:
         """The `anyprec` of linears stored so and of dense ones, by their names.
 
-        The authors' loader puts the same modules in every layer and knows one pair of widths.
+        The authors' loader puts the same modules in every layer, knows one pair of widths, and needs
+        `sparse_numvals` (of whose linears weights are added to the tables' levels) also where it is empty.
         """
         linears = layers_by_linear(ways)
         if "" in linears:
@@ -136,6 +137,7 @@ class AnyPrecision:
             "parent_precision": parent,
             "group_count": 1,
             "arch_config": arch,
+            "sparse_numvals": {},
         }
 
     def shapes(self, K: int, N: int) -> Shapes:

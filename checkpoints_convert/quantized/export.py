@@ -20,6 +20,7 @@ from checkpoints_convert.quantized.any_precision import AnyPrecision
 from checkpoints_convert.quantized.scheme import SCHEMES, WritableScheme
 from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.weights.dense import Dense
+from jaxllm.weights.experts import Experts, is_dense, members, parts, stack
 
 
 def scheme_named(who: str, name: str) -> Any:
@@ -96,20 +97,26 @@ def entries(linear: str, way: WritableScheme, parts: Sequence[Any]) -> list[tens
 def requantize(model: Any, name: str) -> tuple[Any, dict[str, float]]:
     """The model with what a scheme cannot hold rounded plainly to what it can, and how much that changed.
 
-    The change is mean |w - w'| / mean |w| of each weight that was rounded, by its name. A quantized embedding
-    becomes dense, as all tools have it, and does not change. Raises ValueError for a model without codes.
+    The change is mean |w - w'| / mean |w| of each weight that was rounded, by its name, an expert's own.
+    A quantized embedding becomes dense, as all tools have it, and does not change. Raises ValueError for a
+    model without codes.
     """
-    scheme, made, changes = scheme_named("requantize: to", name), {}, {}
-    quantized = {key: w for key, w in linear_weights(model).items() if not isinstance(w, Dense | jax.Array)}
+    scheme = scheme_named("requantize: to", name)
+    made: dict[str, Any] = {}
+    changes: dict[str, float] = {}
+    quantized = {key: w for key, w in linear_weights(model).items() if not is_dense(w)}
     for key, w in quantized.items():
         if key == "embedding":
             made[key] = Dense(w.dequantize_rows(w.dtype))
             continue
         try:
-            scheme.holding([w])
-        except ValueError:
-            made[key] = scheme.round(w)
-            changes[key] = float(_change(read_rows(w), read_rows(made[key])))
+            for one in parts(w):
+                scheme.holding([one])
+        except ValueError:  # experts are stored alike: all of a linear are rounded, or none
+            rounded = [scheme.round(one) for one in parts(w)]
+            for own, one, new in zip(members(key, w), parts(w), rounded, strict=True):
+                changes[own] = float(_change(read_rows(one), read_rows(new)))
+            made[key] = stack(rounded) if isinstance(w, Experts) else rounded[0]
     if not quantized:
         raise ValueError(f"requantize: {name} needs a quantized model, got dense weights: quantize first")
     return replace_weights(model, made), changes

@@ -18,7 +18,7 @@ restricted to it: levels by eq. 9, each code between its two halves by eq. 11, b
 (w - P c) then falls with the width (before the tables are rounded to float16).
 
 With `outliers`, some weights are kept apart in float16 (`outliers.py`), the same at every width, and count
-for nothing in any table. The authors' code finds such weights too, and its packer leaves them out.
+for nothing in any table. The authors' code adds them to levels that should be 0 there, and are nearly.
 
     w = AnyPrecision(parent_bits=8).quantize(rows, Stats(fisher=fisher), name="up", dtype=rows.dtype)
     read_at(w, 4).dequantize_rows()                    # the same planes, four of them read

@@ -19,8 +19,8 @@ from checkpoints_convert.quantized.affine import read_rows
 from checkpoints_convert.quantized.any_precision import AnyPrecision
 from checkpoints_convert.quantized.scheme import SCHEMES, WritableScheme
 from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.weights import experts
 from jaxllm.weights.dense import Dense
-from jaxllm.weights.experts import Experts, is_dense, members, parts, stack
 
 
 def scheme_named(who: str, name: str) -> Any:
@@ -44,6 +44,8 @@ def plan(
     one_group = True
     for tensor in tensors:
         parts, linear = [weights[leaf] for leaf in tensor.ours], stem(tensor)
+        if tensor.ours[0].endswith(".router.weight"):  # to other tools one more linear of the block
+            linear = tensor.theirs.removesuffix(".weight")
         if linear is None:
             continue
         if any(isinstance(part, jax.Array) for part in parts):
@@ -104,19 +106,19 @@ def requantize(model: Any, name: str) -> tuple[Any, dict[str, float]]:
     scheme = scheme_named("requantize: to", name)
     made: dict[str, Any] = {}
     changes: dict[str, float] = {}
-    quantized = {key: w for key, w in linear_weights(model).items() if not is_dense(w)}
+    quantized = {key: w for key, w in linear_weights(model).items() if not experts.is_dense(w)}
     for key, w in quantized.items():
         if key == "embedding":
             made[key] = Dense(w.dequantize_rows(w.dtype))
             continue
         try:
-            for one in parts(w):
+            for one in experts.parts(w):
                 scheme.holding([one])
         except ValueError:  # experts are stored alike: all of a linear are rounded, or none
-            rounded = [scheme.round(one) for one in parts(w)]
-            for own, one, new in zip(members(key, w), parts(w), rounded, strict=True):
+            rounded = [scheme.round(one) for one in experts.parts(w)]
+            for own, one, new in zip(experts.members(key, w), experts.parts(w), rounded, strict=True):
                 changes[own] = float(_change(read_rows(one), read_rows(new)))
-            made[key] = stack(rounded) if isinstance(w, Experts) else rounded[0]
+            made[key] = experts.stack(rounded) if isinstance(w, experts.Experts) else rounded[0]
     if not quantized:
         raise ValueError(f"requantize: {name} needs a quantized model, got dense weights: quantize first")
     return replace_weights(model, made), changes

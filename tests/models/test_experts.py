@@ -324,7 +324,14 @@ def test_coded_experts_are_written_for_other_tools_and_read_back(to, tmp_path):
     model = coded(bits=4)
     jl.save(model, tmp_path / "out", to=to)
     again, _ = jl.load(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mixtral"
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert config["model_type"] == "mixtral"
+    block, router = config["quantization_config"], "model.layers.0.block_sparse_moe.gate"
+    if to == "gptq":  # says so as patterns
+        left_out = [name[2:] for name in block["dynamic"] if name.startswith("-:")]
+        assert any(re.match(name, router) for name in left_out)
+    else:  # else other tools look for its codes
+        assert router in block[{"awq": "modules_to_not_convert", "compressed-tensors": "ignore"}[to]]
     jax.tree.map(np.testing.assert_array_equal, rows_of(again), rows_of(model))
 
 

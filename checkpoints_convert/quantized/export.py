@@ -106,7 +106,11 @@ def requantize(model: Any, name: str) -> tuple[Any, dict[str, float]]:
     scheme = scheme_named("requantize: to", name)
     made: dict[str, Any] = {}
     changes: dict[str, float] = {}
-    quantized = {key: w for key, w in linear_weights(model).items() if not experts.is_dense(w)}
+    quantized = {
+        key: w
+        for key, w in linear_weights(model).items()
+        if not (experts.is_dense(w) or isinstance(w, jax.Array))
+    }
     for key, w in quantized.items():
         if key == "embedding":
             made[key] = Dense(w.dequantize_rows(w.dtype))

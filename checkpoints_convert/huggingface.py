@@ -32,8 +32,6 @@ from checkpoints_convert.quantized import scheme as quantized
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.metadata import excerpt
 from jaxllm.storage.tokenizer import load_tokenizer
-from jaxllm.weights.bit_planes import BitPlanes
-from jaxllm.weights.codebook import Codebook
 
 FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *experts.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
 
@@ -214,7 +212,7 @@ def save(
     family = family_of(model, model_type)
     weights = named_weights(model)
     tensors = tensors_of(family, weights)
-    if scheme is None and any(isinstance(w, BitPlanes | Codebook) for w in weights.values()):
+    if scheme is None and any(quantized.AnyPrecision.is_of_tables(w) for w in weights.values()):
         scheme = quantized.AnyPrecision.name
     if not family.coded_experts:
         _check_experts(family, tensors, weights)

@@ -15,8 +15,8 @@ float16.
 
     w = encode(base, rows, highest(jnp.abs(rows), 300), 300)        # the largest of each block
 
-Single weights of `mixed_columns` lie so, too, but are added (`pack`, `add_to_rows`), and 0 at place 0 where
-there are none.
+Single weights of `mixed_columns`, and those of other tools' files (`added`), lie so, too, but are added to
+what stands there: `pack`, `add_to_rows`, with 0 at place 0 where a block has fewer.
 
 Letters: K inputs, N outputs, W stored inputs (K here), O blocks of outputs, m places in each.
 """
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Shaped, UInt16
 
-from jaxllm.pytree import pytree
+from jaxllm.pytree import pytree, static
 
 OUTPUTS_PER_BLOCK = 16
 
@@ -39,12 +39,14 @@ OUTPUTS_PER_BLOCK = 16
 class DenseAndSparse:
     """A [K, N] weight: any format, and weights that stand in place of some of its own.
 
+    added: they are added to these, as other tools have it, and 0 fills up a block with fewer than m.
     holds: kept.shape == places.shape == (ceil(N / block_rows(K)), m)
     """
 
     base: Any  # any weight format [K, N]
     kept: jax.Array  # float16 [O, m]
     places: jax.Array  # uint16 [O, m]
+    added: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,12 +59,17 @@ class DenseAndSparse:
 
     def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
+        if self.added:
+            rows = self.base.dequantize_rows(jnp.float32)
+            return add_to_rows(rows, self.kept, self.places).astype(dtype)
         return put_into_rows(self.base.dequantize_rows(dtype), self.kept, self.places)
 
     def is_kept(self) -> Bool[Array, "N K"]:
-        """Which weights stand in place of the base's."""
-        nothing = jnp.zeros(self.shape[::-1])
-        return put_into_rows(nothing, jnp.ones_like(self.kept), self.places) > 0
+        """Which weights are not the base's."""
+        nothing, marks = jnp.zeros(self.shape[::-1]), jnp.ones_like(self.kept)
+        if self.added:
+            return add_to_rows(nothing, jnp.where(self.kept == 0, 0, marks), self.places) > 0
+        return put_into_rows(nothing, marks, self.places) > 0
 
     def partition_specs(self, spec: P) -> "DenseAndSparse":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`.

@@ -252,8 +252,8 @@ def _check_experts(family: Family, tensors: list[Tensor], weights: dict[str, Any
         coded = [name for name in tensor.ours if not isinstance(weights[name], jax.Array)]
         if coded and ".experts." in tensor.theirs:
             raise ValueError(
-                f"huggingface.save: experts of {family.model_type} must be dense, no tool has a layout for "
-                f"their codes: leave them so, or write the native one, got "
+                f"huggingface.save: experts of {family.model_type} must be dense, in codes (MXFP4) they are "
+                f"read and not written: leave them so, or write the native layout, got "
                 f"{type(weights[coded[0]]).__name__} at {coded[0]}"
             )
 

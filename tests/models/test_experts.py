@@ -350,7 +350,7 @@ def test_experts_that_a_layout_cannot_hold_are_rounded_one_by_one():
 def test_experts_of_gpt_oss_in_codes_are_refused_with_what_is_left(to, tmp_path):
     gpt_oss = {"expert_bias": True, "glu_limit": 7.0, "attention_sinks": True, "activation": "quick_gelu"}
     model = coded(5, "mlp", **gpt_oss)  # as MXFP4 is read
-    line = r"experts of gpt_oss must be dense.*native one, got Affine at layers\.0\.mlp\.\w+\.0\.w$"
+    line = r"experts of gpt_oss must be dense.*native layout, got Affine at layers\.0\.mlp\.\w+\.0\.w$"
     with pytest.raises(ValueError, match=line):
         jl.save(model, tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()

@@ -32,7 +32,7 @@ class SparseRows:
     def of_tensors(cls, tensors: Tensors, K: int, N: int) -> "SparseRows":
         """The single weights of a file, whose shapes are right; ValueError for places that are none."""
         rows, cols, vals = (np.asarray(tensors[name]) for name in ("rows", "cols", "vals"))
-        if rows[0] != 0 or rows[N] != cols.size or (np.diff(rows) < 0).any():
+        if rows[0] != 0 or rows[N] != cols.size or (rows[1:] < rows[:-1]).any():  # int32 differences may wrap
             raise ValueError(f"rows must ascend from 0 to {cols.size}, got {rows[0]} to {rows[N]}")
         if cols.size and not 0 <= cols.min() <= cols.max() < K:
             raise ValueError(f"cols must be below {K}, got {cols.min()} to {cols.max()}")

@@ -206,6 +206,7 @@ def test_weights_to_add_of_which_the_config_says_nothing_are_one_line(tmp_path):
     [
         ("rows", lambda x: x + 1, "rows must ascend from 0 to"),
         ("rows", lambda x: np.where(np.arange(x.size) == 5, 10**6, x), "rows must ascend from 0 to"),
+        ("rows", lambda x: np.r_[x[:5], 2**31 - 1, -(2**31), x[7:]], "rows must ascend from 0 to"),
         ("cols", lambda x: x + 10**6, "cols must be below"),
         ("cols", lambda x: x - 10**6, "cols must be below"),
         ("cols", lambda x: 0 * x, "cols must ascend in each output"),

@@ -32,8 +32,6 @@ from checkpoints_convert.quantized import scheme as quantized
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.metadata import excerpt
 from jaxllm.storage.tokenizer import load_tokenizer
-from jaxllm.weights.bit_planes import BitPlanes
-from jaxllm.weights.codebook import Codebook
 
 FAMILIES: tuple[Family, ...] = (*llama_line.FAMILIES, *experts.FAMILIES, *gpt.FAMILIES, *t5.FAMILIES)
 
@@ -214,8 +212,10 @@ def save(
     family = family_of(model, model_type)
     weights = named_weights(model)
     tensors = tensors_of(family, weights)
-    if scheme is None and any(isinstance(w, BitPlanes | Codebook) for w in weights.values()):
+    if scheme is None and any(quantized.AnyPrecision.is_of_tables(w) for w in weights.values()):
         scheme = quantized.AnyPrecision.name
+    if not family.coded_experts:
+        _check_experts(family, tensors, weights)
     head = next(row.theirs for row in family.rows if row.ours == ("head.w",)).removesuffix(".weight")
     block, ways = ({}, {}) if scheme is None else export.plan(scheme, tensors, weights, head)
     entries = [entry for tensor in tensors for entry in _entries(tensor, weights, ways)]
@@ -244,6 +244,18 @@ def config_json(family: Family, config, tokenizer, dtype: str) -> dict[str, Any]
         "eos_token_id": None if not ends else ends[0] if len(ends) == 1 else list(ends),
         "dtype": dtype,
     }
+
+
+def _check_experts(family: Family, tensors: list[Tensor], weights: dict[str, Any]) -> None:
+    """Raises ValueError for experts in codes."""
+    for tensor in tensors:
+        coded = [name for name in tensor.ours if not isinstance(weights[name], jax.Array)]
+        if coded and ".experts." in tensor.theirs:
+            raise ValueError(
+                f"huggingface.save: experts of {family.model_type} must be dense, in codes (MXFP4) they are "
+                f"read and not written: leave them so, or write the native layout, got "
+                f"{type(weights[coded[0]]).__name__} at {coded[0]}"
+            )
 
 
 def _entries(

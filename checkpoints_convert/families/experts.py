@@ -326,6 +326,7 @@ GPT_OSS = Family(
     flat=gpt_oss_flat,
     usual=gpt_oss_usual,
     as_written=gpt_oss_written,
+    coded_experts=False,  # of MXFP4, all of a layer in one tensor
     defaults=COMMON
     | {
         "num_key_value_heads": 8,

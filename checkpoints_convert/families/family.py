@@ -73,6 +73,7 @@ class Family:
     prefixes: tuple[str, ...] = ("model.",)  # of files: each is tried in place of the first, "" too
     usual: Callable[[Tensors], Tensors] | None = None  # tensors in another layout to those of the table
     as_written: Callable[[list[Entry]], list[Entry]] | None = None  # and back, where it is the only one
+    coded_experts: bool = True  # whether its experts are written in codes, one by one
 
 
 @dataclasses.dataclass(frozen=True)

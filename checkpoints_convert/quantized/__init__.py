@@ -8,6 +8,7 @@ gptq            GPTQ's words, zeros and order, and its settings by module
 awq             AWQ's words
 compressed_tensors  compressed-tensors' words, and its settings by target
 any_precision   Any-Precision's planes and tables, read and written
+sparse_rows     single weights beside these, by outputs
 mxfp4           the experts of GPT-OSS
 config          reading the blocks of a config.json
 words           codes in int32 words

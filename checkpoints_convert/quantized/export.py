@@ -19,6 +19,7 @@ from checkpoints_convert.quantized.affine import read_rows
 from checkpoints_convert.quantized.any_precision import AnyPrecision
 from checkpoints_convert.quantized.scheme import SCHEMES, WritableScheme
 from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.weights import experts
 from jaxllm.weights.dense import Dense
 
 
@@ -43,6 +44,8 @@ def plan(
     one_group = True
     for tensor in tensors:
         parts, linear = [weights[leaf] for leaf in tensor.ours], stem(tensor)
+        if tensor.ours[0].endswith(".router.weight"):  # to other tools one more linear of the block
+            linear = tensor.theirs.removesuffix(".weight")
         if linear is None:
             continue
         if any(isinstance(part, jax.Array) for part in parts):
@@ -96,20 +99,30 @@ def entries(linear: str, way: WritableScheme, parts: Sequence[Any]) -> list[tens
 def requantize(model: Any, name: str) -> tuple[Any, dict[str, float]]:
     """The model with what a scheme cannot hold rounded plainly to what it can, and how much that changed.
 
-    The change is mean |w - w'| / mean |w| of each weight that was rounded, by its name. A quantized embedding
-    becomes dense, as all tools have it, and does not change. Raises ValueError for a model without codes.
+    The change is mean |w - w'| / mean |w| of each weight that was rounded, by its name, an expert's own.
+    A quantized embedding becomes dense, as all tools have it, and does not change. Raises ValueError for a
+    model without codes.
     """
-    scheme, made, changes = scheme_named("requantize: to", name), {}, {}
-    quantized = {key: w for key, w in linear_weights(model).items() if not isinstance(w, Dense | jax.Array)}
+    scheme = scheme_named("requantize: to", name)
+    made: dict[str, Any] = {}
+    changes: dict[str, float] = {}
+    quantized = {
+        key: w
+        for key, w in linear_weights(model).items()
+        if not (experts.is_dense(w) or isinstance(w, jax.Array))
+    }
     for key, w in quantized.items():
         if key == "embedding":
             made[key] = Dense(w.dequantize_rows(w.dtype))
             continue
         try:
-            scheme.holding([w])
-        except ValueError:
-            made[key] = scheme.round(w)
-            changes[key] = float(_change(read_rows(w), read_rows(made[key])))
+            for one in experts.parts(w):
+                scheme.holding([one])
+        except ValueError:  # experts are stored alike: all of a linear are rounded, or none
+            rounded = [scheme.round(one) for one in experts.parts(w)]
+            for own, one, new in zip(experts.members(key, w), experts.parts(w), rounded, strict=True):
+                changes[own] = float(_change(read_rows(one), read_rows(new)))
+            made[key] = experts.stack(rounded) if isinstance(w, experts.Experts) else rounded[0]
     if not quantized:
         raise ValueError(f"requantize: {name} needs a quantized model, got dense weights: quantize first")
     return replace_weights(model, made), changes

@@ -6,12 +6,13 @@ import numpy as np
 
 from checkpoints_convert import tensor_files
 from checkpoints_convert.families.family import Tensor, stem
+from checkpoints_convert.quantized.any_precision import BySparse
 from checkpoints_convert.quantized.compressed_tensors import ByTarget
 from checkpoints_convert.quantized.gptq import ByModule
 from checkpoints_convert.quantized.scheme import Scheme
 from checkpoints_convert.quantized.words import Tensors
 
-BySome = ByModule | ByTarget  # linears of one checkpoint stored in several ways
+BySome = ByModule | ByTarget | BySparse  # linears of one checkpoint stored in several ways
 
 
 def way_of(scheme: Scheme | BySome, tensor: Tensor) -> Scheme:

@@ -12,11 +12,12 @@ outputs at b bits, with G groups of inputs (codes lie in int32 words, the first 
     compressed-tensors  weight_packed [N, K b/32], weight_scale [N, G], weight_shape [2],       b = 4, 8
                         weight_zero_point [N b/32, G], weight_g_idx [K]
     mxfp4               blocks [N, K/32, 16], scales [N, K/32], of each expert                b = 4
-    any-precision       qweight [B, N, K/32], lut{b} [N, 2**b]                                  b <= B <= 8
+    any-precision       qweight [B, N, K/32], lut{b} [N, 2**b], rows [N + 1], cols, vals [n]    b <= B <= 8
 
 The first three mean (code - zero_point) * scale and become `Affine`: a zero point that is the middle code
 everywhere is None, scales keep the file's float type. Act-order (`g_idx`: the group of each input) becomes
-`Permuted`. MXFP4 becomes `Affine` of 5 bits (`mxfp4.py`). The last becomes `BitPlanes`; a `Codebook` is
+`Permuted`. MXFP4 becomes `Affine` of 5 bits (`mxfp4.py`). The last becomes `BitPlanes`, where
+single weights are added to it (`sparse_rows.py`) a `DenseAndSparse`; a `Codebook` is
 written so, too, as a table of one width. The layouts are those that AutoGPTQ and GPTQModel, AutoAWQ,
 compressed-tensors, GPT-OSS and SNU-ARC/any-precision-llm on GitHub write. GPTQ is written as its second
 version, MXFP4 is not written.
@@ -27,7 +28,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from checkpoints_convert.quantized.any_precision import AnyPrecision
+from checkpoints_convert.quantized.any_precision import AnyPrecision, BySparse
 from checkpoints_convert.quantized.awq import Awq
 from checkpoints_convert.quantized.compressed_tensors import ByTarget, CompressedTensors
 from checkpoints_convert.quantized.config import json_object, unsupported
@@ -90,7 +91,7 @@ SCHEMES: dict[str, type[Gptq] | type[Awq] | type[CompressedTensors] | type[AnyPr
 }
 
 
-def scheme_of(raw: dict[str, Any]) -> Scheme | ByModule | ByTarget | None:
+def scheme_of(raw: dict[str, Any]) -> Scheme | ByModule | ByTarget | BySparse | None:
     """What a config.json says of all linears, None for plain weights."""
     planes, given = raw.get("anyprec"), raw.get("quantization_config")
     if planes:

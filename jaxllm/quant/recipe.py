@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.quant.method_options import check_method, make_method
+from jaxllm.quant.methods.dec_dec import DecDec
 from jaxllm.quant.statistics import Grouped, Method, output_groups_of
 from jaxllm.storage import former_names
-from jaxllm.weights.experts import is_dense
+from jaxllm.weights.experts import Experts, is_dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +133,23 @@ def methods_by_linear(method: Recipe, weights: dict[str, Any]) -> dict[str, Meth
         if not is_dense(w):
             raise ValueError(f"quantize: {name} must be dense, got {type(w).__name__}")
         check_method(chosen)
+        if isinstance(w, Experts) and _fetches(chosen):
+            raise ValueError(
+                f"quantize: {name} must have a rule of its own, as experts cannot fetch residuals from host "
+                f"memory (DecDec), got {chosen}"
+            )
         _check_sizes(name, chosen, *w.shape[-2:])
         plan[name] = chosen
     if not all(used):
         raise ValueError(f"quantize: every pattern must match a linear, got {recipe[used.index(False)][0]!r}")
     return plan
+
+
+def _fetches(method: Any) -> bool:
+    """Whether a method, or the base of it, leaves residuals in host memory."""
+    while method is not None and not isinstance(method, DecDec):
+        method = getattr(method, "base", None)
+    return method is not None
 
 
 def _is_of(pattern: str, name: str) -> bool:

@@ -9,7 +9,7 @@
     bit_planes      planes of bits, to be read at several widths (Any-Precision)
     scaled          another format, its inputs scaled (AWQ)
     mixed_columns   2- and 4-bit columns, single weights at 16 bits
-    sparse          another format, and numbers added to single weights (dense and sparse)
+    sparse          another format, and single weights kept apart as they were (dense and sparse)
     nested_float    a float16 whose upper byte is a float8 (NestedFP)
     experts         the weights of several experts as one, in any other format
     host_residual   a base, and residual rows from host memory (DecDEC)

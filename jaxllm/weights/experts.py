@@ -98,7 +98,7 @@ def stack(weights: Sequence[Any]) -> Experts:
     def kind(w):
         return jax.tree.structure(w), [(x.shape, x.dtype) for x in jax.tree.leaves(w)]
 
-    if isinstance(weights[0], HostResidual):
+    if any(isinstance(x, HostResidual) for x in _nodes(weights[0])):
         raise ValueError("experts.stack: experts cannot fetch residuals from host memory, got HostResidual")
     first = kind(weights[0])
     other = next((i for i, w in enumerate(weights) if kind(w) != first), None)
@@ -112,6 +112,11 @@ def stack(weights: Sequence[Any]) -> Experts:
         return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
 
     return Experts(jax.tree.map(together, *weights))
+
+
+def _nodes(w: Any) -> list[Any]:
+    """The parts of a weight, residuals in host memory whole."""
+    return jax.tree.leaves(w, is_leaf=lambda x: isinstance(x, HostResidual))
 
 
 def is_dense(w: Any) -> bool:

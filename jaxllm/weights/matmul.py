@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.packing import Packed
-from jaxllm.weights import host_residual, mixed_columns, nested_float, permuted, rotated, scaled, sparse
+from jaxllm.weights import host_residual, mixed_columns, nested_float, permuted, rotated, scaled
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.block_affine import BlockAffine
@@ -52,7 +52,7 @@ def matmul(x: Float[Array, "*B K"], w: AnyWeight, out_dtype=None) -> Float[Array
             y = dot(x, w, 0)
         case Dense(rows):
             y = dot(x, rows)
-        case Affine() | BlockAffine() | Codebook() | BitPlanes():
+        case Affine() | BlockAffine() | Codebook() | BitPlanes() | DenseAndSparse():
             y = dot(x, depend_on(x, w).dequantize_rows(x.dtype))
         case Scaled():
             y = scaled.matmul(x, w)
@@ -64,8 +64,6 @@ def matmul(x: Float[Array, "*B K"], w: AnyWeight, out_dtype=None) -> Float[Array
             y = matmul(x, w.base, jnp.float32)
             if host_residual.selected(w.shape[0], w.k_chunk):
                 y = y + host_residual.compensation(x, w)
-        case DenseAndSparse():
-            y = matmul(x, w.base, jnp.float32) + sparse.product(x, w)
         case Rotated():
             turned, step = rotated.activations(x, w)
             if rotated.is_whole(w):

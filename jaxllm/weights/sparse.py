@@ -1,19 +1,24 @@
-"""A format: another one, and numbers added to a few single weights (dense and sparse, arXiv:2306.07629).
+"""A format: another one, and single weights of it that are kept apart as they were (dense and sparse).
 
-    y = x @ base + x @ S        S: float16 at a few places, 0 elsewhere
+    y = x @ (base, where the kept weights stand in place of its own)               arXiv:2306.07629
 
-What a table or a grid would have to stretch for, or what the loss feels most, is put right by itself. The
-layout is that of the single weights of `mixed_columns`, too: outputs are cut into blocks of R rows of W
+What a table or a grid would have to stretch for, or what the loss feels most, is stored by itself. It stands
+in place of what the base says there and is not added to it: of a base that can be read at several widths
+(`bit_planes.read_at`) that differs, and the kept weight must not. Outputs are cut into blocks of R rows of W
 inputs, each with m places, so that arrays are of one shape and a block lies with its outputs on a mesh:
 
-    values [O, m] float16       places [O, m] uint16: row in block * W + input; unused: 0 at 0
+    kept [O, m] float16         places [O, m] uint16: row in block * W + input
 
-R is 16, or as many rows as 16 bits can address a place in. Bits a weight: the base's and 32 m / (R W).
-Lossless where a value holds what the base lacks, up to float16.
+A block with fewer repeats its first; one without any keeps its weight at place 0. R is 16, or as many rows
+as 16 bits can address a place in. Bits a weight: the base's and 32 m / (R W). Kept weights are exact up to
+float16.
 
     w = encode(base, rows, highest(jnp.abs(rows), 300), 300)        # the largest of each block
 
-Letters: K inputs, N outputs, W stored inputs (K here), O blocks of outputs, m places in each, T tokens.
+Single weights of `mixed_columns`, and those of other tools' files (`added`), lie so, too, but are added to
+what stands there: `pack`, `add_to_rows`, with 0 at place 0 where a block has fewer.
+
+Letters: K inputs, N outputs, W stored inputs (K here), O blocks of outputs, m places in each.
 """
 
 import functools
@@ -25,22 +30,23 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Shaped, UInt16
 
-from jaxllm.pytree import pytree
+from jaxllm.pytree import pytree, static
 
 OUTPUTS_PER_BLOCK = 16
-TOKENS_AT_ONCE = 32  # of which all products with single weights are in memory
 
 
 @pytree
 class DenseAndSparse:
-    """A [K, N] weight: any format, and numbers to add to some of its weights.
+    """A [K, N] weight: any format, and weights that stand in place of some of its own.
 
-    holds: values.shape == places.shape == (ceil(N / block_rows(K)), m)
+    added: they are added to these, as other tools have it, and 0 fills up a block with fewer than m.
+    holds: kept.shape == places.shape == (ceil(N / block_rows(K)), m)
     """
 
     base: Any  # any weight format [K, N]
-    values: jax.Array  # float16 [O, m]
+    kept: jax.Array  # float16 [O, m]
     places: jax.Array  # uint16 [O, m]
+    added: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,7 +59,17 @@ class DenseAndSparse:
 
     def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
-        return add_to_rows(self.base.dequantize_rows(jnp.float32), self.values, self.places).astype(dtype)
+        if self.added:
+            rows = self.base.dequantize_rows(jnp.float32)
+            return add_to_rows(rows, self.kept, self.places).astype(dtype)
+        return put_into_rows(self.base.dequantize_rows(dtype), self.kept, self.places)
+
+    def is_kept(self) -> Bool[Array, "N K"]:
+        """Which weights are not the base's."""
+        nothing, marks = jnp.zeros(self.shape[::-1]), jnp.ones_like(self.kept)
+        if self.added:
+            return add_to_rows(nothing, jnp.where(self.kept == 0, 0, marks), self.places) > 0
+        return put_into_rows(nothing, marks, self.places) > 0
 
     def partition_specs(self, spec: P) -> "DenseAndSparse":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`.
@@ -125,28 +141,21 @@ def add_to_rows(
     return in_blocks(rows, lambda flat: jax.vmap(add)(flat, places, values))
 
 
+def put_into_rows(
+    rows: Float[Array, "N W"], values: Float[Array, "O m"], places: UInt16[Array, "O m"]
+) -> Float[Array, "N W"]:
+    """The rows with each value in place of what stood there."""
+
+    def put(line, at, value):
+        return line.at[at.astype(jnp.int32)].set(value.astype(line.dtype))
+
+    return in_blocks(rows, lambda flat: jax.vmap(put)(flat, places, values))
+
+
 @functools.partial(jax.jit, static_argnames="m", inline=True)
 def encode(base: Any, rows: Float[Array, "N K"], kept: Bool[Array, "N K"], m: int) -> DenseAndSparse:
-    """The format of a base, and of what it lacks of the weights `kept`, at most m in each block."""
-    lacks = jnp.where(kept, rows - base.dequantize_rows(jnp.float32), 0.0)
-    return DenseAndSparse(base, *pack(lacks, m))
-
-
-def product(x: Float[Array, "*B K"], w: DenseAndSparse) -> Float[Array, "*B N"]:
-    """What the single weights add to the base's product, in float32."""
-    K, N = w.shape
-    R, blocks = block_rows(K), len(w.places)
-    places = w.places.astype(jnp.int32)
-    outputs = (places // K + R * jnp.arange(blocks, dtype=jnp.int32)[:, None]).reshape(-1)
-    inputs, values = (places % K).reshape(-1), w.values.astype(jnp.float32).reshape(-1, 1)
-
-    def some(tokens: Float[Array, "T K"]) -> Float[Array, "T N"]:
-        terms = tokens.T[inputs].astype(jnp.float32) * values  # [O m, T]
-        return jnp.zeros((blocks * R, len(tokens))).at[outputs].add(terms)[:N].T
-
-    tokens = x.reshape(-1, K)
-    if len(tokens) <= TOKENS_AT_ONCE:
-        y = some(tokens)
-    else:
-        y = jax.lax.map(lambda token: some(token[None])[0], tokens, batch_size=TOKENS_AT_ONCE)
-    return y.reshape(*x.shape[:-1], N)
+    """The format of a base, and of the weights `kept`, at most m in each block."""
+    used, at = jax.lax.top_k(_blocks(kept.astype(jnp.float32)), m)  # by place
+    at = jnp.where(used > 0, at, at[:, :1])
+    weights = jnp.take_along_axis(_blocks(rows.astype(jnp.float16)), at, axis=1)
+    return DenseAndSparse(base, weights, at.astype(jnp.uint16))

@@ -13,17 +13,21 @@ from safetensors.numpy import save_file
 
 import jaxllm as jl
 from checkpoints_convert import huggingface, tensor_files
+from checkpoints_convert.quantized.export import requantize
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.ops import packing
 from jaxllm.quant.calibrate import calibrate
 from jaxllm.quant.method_options import make_method
 from jaxllm.quant.methods import METHODS
 from jaxllm.sharding import make_mesh, shard
 from jaxllm.storage.manifest import arrays_of, build, describe
-from jaxllm.weights import affine
+from jaxllm.weights import affine, host_residual
 from jaxllm.weights.affine import Affine
 from jaxllm.weights.dense import Dense
-from jaxllm.weights.experts import Experts, MappedStack, parts
+from jaxllm.weights.experts import Experts, MappedStack, parts, stack
+from jaxllm.weights.host_residual import HostResidual
+from jaxllm.weights.rotated import Rotated
 
 CONFIG = dataclasses.replace(
     TINY, layers=1, vocab=64, heads=8, kv_heads=8, head_dim=4, experts=3, experts_per_token=2, expert_ffn=16
@@ -211,11 +215,23 @@ def test_every_method_quantizes_experts(model, logits, name):
     assert np.median(np.abs(got - want)) < 0.5 * np.abs(want).mean()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:calibrate")
-def test_residuals_in_host_memory_are_refused_in_one_line(model):
-    with pytest.raises(ValueError, match="experts cannot fetch residuals from host memory"):
-        jl.quantize(model, jl.DecDec(base=jl.Rtn(bits=3, group_size=16)), TEXT, progress=False)
+@pytest.mark.parametrize("around", [False, True])
+def test_residuals_in_host_memory_are_refused_before_anything_is_run(model, around):
+    method = jl.DecDec(base=jl.Rtn(bits=3, group_size=16), selector="exact")
+    method = jl.Rotate(base=method) if around else method
+    line = r"layers\.0\.mlp\.\w+ must have a rule of its own, as experts cannot fetch .*DecDec"
+    with pytest.raises(ValueError, match=line) as caught:
+        jl.quantize(model, method, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_residuals_in_host_memory_are_not_stacked():
+    residual, scale = host_residual.encode(jnp.ones((16, 16)), bits=4)
+    base = affine.quantize(jnp.ones((16, 16)), bits=4, group_size=16)
+    rest = HostResidual(base, residual, scale, None, 0, "exact", base.shape, base.dtype)
+    for w in (rest, Rotated(rest, 8, 1.0, 0)):
+        with pytest.raises(ValueError, match="experts cannot fetch residuals from host memory"):
+            stack([w, w])
 
 
 def test_tensor_parallel_experts_give_what_one_device_gives(model, logits):
@@ -233,13 +249,17 @@ def test_perplexity_generation_and_eviction_are_as_for_the_others(model):
     text = TEXT[0]
     assert np.isfinite(jl.perplexity(model, text * 2, context=12).perplexity)
     cache = jl.prefill(model, [text])
-    scores = jl.eviction.snapkv_scores(model, [text])
-    whole, half = (jl.eviction.evict(cache, scores, ratio=ratio) for ratio in (1.0, 0.5))
     (plain,) = jl.generate(model, None, [[*text, 3, 4]], max_new_tokens=3)
-    (got,) = jl.generate(model, None, [[3, 4]], max_new_tokens=3, cache=whole)
-    assert got.token_ids == plain.token_ids
-    (short,) = jl.generate(model, None, [[3, 4]], max_new_tokens=3, cache=half)
-    assert len(short.token_ids) == 3
+    for scores in (
+        jl.eviction.snapkv_scores(model, [text]),
+        jl.eviction.kvzip_scores(model, cache, [text]),
+    ):
+        assert scores.shape == (1, 1, 8, 12) and np.isfinite(scores).all()
+        whole, half = (jl.eviction.evict(cache, scores, ratio=ratio) for ratio in (1.0, 0.5))
+        (got,) = jl.generate(model, None, [[3, 4]], max_new_tokens=3, cache=whole)
+        assert got.token_ids == plain.token_ids
+        (short,) = jl.generate(model, None, [[3, 4]], max_new_tokens=3, cache=half)
+        assert len(short.token_ids) == 3
 
 
 @pytest.mark.filterwarnings("ignore:calibrate")
@@ -266,6 +286,74 @@ def test_files_that_hold_all_experts_of_a_layer_in_one_tensor_are_read(tmp_path)
         assert isinstance(again.layers[0].mlp.up.w.get_value().stack.rows, MappedStack) == mapped
         for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
             np.testing.assert_array_equal(a, np.asarray(b))
+
+
+def numpy_codes(rows, bits, start):
+    """Symmetric codes made in numpy: not what they were, but codes."""
+    N, K = rows.shape[-2:]
+    codes = np.random.default_rng(start).integers(0, 2**bits, (N, K)).astype(np.uint8)
+    scale = jnp.full((K // 16, N), 0.01, jnp.float16)
+    return Affine(packing.pack(jnp.asarray(codes), bits), scale, None, 16, (K, N), jnp.dtype(jnp.float32))
+
+
+def coded(bits, among=".", **changes):
+    """A model with the linears that have `among` in their names in codes."""
+    model = Decoder(dataclasses.replace(CONFIG, ffn=16, **changes), rngs=nnx.Rngs(0))
+    made = {
+        name: stack([numpy_codes(one.rows, bits, i) for i, one in enumerate(parts(w))])
+        if isinstance(w, Experts)
+        else numpy_codes(w.rows, bits, 0)
+        for name, w in linear_weights(model).items()
+        if among in name
+    }
+    return replace_weights(model, made)
+
+
+def rows_of(model):
+    """The rows of all linears, experts one by one, in numpy."""
+    return {
+        name: [np.asarray(one.dequantize_rows(jnp.float32)) for one in parts(w)]
+        for name, w in linear_weights(model).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "to", ["gptq", *(pytest.param(to, marks=pytest.mark.slow) for to in ("awq", "compressed-tensors"))]
+)
+def test_coded_experts_are_written_for_other_tools_and_read_back(to, tmp_path):
+    model = coded(bits=4)
+    jl.save(model, tmp_path / "out", to=to)
+    again, _ = jl.load(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert config["model_type"] == "mixtral"
+    block, router = config["quantization_config"], "model.layers.0.block_sparse_moe.gate"
+    if to == "gptq":  # says so as patterns
+        left_out = [name[2:] for name in block["dynamic"] if name.startswith("-:")]
+        assert any(re.match(name, router) for name in left_out)
+    else:  # else other tools look for its codes
+        assert router in block[{"awq": "modules_to_not_convert", "compressed-tensors": "ignore"}[to]]
+    jax.tree.map(np.testing.assert_array_equal, rows_of(again), rows_of(model))
+
+
+def test_experts_that_a_layout_cannot_hold_are_rounded_one_by_one():
+    model = coded(5, "mlp.down")
+    small, changes = requantize(model, "awq")  # has 4 bits
+    assert list(changes) == [f"layers.0.mlp.down.{e}" for e in range(3)]
+    was, got = (rows_of(some)["layers.0.mlp.down"] for some in (model, small))
+    for before, after, change in zip(was, got, changes.values(), strict=True):
+        want = np.abs(after - before).mean() / np.abs(before).mean()
+        np.testing.assert_allclose(change, want, rtol=1e-3)
+    assert 0 < min(changes.values()) and max(changes.values()) < 0.1
+
+
+@pytest.mark.parametrize("to", ["gptq", "any-precision"])
+def test_experts_of_gpt_oss_in_codes_are_refused_with_what_is_left(to, tmp_path):
+    gpt_oss = {"expert_bias": True, "glu_limit": 7.0, "attention_sinks": True, "activation": "quick_gelu"}
+    model = coded(5, "mlp", **gpt_oss)  # as MXFP4 is read
+    line = r"experts of gpt_oss must be dense.*native layout, got Affine at layers\.0\.mlp\.\w+\.0\.w$"
+    with pytest.raises(ValueError, match=line):
+        jl.save(model, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ Methods see rows [N, K] and statistics, and nothing of a model.
     nested_fp        NestedFP: float16 whose upper byte is a float8
     dec_dec          DecDEC: a base, and residual rows from host memory
     rotate           inputs rotated, weights and activations in 4 or 8 bits
+    outliers         weights that no table has to serve, kept apart
     curvature        what Hessians and Fisher information give a solver
     k_means          weighted k-means on a line
 """

@@ -17,8 +17,11 @@ errors and lie far from their weights, so cuts alone undo it. They start each wi
 restricted to it: levels by eq. 9, each code between its two halves by eq. 11, by turns. F = (w - P c)^T H
 (w - P c) then falls with the width (before the tables are rounded to float16).
 
+With `outliers`, some weights are kept apart in float16 (`outliers.py`), the same at every width, and count
+for nothing in any table. The authors' code adds them to levels that should be 0 there, and are nearly.
+
     w = AnyPrecision(parent_bits=8).quantize(rows, Stats(fisher=fisher), name="up", dtype=rows.dtype)
-    w.at(4).dequantize_rows()                          # the same planes, four of them read
+    read_at(w, 4).dequantize_rows()                    # the same planes, four of them read
 
 Bits a weight: parent_bits + 16 * (2**(parent_bits + 1) - 2**seed_bits) / K, so K should be in the thousands.
 From a k-means seed, codes ascend with the weights and every table ascends.
@@ -32,20 +35,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Integer, Key
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from jaxllm.ops.batches import map_in_batches
-from jaxllm.quant.methods.curvature import curvature, damped, importance
+from jaxllm.quant.methods.curvature import curvature, damped
 from jaxllm.quant.methods.k_means import Sums, k_means, mass_and_mean, row_keys, running_sums, sort
 from jaxllm.quant.methods.lnq import lnq, refit
+from jaxllm.quant.methods.outliers import check_share, free_of, put_back, set_apart, where_free
 from jaxllm.quant.statistics import Stats, need
 from jaxllm.weights.bit_planes import BitPlanes, from_codes
+from jaxllm.weights.sparse import DenseAndSparse
 
 AT_ONCE = 2**20  # numbers of [rows at once, K] while cutting clusters
 DAMPING = 1e-4  # of the mean of the curvature's diagonal, as for the LNQ seed
-
-
-Grown = tuple[Integer[Array, "N K"], tuple[Float[Array, "N _"], ...]]  # codes, and a table a width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class AnyPrecision:
     seeded at 2 bits, KL is 0.25 against 0.57 there, 0.070 against 0.093 at 3, but 0.026 against 0.019 at 4,
     for 28 CPU seconds against 12 (docs/results/quantization.md) and a guided Hessian a linear. restarts,
     exact_seed: see `squeeze_llm.SqueezeLlm`. turns: of LNQ's search at each width above its seed; more are
-    better near the seed and worse from three bits above it on, where 0 is best.
+    better near the seed and worse from three bits above it on, where 0 is best. outliers: the share of
+    weights that are kept in float16, at most 0.05; None for none.
     """
 
     parent_bits: int = 8
@@ -71,6 +74,7 @@ class AnyPrecision:
     exact_seed: bool = False
     output_groups: int = 1
     turns: int = 2
+    outliers: float | None = None
 
     def __post_init__(self):
         s, b, p = self.seed_bits, self.first_bits, self.parent_bits
@@ -87,6 +91,7 @@ class AnyPrecision:
         if self.output_groups < 1 or (self.output_groups > 1 and self.seeder != "lnq"):
             got = f"output_groups={self.output_groups}, seeder={self.seeder}"
             raise ValueError(f"AnyPrecision: output_groups must be 1, or more with seeder=lnq, got {got}")
+        check_share("AnyPrecision", self.outliers)
 
     @property
     def first_bits(self) -> int:
@@ -97,43 +102,44 @@ class AnyPrecision:
     def required_stats(self) -> frozenset[str]:
         return frozenset({"fisher" if self.seeder == "squeeze_llm" else "guided_hessian"})
 
-    def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> BitPlanes:
+    def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> BitPlanes | DenseAndSparse:
         """The rows in planes, and a table of levels a width."""
-        grow = self._from_lnq if self.seeder == "lnq" else self._from_k_means
-        codes, tables = grow(rows, stats, row_keys(self.seed, name, rows.shape[0]))
-        return from_codes(codes, tables, bits=self.first_bits, dtype=dtype)
+        keys = row_keys(self.seed, name, rows.shape[0])
+        hessians, felt = self._curvature(rows, stats)
+        inner, weights, kept = set_apart(rows, felt, self.outliers)
+        codes, table = k_means(
+            inner, weights, keys, bits=self.seed_bits, restarts=self.restarts, exact=self.exact_seed
+        )
+        if hessians is None:
+            codes, tables = upscale(inner, weights, codes, table, to=self.parent_bits, split=self.split)
+        else:
+            codes, table = ascending(*lnq(inner, hessians, codes, kept, bits=self.seed_bits))
+            codes, tables = guided_upscale(
+                inner,
+                weights,
+                codes,
+                table,
+                kept,
+                hessians=hessians,
+                to=self.parent_bits,
+                split=self.split,
+                turns=self.turns,
+            )
+        planes = from_codes(codes, (table, *tables), bits=self.first_bits, dtype=dtype)
+        return put_back(planes, rows, kept, self.outliers)
 
-    def _from_k_means(self, rows: Float[Array, "N K"], stats: Stats, keys: Key[Array, " N"]) -> Grown:
-        need(stats, "AnyPrecision", "fisher")
-        assert stats.fisher is not None
-        weights = importance(rows, stats.fisher)
-        codes, table = self._seed(rows, weights, keys)
-        codes, tables = upscale(rows, weights, codes, table, to=self.parent_bits, split=self.split)
-        return codes, (table, *tables)
-
-    def _from_lnq(self, rows: Float[Array, "N K"], stats: Stats, keys: Key[Array, " N"]) -> Grown:
+    def _curvature(
+        self, rows: Float[Array, "N K"], stats: Stats
+    ) -> tuple[Float[Array, "g K K"] | None, Float[Array, "N K"]]:
+        """The guided Hessians, where the seed is LNQ's, and how much the loss feels each weight."""
+        if self.seeder == "squeeze_llm":
+            need(stats, "AnyPrecision", "fisher")
+            assert stats.fisher is not None
+            return None, stats.fisher
         g = self.output_groups
         hessians = curvature(stats, "AnyPrecision", guided=True, output_groups=g, shape=rows.shape)
         hessian_diag = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
-        weights = importance(rows, jnp.repeat(hessian_diag, len(rows) // g, axis=0))
-        codes, _ = self._seed(rows, weights, keys)
-        codes, table = ascending(*lnq(rows, hessians, codes, bits=self.seed_bits))
-        codes, tables = guided_upscale(
-            rows,
-            weights,
-            codes,
-            table,
-            hessians=hessians,
-            to=self.parent_bits,
-            split=self.split,
-            turns=self.turns,
-        )
-        return codes, (table, *tables)
-
-    def _seed(self, rows, weights, keys):
-        return k_means(
-            rows, weights, keys, bits=self.seed_bits, restarts=self.restarts, exact=self.exact_seed
-        )
+        return hessians, jnp.repeat(hessian_diag, len(rows) // g, axis=0)
 
 
 def ascending(
@@ -174,6 +180,7 @@ def guided_upscale(
     weights: Float[Array, "N K"],
     codes: Integer[Array, "N K"],
     table: Float[Array, "N m"],
+    kept: Bool[Array, "N K"] | None = None,
     *,
     hessians: Float[Array, "g K K"],
     to: int,
@@ -183,10 +190,12 @@ def guided_upscale(
     """As `upscale`, but codes and tables of every width fitted to the full curvature, F never rising.
 
     hessians: one for each group of N / g consecutive rows, damped as LNQ does. weights: what the first cuts
-    go by. turns: of codes and levels at each width. Memory: H and its pull [K, K], and what `refit` holds.
+    go by. kept: as of `lnq.lnq`. turns: of codes and levels at each width. Memory: H and its pull [K, K], and
+    what `refit` holds.
     """
     g, found = len(hessians), []
-    for h, *part in zip(hessians, *(jnp.split(a, g) for a in (rows, weights, codes, table)), strict=True):
+    parts = (jnp.split(a, g) for a in (rows, weights, codes, table))
+    for h, *part in zip(hessians, *parts, free_of(kept, g), strict=True):
         found.append(_guided(damped(h, DAMPING), *part, to=to, split=split, turns=turns))
     parents, tables = zip(*found, strict=True)
     joined = tuple(jnp.concatenate(of_width) for of_width in zip(*tables, strict=True))
@@ -199,6 +208,7 @@ def _guided(
     weights: Float[Array, "n K"],
     codes: Integer[Array, "n K"],
     table: Float[Array, "n m"],
+    free: Float[Array, "n K"] | None,
     *,
     to: int,
     split: str,
@@ -211,10 +221,10 @@ def _guided(
     while table.shape[1] < 2**to:
         bits = table.shape[1].bit_length()
         codes, _ = upscale(rows, weights, codes, table, to=bits, split=split)
-        table = refit(rows, hessian, codes, jnp.repeat(table, 2, axis=1))
+        table = refit(rows, hessian, codes, jnp.repeat(table, 2, axis=1), free)
         for _ in range(turns):
-            codes = choose_halves(rows, pull, codes, table)
-            table = refit(rows, hessian, codes, table)
+            codes = choose_halves(rows, pull, codes, table, free)
+            table = refit(rows, hessian, codes, table, free)
         tables.append(table)
     return codes, tables
 
@@ -225,6 +235,7 @@ def choose_halves(
     pull: Float[Array, "K K"],
     codes: Int32[Array, "N K"],
     table: Float[Array, "N m"],
+    free: Float[Array, "N K"] | None = None,
     *,
     cycles: int = 4,
 ) -> Int32[Array, "N K"]:
@@ -235,20 +246,21 @@ def choose_halves(
     K = rows.shape[1]
 
     def one(row):
-        w, code, levels = row
+        w, code, levels, free = row
         lower, upper = levels[code & ~1], levels[code | 1]
 
         def place(j, error):
             i = j % K
             goal = w[i] - jnp.dot(pull[i], error, precision=jax.lax.Precision.HIGHEST)
             up = jnp.abs(goal - upper[i]) < jnp.abs(goal - lower[i])
-            return error.at[i].set(jnp.where(up, upper[i], lower[i]) - w[i])
+            left = jnp.where(up, upper[i], lower[i]) - w[i]
+            return error.at[i].set(where_free(left, None if free is None else free[i]))
 
-        error = jax.lax.fori_loop(0, cycles * K, place, levels[code] - w)
+        error = jax.lax.fori_loop(0, cycles * K, place, where_free(levels[code] - w, free))
         up = error + w
         return (code & ~1) | (jnp.abs(up - upper) < jnp.abs(up - lower)).astype(jnp.int32)
 
-    return map_in_batches(one, (rows, codes, table), 64)  # their errors stay in cache
+    return map_in_batches(one, (rows, codes, table, free), 64)  # their errors stay in cache
 
 
 # What follows is of one row, sorted by code, then value: a cluster is an interval of places.

@@ -13,9 +13,8 @@ borders. Ours differs so:
   weighted values than levels are no special cases, and spare levels serve what is left;
 - what is random depends on (seed, layer name, row) only: not on the batch, the device or the order.
 
-With `outliers` (section 4.2), so many weights of each block of outputs are kept apart in float16 and count
-for nothing in the tables: a ninth of them those of greatest f (the paper's 0.05 of 0.45 %), the others the
-largest. The paper's thresholds are of a whole model.
+With `outliers` (section 4.2), so many weights are kept apart in float16 and count for nothing in the tables:
+the largest, and those of greatest f (`outliers.py`).
 
 Stored as a `Codebook` whose tables ascend, with outliers as a `DenseAndSparse` around it. Memory: some ten
 times AT_ONCE numbers beside rows and weights.
@@ -26,17 +25,14 @@ Letters: K inputs, N outputs, m = 2**bits levels.
 """
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
-from jaxllm.quant.methods.curvature import importance
 from jaxllm.quant.methods.k_means import k_means, row_keys
+from jaxllm.quant.methods.outliers import check_share, put_back, set_apart
 from jaxllm.quant.statistics import Stats, need
 from jaxllm.weights.codebook import Codebook, from_codes
-from jaxllm.weights.sparse import DenseAndSparse, block_rows, encode, highest
+from jaxllm.weights.sparse import DenseAndSparse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +55,7 @@ class SqueezeLlm:
             raise ValueError(f"SqueezeLlm: bits must be 1 to 8, got bits={self.bits}")
         if self.restarts < 1:
             raise ValueError(f"SqueezeLlm: restarts must be at least 1, got restarts={self.restarts}")
-        if self.outliers is not None and not 0 < self.outliers <= 0.05:
-            raise ValueError(f"SqueezeLlm: outliers must be above 0, at most 0.05, got {self.outliers}")
+        check_share("SqueezeLlm", self.outliers)
 
     @property
     def required_stats(self) -> frozenset[str]:
@@ -69,27 +64,14 @@ class SqueezeLlm:
     def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> Codebook | DenseAndSparse:
         need(stats, "SqueezeLlm", "fisher")
         assert stats.fisher is not None
-        N, K = rows.shape
-        weights, inner, kept, m = importance(rows, stats.fisher), rows, None, 0
-        if self.outliers is not None:
-            m = max(1, int(self.outliers * block_rows(K) * K))
-            kept = _outliers(rows, stats.fisher, m)
-            inner = jnp.where(kept, 0.0, rows)
-            weights = importance(inner, stats.fisher)
+        inner, weights, kept = set_apart(rows, stats.fisher, self.outliers)
         codes, table = k_means(
             inner,
             weights,
-            row_keys(self.seed, name, N),
+            row_keys(self.seed, name, len(rows)),
             bits=self.bits,
             restarts=self.restarts,
             exact=self.exact,
         )
         base = from_codes(codes, table, bits=self.bits, dtype=dtype)
-        return base if kept is None else encode(base, rows, kept, m)
-
-
-@functools.partial(jax.jit, static_argnames="m")
-def _outliers(rows: Float[Array, "N K"], fisher: Float[Array, "N K"], m: int) -> Bool[Array, "N K"]:
-    """Of each block of outputs, the m weights that no table should have to serve."""
-    felt = highest(fisher, m // 9)
-    return felt | highest(jnp.where(felt, 0.0, jnp.abs(rows)), m - m // 9)
+        return put_back(base, rows, kept, self.outliers)

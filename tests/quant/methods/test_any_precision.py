@@ -363,6 +363,45 @@ def test_sorting_levels_keeps_the_weight():
     ).all()
 
 
+# With outliers.
+
+
+def heavy_rows(n=N, k=K):
+    """Rows of heavy tails, in numpy."""
+    return np.random.default_rng(5).standard_t(2, (n, k)).astype(np.float32) * 0.02
+
+
+def test_outliers_are_float16_at_every_width_and_no_width_errs_more_than_without():
+    rows = heavy_rows()
+    plain, apart = (
+        AnyPrecision(outliers=outliers).quantize(
+            jnp.asarray(rows), Stats(fisher=jnp.ones((N, K))), name="up", dtype=jnp.float32
+        )
+        for outliers in (None, 0.02)
+    )
+    kept = np.asarray(apart.is_kept())
+    assert 0.019 < kept.mean() <= 0.02
+    for b in (3, 5, 8):
+        without, got = (np.asarray(read_at(w, b).dequantize_rows()) for w in (plain, apart))
+        np.testing.assert_array_equal(got[kept], rows.astype(np.float16)[kept])
+        errors = [np.square(read - rows).sum(1) for read in (without, got)]
+        assert (errors[1] < errors[0]).all() and errors[1].sum() < 0.7 * errors[0].sum()
+
+
+@pytest.mark.slow
+def test_outliers_of_a_guided_parent_are_none_of_its_error(guided):
+    rows, hessians = heavy_rows(8, 96), guided[1]
+    stats, found = Stats(guided_hessian=hessians), []
+    for outliers in (None, 0.02):
+        method = AnyPrecision(seeder="lnq", seed_bits=2, parent_bits=4, output_groups=2, outliers=outliers)
+        w = method.quantize(jnp.asarray(rows), stats, name="up", dtype=jnp.float32)
+        errors = [np.asarray(read_at(w, b).dequantize_rows() - rows).reshape(2, 4, 96) for b in (2, 3, 4)]
+        found.append([np.einsum("grk,gkl,grl->", e, hessians, e) for e in errors])
+    kept = np.asarray(w.is_kept())
+    np.testing.assert_array_equal(np.asarray(w.dequantize_rows())[kept], rows.astype(np.float16)[kept])
+    assert (np.diff(found[1]) < 0).all() and (np.array(found[1]) < 0.7 * np.array(found[0])).all()
+
+
 def refuse(**options):
     """Checks options beneath the tests' type check."""
     method = AnyPrecision()
@@ -382,6 +421,7 @@ def test_wrong_options_and_missing_statistics_are_refused():
         ({"restarts": 0}, "restarts=0"),
         ({"turns": -1}, "turns=-1"),
         ({"output_groups": 2}, "output_groups=2, seeder=squeeze_llm"),
+        ({"outliers": 0.06}, "0.06"),
     ]:
         with pytest.raises(ValueError, match=f"AnyPrecision: .* got .*{got}"):
             refuse(**options)

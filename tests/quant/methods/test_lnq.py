@@ -126,6 +126,37 @@ def test_turns_keep_the_best_and_the_stored_table_is_the_one_that_was_descended(
     assert (exact(rows, hessian, swept, wide) <= now * (1 + 1e-6)).all()
 
 
+def test_kept_weights_have_no_error_and_their_codes_have_no_say(layer):
+    rows, hessian, codes, table = layer
+    kept = np.random.default_rng(0).random((N, K)) < 0.1
+    free, found = jnp.asarray(~kept, jnp.float32), []
+    for there in (0, 1):
+        w, c = jnp.where(kept, 9.0 * there, rows), jnp.where(kept, there, codes).astype(jnp.uint8)
+        swept = descend(w, hessian, c, table, free, cycles=1)
+        found.append((np.asarray(swept)[~kept], refit(w, hessian, c, table, free)))
+        error = np.where(kept, 0.0, np.asarray(look_up(table, c)) - rows)
+        np.testing.assert_allclose(
+            objective(w, hessian, c, table, free), ((error @ np.asarray(hessian)) * error).sum(1), rtol=1e-4
+        )
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.slow
+def test_outliers_are_float16_and_the_others_err_less_by_the_whole_curvature(layer):
+    rows, hessian = np.random.default_rng(0).standard_t(2, (N, K)).astype(np.float32), layer[1]
+    without, apart = (
+        Lnq(bits=3, outliers=outliers).quantize(
+            jnp.asarray(rows), Stats(hessian=hessian), name="w", dtype=jnp.float32
+        )
+        for outliers in (None, 0.02)
+    )
+    kept = np.asarray(apart.is_kept())
+    np.testing.assert_array_equal(np.asarray(apart.dequantize_rows())[kept], rows.astype(np.float16)[kept])
+    errors = [np.asarray(w.dequantize_rows()) - rows for w in (without, apart)]
+    plain, less = (((e @ np.asarray(hessian)) * e).sum() for e in errors)
+    assert less < 0.7 * plain
+
+
 def test_the_objective_is_the_weighed_output_error(layer):
     rows, hessian, codes, table = layer
     np.testing.assert_allclose(

@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from checkpoints_convert.quantized.any_precision import from_cuda_planes
+
 WIDTH, HIDDEN, KEYS, VOCAB = 64, 128, 32, 68
 LLAMA = {
     "model_type": "llama",
@@ -267,6 +269,45 @@ CASES = {
 }
 SYMMETRIC = {name for name, (make, _, options) in CASES.items()
              if make in (gptq, compressed) and options.get("symmetric", True)}  # fmt: skip
+
+
+def with_sparse_rows(rng, K, N):
+    """A linear of the authors' files with single weights, in their compressed rows."""
+    tensors, _ = any_precision(rng, K, N)
+    mask = rng.random((N, K)) < 0.02
+    mask[3] = False
+    values = rng.normal(size=(N, K)).astype(np.float16)
+    tensors |= {
+        "rows": np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32),
+        "cols": np.nonzero(mask)[1].astype(np.int32),
+        "vals": values[mask],
+    }
+    bits = from_cuda_planes(tensors["qweight"], K)[..., None] >> np.arange(32) & 1
+    codes = (bits.reshape(4, N, K) << np.arange(4)[::-1, None, None]).sum(0)
+    add = np.where(mask, values, 0).astype(np.float32)
+    return tensors, {
+        b: np.take_along_axis(tensors[f"lut{b}"].astype(np.float32), codes >> 4 - b, axis=1) + add
+        for b in (2, 3, 4)
+    }
+
+
+def sparse_checkpoint(path, change=lambda name, tensors: tensors):
+    """Any-Precision's files whose linears have single weights; the up projection has none and no entry."""
+    rng, meant, counts = np.random.default_rng(4), {}, {}
+    tensors = dense(rng, kind=np.float16)
+    for name, (K, N) in LINEARS.items():
+        linear = f"model.layers.0.{name}"
+        parts, meant[name] = with_sparse_rows(rng, K, N)
+        if name != "mlp.up_proj":
+            counts[linear] = parts["vals"].size
+        else:
+            parts, rows = any_precision(rng, K, N)
+            meant[name] = {4: rows}
+        tensors |= {f"{linear}.{last}": value for last, value in change(name, parts).items()}
+    block = ANY["anyprec"] | {"sparse_numvals": counts}
+    write(path, LLAMA | {"anyprec": block}, tensors)
+    return tensors, meant, counts
+
 
 _logits = jax.jit(lambda model, tokens: model(tokens)[0])
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from quantized_files import checkpoint as quantized_checkpoint
-from quantized_files import gptq, gptq_block
+from quantized_files import gptq, gptq_block, sparse_checkpoint
 from tiny_llama import write_checkpoint
 
 from checkpoints_convert import huggingface, llama2c, mingpt, tensor_files
@@ -68,6 +68,14 @@ def quantized(folder: Path) -> Sample:
     quantized_checkpoint(folder, gptq, gptq_block())
     sample = Sample(folder, lambda: nnx.state(huggingface.load(folder)[0]), stored=False)
     sample.files.pop(folder / "config.json")  # of the format "config"
+    return sample
+
+
+def sparse_rows(folder: Path) -> Sample:
+    """Any-Precision's files, with weights that are added to tables."""
+    sparse_checkpoint(folder)
+    sample = Sample(folder, lambda: nnx.state(huggingface.load(folder)[0]), stored=False)
+    sample.files.pop(folder / "config.json")
     return sample
 
 
@@ -195,6 +203,7 @@ FORMATS: dict[str, Callable[[Path], Sample]] = {
     "safetensors": safetensors,
     "config": config,
     "quantized": quantized,
+    "sparse_rows": sparse_rows,
     "native": native,
     "native_of_0_1_0": native_of_0_1_0,
     "cache": cache,

@@ -38,12 +38,13 @@ OUTPUTS_PER_SCALE = 16  # outputs whose groups share a scale of scales
 
 def check_rows(who: str, rows: jax.Array) -> None:
     """Raises ValueError where a weight is no number; traced ones cannot be looked at."""
-    if not isinstance(rows, jax.core.Tracer) and not bool(_all_finite(rows)):
+    if not isinstance(rows, jax.core.Tracer) and not bool(all_finite(rows)):
         raise ValueError(f"{who}: weights must be finite, got NaN or infinity")
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> Bool[Array, ""]:
+def all_finite(x: jax.Array) -> Bool[Array, ""]:
+    """Whether there is neither NaN nor infinity."""
     return jnp.isfinite(x).all()
 
 

@@ -33,12 +33,15 @@ def call_in_batches(program: Callable[[Any], Any], rows: Any, size: int) -> Any:
 
     A program compiled for `size` rows serves any number of them, where `map_in_batches` inside a program is
     compiled anew for each. The last batch is filled up by the first rows again. Rows are cut and put together
-    on the host; they cannot be traced.
+    on the host, and cannot be traced; what is found lies on the device where they lay, if it was one.
     """
-    N = jax.tree.leaves(rows)[0].shape[0]
+    first = jax.tree.leaves(rows)[0]
+    N = first.shape[0]
+    place = first.sharding if isinstance(first, jax.Array) and len(first.devices()) == 1 else None
     held = jax.tree.map(np.asarray, rows)
-    found = [
-        program(jax.tree.map(lambda x, at=at: np.take(x, range(at, at + size), axis=0, mode="wrap"), held))
-        for at in range(0, N, size)
-    ]
-    return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[:N]), *found)
+
+    def batch(at: int) -> Any:
+        return jax.tree.map(lambda x: np.take(x, range(at, at + size), axis=0, mode="wrap"), held)
+
+    found = [program(jax.device_put(batch(at), place)) for at in range(0, N, size)]
+    return jax.tree.map(lambda *parts: jax.device_put(np.concatenate(parts)[:N], place), *found)

@@ -114,7 +114,7 @@ def _solve(method: Method, w: Any, stats: Mapping[str, Stats], name: str, **more
     made = []
     for own, one in zip(members(name, w), parts(w), strict=True):
         rows = in_memory(one).rows.astype(jnp.float32)
-        if not bool(all_finite(rows)):
+        if not all_finite(rows):
             raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {own}")
         made.append(method.quantize(rows, stats.get(own, Stats()), name=name, dtype=w.dtype, **more))
     return stack(made) if isinstance(w, Experts) else made[0]

@@ -34,6 +34,8 @@ def averaged(hessians: Float[Array, "many K K"], output_groups: int) -> Float[Ar
         raise ValueError(
             f"guided: output_groups must divide those measured, got {output_groups=}, measured={many}"
         )
+    if many == output_groups:
+        return hessians
     return hessians.reshape(output_groups, many // output_groups, K, K).mean(1)
 
 

@@ -1,7 +1,7 @@
 """Functions on plain arrays, of no model and no format.
 
 attention   attention over keys and values at hand, in jnp
-batches     a function of one row, for some rows at once
+batches     a function of one row for some rows at once, a program of some rows for many
 dot         a dense dot, and weights that wait for their inputs
 gather      some slices of an array, or of packed codes
 hadamard    fast orthogonal transforms of any size

@@ -1,4 +1,4 @@
-"""A function of one row, for so many rows at once as memory should hold."""
+"""Rows some at a time: as many as memory should hold, or always as many, so that one program serves all."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def map_in_batches(f: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
@@ -25,3 +26,22 @@ def map_in_batches(f: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
 
     found = jax.lax.map(jax.vmap(f), jax.tree.map(batches, rows))
     return jax.tree.map(lambda y: y.reshape(count * size, *y.shape[2:])[:N], found)
+
+
+def call_in_batches(program: Callable[[Any], Any], rows: Any, size: int) -> Any:
+    """What a compiled program gives of `size` rows of a pytree's leading axis, for however many there are.
+
+    A program compiled for `size` rows serves any number of them, where `map_in_batches` inside a program is
+    compiled anew for each. The last batch is filled up by the first rows again. Rows are cut and put together
+    on the host, and cannot be traced; what is found lies on the device where they lay, if it was one.
+    """
+    first = jax.tree.leaves(rows)[0]
+    N = first.shape[0]
+    place = first.sharding if isinstance(first, jax.Array) and len(first.devices()) == 1 else None
+    held = jax.tree.map(np.asarray, rows)
+
+    def batch(at: int) -> Any:
+        return jax.tree.map(lambda x: np.take(x, range(at, at + size), axis=0, mode="wrap"), held)
+
+    found = [program(jax.device_put(batch(at), place)) for at in range(0, N, size)]
+    return jax.tree.map(lambda *parts: jax.device_put(np.concatenate(parts)[:N], place), *found)

@@ -30,6 +30,7 @@ from jaxllm.quant.checkpoint import BlockCheckpoint
 from jaxllm.quant.recipe import Recipe, methods_by_linear
 from jaxllm.quant.source import CalibrationStream
 from jaxllm.quant.statistics import Allocator, Method, Stats, output_groups_of
+from jaxllm.weights.affine import all_finite
 from jaxllm.weights.experts import Experts, members, parts, stack
 from jaxllm.weights.matmul import can_gather_rows
 
@@ -113,7 +114,7 @@ def _solve(method: Method, w: Any, stats: Mapping[str, Stats], name: str, **more
     made = []
     for own, one in zip(members(name, w), parts(w), strict=True):
         rows = in_memory(one).rows.astype(jnp.float32)
-        if not bool(jnp.isfinite(rows).all()):
+        if not all_finite(rows):
             raise ValueError(f"quantize: weights must be finite, got NaN or infinity in {own}")
         made.append(method.quantize(rows, stats.get(own, Stats()), name=name, dtype=w.dtype, **more))
     return stack(made) if isinstance(w, Experts) else made[0]

@@ -24,8 +24,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from jaxllm.ops.gather import gather, gather_codes
 from jaxllm.ops.packing import Packed, pack, unpack, unpack_at
@@ -38,13 +39,13 @@ OUTPUTS_PER_SCALE = 16  # outputs whose groups share a scale of scales
 
 def check_rows(who: str, rows: jax.Array) -> None:
     """Raises ValueError where a weight is no number; traced ones cannot be looked at."""
-    if not isinstance(rows, jax.core.Tracer) and not bool(_all_finite(rows)):
+    if not isinstance(rows, jax.core.Tracer) and not all_finite(rows):
         raise ValueError(f"{who}: weights must be finite, got NaN or infinity")
 
 
-@jax.jit
-def _all_finite(x: jax.Array) -> Bool[Array, ""]:
-    return jnp.isfinite(x).all()
+def all_finite(x: jax.Array) -> bool:
+    """Whether there is neither NaN nor infinity; looked at on the host, where nothing is compiled for it."""
+    return bool(np.isfinite(np.asarray(x)).all())
 
 
 @pytree

@@ -84,6 +84,7 @@ def encode(
     return from_codes(codes, table, bits=bits, dtype=dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "dtype"), inline=True)
 def from_codes(
     codes: Integer[Array, "N K"], table: Float[Array, "N m"], *, bits: int, dtype=jnp.float32
 ) -> Codebook:

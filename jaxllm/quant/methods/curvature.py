@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxllm.quant.statistics import Stats, need
 
@@ -34,6 +34,8 @@ def averaged(hessians: Float[Array, "many K K"], output_groups: int) -> Float[Ar
         raise ValueError(
             f"guided: output_groups must divide those measured, got {output_groups=}, measured={many}"
         )
+    if many == output_groups:
+        return hessians
     return hessians.reshape(output_groups, many // output_groups, K, K).mean(1)
 
 
@@ -68,12 +70,22 @@ def importance(rows: Float[Array, "N K"], fisher: Float[Array, "_ _"]) -> Float[
     """
     if fisher.shape != rows.shape:
         raise ValueError(f"squeeze_llm: fisher must be as the weight, got {fisher.shape=}, {rows.shape=}")
-    if not isinstance(rows, jax.core.Tracer):
-        if not bool((jnp.abs(rows) <= MAX_FLOAT16).all()):
+    weights, rows_hold, fisher_holds = _importance(rows, fisher)
+    if not isinstance(rows_hold, jax.core.Tracer):
+        if not bool(rows_hold):
             raise ValueError(f"squeeze_llm: weights must be finite and at most {MAX_FLOAT16:.0f} in size")
-        if not bool((jnp.isfinite(fisher) & (fisher >= 0)).all()):
+        if not bool(fisher_holds):
             raise ValueError("squeeze_llm: fisher must be finite and not negative")
+    return weights
+
+
+@jax.jit
+def _importance(
+    rows: Float[Array, "N K"], fisher: Float[Array, "N K"]
+) -> tuple[Float[Array, "N K"], Bool[Array, ""], Bool[Array, ""]]:
+    """The weights, and whether rows and Fisher information are such as may be."""
     f = jnp.where(rows != 0, fisher.astype(jnp.float32), 0.0)
     greatest = f.max(1, keepdims=True)
     f = jnp.where(greatest > 0, f / jnp.where(greatest > 0, greatest, 1.0), 1.0)  # else a mean may overflow
-    return jnp.maximum(f / f.mean(1, keepdims=True), MIN_IMPORTANCE)
+    weights = jnp.maximum(f / f.mean(1, keepdims=True), MIN_IMPORTANCE)
+    return weights, (jnp.abs(rows) <= MAX_FLOAT16).all(), (jnp.isfinite(fisher) & (fisher >= 0)).all()

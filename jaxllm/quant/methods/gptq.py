@@ -39,16 +39,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxllm.ops.search import better
+from jaxllm.ops.batches import call_in_batches
+from jaxllm.ops.search import Candidate, better
 from jaxllm.quant.methods.curvature import check_curvature, curvature, damped
 from jaxllm.quant.methods.rtn import Rtn, check_grid
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine, check_rows
 
+LEAST_ROWS = 256  # a program of so many serves all layers of fewer, in next to the same time
 INPUTS_PER_PRODUCT = 128  # inputs whose corrections are gathered in one product
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -108,19 +111,19 @@ class Gptq:
             integer_zero_point=self.integer_zero_point,
             clip=self.clip,
         )
-        sizes = {"bits": grid.bits, "group_size": grid.group_size}
-        order = _by_diagonal(hessian) if self.act_order else jnp.arange(rows.shape[1])
-        upper, pivots = _factored(hessian, order, self.damping)
-        scale, zero_point = grid.grid(rows, pivots)
-        codes, loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
-        best = loss, codes, scale, zero_point
-        if self.rounds > 1 and not self.act_order:
-            best = better(_refitted(rows, upper, pivots, grid), best)
-        for _ in range(self.rounds - 1):
-            scale, zero_point = grid.grid(target, pivots)
-            codes, loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
-            best = better((loss, codes, scale, zero_point), best)
-        return best[1:]
+        order, upper, pivots = _factored(hessian, self.damping, self.act_order)
+
+        def solve(rows):
+            best, target = _nothing(rows, grid=grid)
+            for i in range(self.rounds):
+                best, target = _round(
+                    best, target, rows, upper, pivots, order, is_first=np.bool_(i == 0), grid=grid
+                )
+            if self.rounds > 1 and not self.act_order:
+                best = better(_refitted(rows, upper, pivots, grid), best)
+            return best[1:]
+
+        return call_in_batches(solve, rows, max(len(rows), LEAST_ROWS))
 
 
 def feedback(
@@ -140,8 +143,7 @@ def feedback(
         raise ValueError(
             f"gptq: scale must be [N, ceil(K / group_size)], got {scale.shape=}, {rows.shape=}, {group_size=}"
         )
-    order = _by_diagonal(hessian) if act_order else jnp.arange(K)
-    upper, pivots = _factored(hessian, order, damping)
+    order, upper, pivots = _factored(hessian, damping, act_order)
     return _given(rows, upper, pivots, order, scale, zero_point, bits=bits, group_size=group_size)[0]
 
 
@@ -149,32 +151,61 @@ def refitted(
     rows: Float[Array, "N K"], hessian: Float[Array, "K K"], grid: Rtn, *, damping: float = 0.01
 ) -> tuple[UInt8[Array, "N K"], Float[Array, "N G"], Float[Array, "N G"]]:
     """Codes, scale and zero point, inputs as they come; a group's grid is fitted when it is reached."""
-    upper, pivots = _factored(hessian, jnp.arange(rows.shape[1]), damping)
+    _, upper, pivots = _factored(hessian, damping, False)
     return _refitted(rows, upper, pivots, grid)[1:]
 
 
-def _by_diagonal(hessian):
-    return jnp.argsort(-jnp.diag(hessian))  # stable: ties as they come
-
-
-def _factored(hessian, order, damping: float):
-    upper, pivots, is_finite = _factor(damped(hessian, damping), order)
+def _factored(hessian, damping: float, act_order: bool):
+    order, upper, pivots, is_finite = _factor(hessian, damping=damping, act_order=act_order)
     if not isinstance(is_finite, jax.core.Tracer) and not bool(is_finite):
         raise ValueError(f"gptq: hessian must be finite and positive definite once damped, got {damping=}")
-    return upper, pivots
+    return order, upper, pivots
 
 
-@jax.jit
-def _factor(hessian, order):
-    """U of H = U D U^T with inputs in `order`, 0 on and below the diagonal; D with inputs as they come.
+@functools.partial(jax.jit, static_argnames=("damping", "act_order"))
+def _factor(hessian, *, damping: float, act_order: bool):
+    """The order of inputs; U of H = U D U^T in it, 0 on and below the diagonal; D with inputs as they come.
 
     And whether they are finite. A lower Cholesky factor of H read backwards is an upper one of H.
     """
+    order = jnp.argsort(-jnp.diag(hessian)) if act_order else jnp.arange(len(hessian))  # ties as they come
     backwards = order[::-1]
-    upper = jnp.linalg.cholesky(hessian[backwards[:, None], backwards[None]])[::-1, ::-1]
+    whole = damped(hessian, damping)
+    upper = jnp.linalg.cholesky(whole[backwards[:, None], backwards[None]])[::-1, ::-1]
     root = jnp.diag(upper)
     above = jnp.triu(upper / root[None], 1)
-    return above, jnp.zeros_like(root).at[order].set(root**2), jnp.isfinite(above).all()
+    return order, above, jnp.zeros_like(root).at[order].set(root**2), jnp.isfinite(above).all()
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _round(
+    best: Candidate,
+    target: Float[Array, "N K"],
+    rows: Float[Array, "N K"],
+    upper: Float[Array, "K K"],
+    pivots: Float[Array, " K"],
+    order: Int[Array, " K"],
+    *,
+    is_first: Bool[Array, ""],
+    grid: Rtn,
+) -> tuple[Candidate, Float[Array, "N K"]]:
+    """The better of `best` and of codes on grids fitted to `target`; and the weights as those corrected them.
+
+    A candidate: of each row tr(E H E^T), codes, scale and zero point.
+    """
+    scale, zero_point = grid.grid(target, pivots)
+    sizes = {"bits": grid.bits, "group_size": grid.group_size}
+    codes, loss, target = _given(rows, upper, pivots, order, scale, zero_point, **sizes)
+    return better((loss, codes, scale, zero_point), best, is_first=is_first), target
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _nothing(rows, *, grid: Rtn) -> tuple[Candidate, Float[Array, "N K"]]:
+    """A candidate and a target to begin with."""
+    # subtle: computed on the device that rows were put on, as later rounds' are: else `_round` compiles twice
+    (N, K), zero = rows.shape, 0 * rows[0, 0]
+    empty = jnp.full((N, -(-K // grid.group_size)), zero)
+    return (jnp.full(N, zero), jnp.full((N, K), zero, jnp.uint8), empty, empty), rows + zero
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))

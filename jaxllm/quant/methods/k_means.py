@@ -12,15 +12,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, Key
+from jaxtyping import Array, Float, Int, Int32, Key, UInt32
 
-from jaxllm.ops.batches import map_in_batches
+from jaxllm.ops.batches import call_in_batches
 from jaxllm.quant.statistics import layer_key
 
 MAX_LLOYD_STEPS = 300  # a hundred are rare
-AT_ONCE = 2**22  # numbers of [rows at once, 16, K], or of [rows at once, 256, K] if exact: they stay in cache
+ROWS = 16  # at once: one program of so many serves all layers of equal K, and more go no faster on a CPU
+AT_ONCE = (
+    2**22
+)  # numbers of [rows at once, 16, K], or of [rows at once, 1024, K] if exact: they stay in cache
+KEYS = 1024  # that are made at once: one program for all layers of at most so many rows
 BLOCKS = 64  # that running sums are made in, side by side
-RADIX = 8  # of the places between two whose best start is known, one in so many is searched next
+RADIX = 4  # of the places between two whose best start is known, one in so many is searched next
 TILE = 8  # starts that are tried for each of them at once
 
 Part = Float[Array, "..."]  # of a sum
@@ -30,10 +34,14 @@ Sums = Float[Array, "places 2 3"]  # over the first 0 .. K places; high and low 
 
 def row_keys(seed: int, name: str, N: int) -> Key[Array, " N"]:
     """One random key a row of the layer called `name`."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(layer_key(seed, name), jnp.arange(N))
+    return _keys(layer_key(seed, name), count=-(-N // KEYS) * KEYS)[:N]
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "restarts", "exact"))
+@functools.partial(jax.jit, static_argnames="count")
+def _keys(key: Key[Array, ""], *, count: int) -> Key[Array, " count"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+
 def k_means(
     rows: Float[Array, "N K"],
     weights: Float[Array, "N K"],
@@ -48,11 +56,24 @@ def k_means(
     weights: positive, as from `importance`. What lies halfway between two levels goes to the upper one. A
     level that nothing uses stays where the search left it.
     """
-    K, m = rows.shape[1], 2**bits
+    solve = functools.partial(solve_rows, m=2**bits, restarts=restarts, exact=exact)
+    size = max(1, min(ROWS, AT_ONCE // (rows.shape[1] * (1024 if exact else 16))))
+    return call_in_batches(solve, (rows, weights, jax.random.key_data(keys)), size)
+
+
+@functools.partial(jax.jit, static_argnames=("m", "restarts", "exact"))
+def solve_rows(
+    given: tuple[Float[Array, "n K"], Float[Array, "n K"], UInt32[Array, "n _"]],
+    *,
+    m: int,
+    restarts: int,
+    exact: bool,
+) -> tuple[Int32[Array, "n K"], Float[Array, "n m"]]:
+    """`k_means` of so many rows at once, of rows, weights and what keys are made of."""
+    rows, weights, keys = given
     solve = functools.partial(_solve, m=m, restarts=restarts, exact=exact)
-    size = AT_ONCE // (K * (256 if exact else 16))
-    given = rows.astype(jnp.float32), weights.astype(jnp.float32), keys
-    return map_in_batches(lambda row: solve(*row), given, size)
+    found = rows.astype(jnp.float32), weights.astype(jnp.float32), jax.random.wrap_key_data(keys)
+    return jax.vmap(solve)(*found)
 
 
 def _solve(
@@ -72,13 +93,13 @@ def _solve(
     f = jnp.zeros_like(weight).at[place].add(weight)
     sums = running_sums(x, f)
     if exact:
-        c = lloyd(x, sums, optimum(x, sums, m))
+        c, _ = lloyd(x, sums, optimum(x, sums, m))
     else:
         trials = 2 + int(math.log(m))
         # subtle: XLA:CPU compiles draws of three axes, of the same numbers, far longer
         u = jax.random.uniform(key, (restarts * m * trials,)).reshape(restarts, m, trials)
-        tries = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(u)
-        c = tries[jnp.argmin(jax.vmap(lambda c: objective(x, sums, c))(tries))]
+        tries, ends = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(u)
+        c = tries[jnp.argmin(cost(sums, ends[:, :-1], ends[:, 1:], tries).sum(1))]
     return jnp.searchsorted(middles(c), unit, side="right").astype(jnp.int32), c * scale + centre
 
 
@@ -115,19 +136,15 @@ def running_sums(x: Float[Array, " K"], f: Float[Array, " K"]) -> Sums:
     parts = jnp.stack([jnp.stack([f, fx, high]), jnp.stack([jnp.zeros_like(f), fx_low, low + fx_low * x])])
     parts = jnp.pad(parts, ((0, 0), (0, 0), (0, size * BLOCKS - K))).reshape(2, 3, BLOCKS, size)
 
-    def add(before, new):  # what came before is wanted of the blocks, what is now within each
-        now = pair_sum(before[0], before[1], new[0], new[1])
-        return now, (before, now)
+    def add(before, new):
+        now = jnp.stack(pair_sum(*before, *new))
+        return now, now
 
-    zero = jnp.zeros((3, BLOCKS))
-    _, (_, (high, low)) = jax.lax.scan(
-        add, (zero, zero), tuple(jnp.moveaxis(parts, 3, 1))
-    )  # [size, 3, BLOCKS]
-    start = zero[:, 0], zero[:, 0]
-    _, ((above, above_low), _) = jax.lax.scan(add, start, (high[-1].T, low[-1].T))  # [BLOCKS, 3]
-    high, low = pair_sum(high, low, above.T[None], above_low.T[None])
-    both = jnp.stack([high, low]).transpose(3, 1, 0, 2).reshape(-1, 2, 3)[:K]
-    return jnp.pad(both, ((1, 0), (0, 0), (0, 0)))
+    _, within = jax.lax.scan(add, jnp.zeros((2, 3, BLOCKS)), jnp.moveaxis(parts, 3, 0))
+    _, above = jax.lax.scan(add, jnp.zeros((2, 3)), jnp.moveaxis(within[-1], 2, 0))
+    above = jnp.moveaxis(jnp.pad(above[:-1], ((1, 0), (0, 0), (0, 0))), 0, 2)[None]  # of the blocks before
+    both = jnp.stack(pair_sum(within[:, 0], within[:, 1], above[:, 0], above[:, 1]))  # [2, size, 3, BLOCKS]
+    return jnp.pad(both.transpose(3, 1, 0, 2).reshape(-1, 2, 3)[:K], ((1, 0), (0, 0), (0, 0)))
 
 
 def pair_sum(a: Part, a_low: Part, b: Part, b_low: Part) -> tuple[Part, Part]:
@@ -193,39 +210,39 @@ def borders(x: Float[Array, " K"], c: Float[Array, " m"]) -> Int32[Array, " m+1"
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, x.shape[0], jnp.int32)])
 
 
-def objective(x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"]) -> Float[Array, ""]:
-    """J of ascending levels."""
-    ends = borders(x, c)
-    return cost(sums, ends[:-1], ends[1:], c).sum()
-
-
-def lloyd_step(x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"]) -> Float[Array, " m"]:
-    """The weighted mean of what is nearest each level; a level that has nothing stays."""
-    ends = borders(x, c)
+def lloyd_step(
+    x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"], ends: Int32[Array, " m+1"]
+) -> Float[Array, " m"]:
+    """The weighted mean of each level's places; a level that has none stays."""
     start, stop = ends[:-1], ends[1:]
     mass, moment, _ = between(sums, start, stop)[0].T
     mean = jnp.clip(moment / mass, x[jnp.minimum(start, x.shape[0] - 1)], x[stop - 1])
     return jnp.where(stop > start, mean, c)
 
 
-def lloyd(x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"]) -> Float[Array, " m"]:
-    """Lloyd's steps until the levels repeat."""
+def lloyd(
+    x: Float[Array, " K"], sums: Sums, c: Float[Array, " m"]
+) -> tuple[Float[Array, " m"], Int32[Array, " m+1"]]:
+    """The levels, and their borders, once Lloyd's steps repeat them."""
 
     def step(state):
-        i, _, c = state
-        return i + 1, c, lloyd_step(x, sums, c)
+        i, _, c, _ = state
+        ends = borders(x, c)
+        return i + 1, c, lloyd_step(x, sums, c, ends), ends
 
     def moves(state):
-        i, before, c = state
+        i, before, c, _ = state
         return (i == 0) | ((i < MAX_LLOYD_STEPS) & (before != c).any())
 
-    return jax.lax.while_loop(moves, step, (0, c, c))[2]
+    none = jnp.zeros(len(c) + 1, jnp.int32)
+    return jax.lax.while_loop(moves, step, (0, c, c, none))[1::2]
 
 
 def plus_plus(x: Float[Array, " K"], sums: Sums, u: Float[Array, "m trials"]) -> Float[Array, " m"]:
     """Greedy k-means++: each next level is the best of a few places drawn, by `u`, by their share of J."""
     K, m = x.shape[0], u.shape[0]
-    where = jnp.arange(m + 1, dtype=jnp.int32)
+    border = jnp.arange(m + 1, dtype=jnp.int32)
+    level = border[:m]
 
     def bisect(start, stop, c, share):
         """The first place of start .. stop - 1 up to which more than `share` is spent under level c."""
@@ -242,7 +259,7 @@ def plus_plus(x: Float[Array, " K"], sums: Sums, u: Float[Array, "m trials"]) ->
         c, ends = state  # i levels and their borders; behind them the last, which has no places
         spent = jnp.cumsum(cost(sums, ends[:-1], ends[1:], c))
         share = u[i] * spent[-1]
-        j = jnp.minimum(jnp.searchsorted(spent, share, side="right").astype(jnp.int32), i - 1)
+        j = jnp.minimum((spent[None] <= share[:, None]).sum(1, dtype=jnp.int32), i - 1)
         share = share - jnp.where(j > 0, spent[j - 1], 0.0)
         v = x[bisect(ends[j], ends[j + 1], c[j], share)]
         right = jnp.where(v < c[j], j, j + 1)  # what stands behind the new level: i where nothing does
@@ -260,15 +277,15 @@ def plus_plus(x: Float[Array, " K"], sums: Sums, u: Float[Array, "m trials"]) ->
         )
         best = jnp.argmax(before + after - now)
         at = right[best]
-        c = jnp.where(where[:m] < at, c, jnp.roll(c, 1)).at[at].set(v[best])
-        ends = jnp.where(where <= at, ends, jnp.roll(ends, 1)).at[at].set(start[best])
-        ends = ends.at[at + 1].set(stop[best])
-        return jnp.where(where[:m] <= i, c, c[i]), jnp.where(where <= i, ends, K)
+        c = jnp.where(level < at, c, jnp.where(level == at, v[best], jnp.roll(c, 1)))
+        ends = jnp.where(border <= at, ends, jnp.roll(ends, 1))
+        ends = jnp.where(border == at, start[best], jnp.where(border == at + 1, stop[best], ends))
+        return jnp.where(level <= i, c, c[i]), jnp.where(border <= i, ends, K)
 
     total = sums[-1, :, 0].sum()
     mass = sums[1:, :, 0].sum(1)
-    first = x[jnp.minimum(jnp.searchsorted(mass, u[0, 0] * total, side="right"), K - 1)]
-    ends = jnp.where(where == 0, 0, K).astype(jnp.int32)
+    first = x[jnp.minimum((mass <= u[0, 0] * total).sum(), K - 1)]
+    ends = jnp.where(border == 0, 0, K)
     return jax.lax.fori_loop(1, m, step, (jnp.full(m, first), ends))[0]
 
 

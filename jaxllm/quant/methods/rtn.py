@@ -24,9 +24,9 @@ from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine
 
-# Factors on the range, tried in this order after 1; of equal errors the first wins. Then smaller steps about
-# each group's best one, and with them the whole zero point moved by a code.
-COARSE = tuple(1.1 - i / 20 for i in range(17))
+# Factors on the range, tried in this order; of equal errors the first wins. Then smaller steps about each
+# group's best one, and with them the whole zero point moved by a code.
+RANGES = (1.0, *(1.1 - i / 20 for i in range(17)))
 FINE = tuple((step, move) for step in (0.0, -1 / 40, 1 / 40) for move in (0, -1, 1))
 
 
@@ -120,18 +120,19 @@ def _grid(method: Rtn, rows, weight):
     # subtle: a group of dead inputs only would take any range; with equal weights it takes a sensible one
     weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny) + 1e-6
 
-    def candidate(stretch, move=0):
-        scale, zero_point = at(stretch, move)
-        error = clip_error(rows, scale, zero_point, weight, **sizes)
-        return error, jnp.broadcast_to(stretch, error.shape), scale, zero_point
+    # One loop, so that a candidate is compiled once: factors on the range, then steps about the best of them.
+    first, moves = len(RANGES), [one for one in FINE if not (method.symmetric and one[1])]
+    values = jnp.asarray([*RANGES, *(step for step, _ in moves)], jnp.float32)
+    shifts = jnp.asarray([0] * first + [shift for _, shift in moves], jnp.float32)
 
-    coarse = jnp.asarray(COARSE, jnp.float32)
-    best = jax.lax.fori_loop(
-        0, len(COARSE), lambda i, best: better(candidate(coarse[i]), best), candidate(1.0)
-    )
-    centre = best[1]
-    moves = [one for one in FINE if not (method.symmetric and one[1])]
-    step, move = (jnp.asarray(part, jnp.float32) for part in zip(*moves, strict=True))
-    return jax.lax.fori_loop(
-        0, len(moves), lambda i, best: better(candidate(centre + step[i], move[i]), best), best
-    )[2:]
+    def try_one(i, state):
+        best, centre = state
+        centre = jnp.where(i == first, best[1], centre)
+        stretch = jnp.where(i < first, values[i], centre + values[i])
+        scale, zero_point = at(stretch, shifts[i])
+        error = clip_error(rows, scale, zero_point, weight, **sizes)
+        return better((error, stretch, scale, zero_point), best, is_first=i == 0), centre
+
+    nothing = jnp.zeros((rows.shape[0], -(-rows.shape[1] // sizes["group_size"])))
+    best, _ = jax.lax.fori_loop(0, len(values), try_one, ((nothing,) * 4, nothing))
+    return best[2:]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.quant.methods.rtn import COARSE, FINE, Rtn, clip_error
+from jaxllm.quant.methods.rtn import FINE, RANGES, Rtn, clip_error
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine
 
@@ -63,7 +63,7 @@ def test_the_search_finds_the_best_of_all_it_tries(rows, symmetric):
             rows, affine.encode(rows, scale, zero_point, **kept, integer_zero_point=not symmetric), weight
         )
 
-    first = [1.0, *COARSE]
+    first = list(RANGES)
     coarse = np.stack([tried(stretch, 0) for stretch in first])
     centre = np.asarray(first, np.float32)[coarse.argmin(0)]
     fine = [tried(centre + np.float32(step), move) for step, move in FINE if not (symmetric and move)]

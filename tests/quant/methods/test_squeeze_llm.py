@@ -10,7 +10,15 @@ import pytest
 from jaxllm.quant.methods import curvature
 from jaxllm.quant.methods import k_means as k_means_module
 from jaxllm.quant.methods.curvature import importance
-from jaxllm.quant.methods.k_means import cost, k_means, lloyd_step, objective, row_keys, running_sums, sort
+from jaxllm.quant.methods.k_means import (
+    borders,
+    cost,
+    k_means,
+    lloyd_step,
+    row_keys,
+    running_sums,
+    sort,
+)
 from jaxllm.quant.methods.squeeze_llm import SqueezeLlm
 from jaxllm.quant.statistics import Stats
 
@@ -69,7 +77,8 @@ def test_the_exact_solver_is_the_dynamic_program_over_all_intervals_on_hard_rows
     ]
     rows = np.stack(rows).astype(np.float32)
     weights = (10 ** rng.uniform(-4, 0, rows.shape)).astype(np.float32)
-    got = loss(rows, weights, *k_means(rows, weights, row_keys(0, "", N), bits=3, exact=True))
+    found = k_means(jnp.asarray(rows), jnp.asarray(weights), row_keys(0, "", N), bits=3, exact=True)
+    got = loss(rows, weights, *found)
     for row, weight, value in zip(rows, weights, got, strict=True):
         order = np.argsort(row)
         x, f = np.float64(row)[order], np.float64(weight)[order]
@@ -113,12 +122,17 @@ def test_lloyds_step_never_raises_the_objective():
     x, f = jax.lax.sort((rows / 0.02, importance(rows, fisher)), num_keys=1)
     c = jnp.sort(jax.random.uniform(jax.random.key(0), (N, 8), minval=-2, maxval=2), axis=1)
     sums = jax.jit(jax.vmap(running_sums))(x, f)
-    value = jax.jit(jax.vmap(objective))
-    step = jax.jit(jax.vmap(lloyd_step))
-    before = value(x, sums, c)
+
+    @jax.jit
+    @jax.vmap
+    def step(x, sums, c):
+        c = lloyd_step(x, sums, c, borders(x, c))
+        ends = borders(x, c)
+        return c, cost(sums, ends[:-1], ends[1:], c).sum()
+
+    before = np.full(N, np.inf)
     for _ in range(12):
-        c = step(x, sums, c)
-        now = value(x, sums, c)
+        c, now = step(x, sums, c)
         nearest = np.abs(np.asarray(x)[..., None] - np.asarray(c)[:, None]).argmin(-1)
         np.testing.assert_allclose(now, loss(x, f, nearest, c), rtol=1e-5)
         assert (now <= before * (1 + 1e-6)).all()
@@ -149,9 +163,18 @@ def test_places_are_those_of_the_sorted_row_and_equal_values_share_the_first():
 @pytest.mark.slow
 def test_a_row_depends_neither_on_the_rows_beside_it_nor_on_how_many_go_at_once(solved, monkeypatch):
     rows, weights, keys, (codes, table) = solved
-    monkeypatch.setattr(k_means_module, "AT_ONCE", 2 * 8 * K)
+    monkeypatch.setattr(k_means_module, "AT_ONCE", 2 * 16 * K)
     part, levels = k_means(rows[3:], weights[3:], keys[3:], bits=3)
     assert (part == codes[3:]).all() and (levels == table[3:]).all()
+
+
+def test_layers_of_any_number_of_rows_share_one_program(solved):
+    rows, weights, keys, (codes, table) = solved
+    before = k_means_module.solve_rows._cache_size()
+    for n in (1, 5):
+        part, levels = k_means(rows[:n], weights[:n], keys[:n], bits=3)
+        assert (part == codes[:n]).all() and (levels == table[:n]).all()
+    assert k_means_module.solve_rows._cache_size() == before > 0
 
 
 def test_the_same_seed_and_name_give_the_same_weights_and_others_do_not():

@@ -33,10 +33,18 @@ def call_in_batches(program: Callable[[Any], Any], rows: Any, size: int) -> Any:
 
     A program compiled for `size` rows serves any number of them, where `map_in_batches` inside a program is
     compiled anew for each. The last batch is filled up by the first rows again. Rows are cut and put together
-    on the host, and cannot be traced; what is found lies on the device where they lay, if it was one.
+    on the host (traced ones in a loop of the program around), and lie on the device where they lay, if it was
+    one; if there are just so many, they are handed over as they are.
     """
     first = jax.tree.leaves(rows)[0]
     N = first.shape[0]
+    if N == size:
+        return program(rows)
+    if isinstance(first, jax.core.Tracer):
+        filled = jax.tree.map(lambda x: jnp.take(x, jnp.arange(-(-N // size) * size), 0, mode="wrap"), rows)
+        batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), filled)
+        traced = jax.lax.map(program, batches)
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:N], traced)
     place = first.sharding if isinstance(first, jax.Array) and len(first.devices()) == 1 else None
     held = jax.tree.map(np.asarray, rows)
 

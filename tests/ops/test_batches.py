@@ -35,3 +35,5 @@ def test_a_program_of_so_many_rows_serves_any_number(N):
 
     np.testing.assert_array_equal(call_in_batches(program, (x, y), 4), x.sum(1) + y)
     assert sizes == [{4}] * -(-N // 4)
+    traced = jax.jit(lambda *given: call_in_batches(program, given, 4))(x, y)  # in a program around it
+    np.testing.assert_array_equal(traced, x.sum(1) + y)

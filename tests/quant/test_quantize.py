@@ -338,3 +338,20 @@ def test_a_second_quantization_bad_weights_and_foreign_statistics_are_refused(mo
     other = Decoder(TINY, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="the calibration must be of this model, got another's"):
         quantize(other, Spy(stat="hessian_diag"), stats, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [jl.Rtn(bits=3), jl.Gptq(bits=3, act_order=False), jl.SqueezeLlm(bits=2), jl.Lnq(bits=2)],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_method_may_be_part_of_a_program(method):
+    rng = np.random.default_rng(0)
+    rows, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((20, 64), (256, 64)))
+    stats = {"hessian": x.T @ x, "fisher": rows**2}
+
+    def solved(rows, stats):
+        return method.quantize(rows, Stats(**stats), name="w", dtype=jnp.float32).dequantize_rows()
+
+    np.testing.assert_array_equal(jax.jit(solved)(rows, stats), solved(rows, stats))

@@ -106,7 +106,7 @@ class AnyPrecision:
         """The rows in planes, and a table of levels a width."""
         keys = row_keys(self.seed, name, rows.shape[0])
         hessians, felt = self._curvature(rows, stats)
-        inner, weights, kept = set_apart(rows, felt, self.outliers)
+        inner, weights, kept = set_apart(rows, felt, self.outliers, who="AnyPrecision")
         codes, table = k_means(
             inner, weights, keys, bits=self.seed_bits, restarts=self.restarts, exact=self.exact_seed
         )
@@ -164,7 +164,7 @@ def upscale(
 ) -> tuple[Int32[Array, "N K"], tuple[Float[Array, "N _"], ...]]:
     """Codes of `to` bits, and the tables of every width above that of `table`, by cutting clusters in two.
 
-    weights: positive, as from `squeeze_llm.importance`. The lower half of a cluster takes the even code. What
+    weights: positive, as from `importance`. The lower half of a cluster takes the even code. What
     cannot be cut (one value, or nothing) stays even; a level that nothing uses is its parent's. Memory: some
     thirty times AT_ONCE numbers beside rows, weights and codes.
     """

@@ -63,19 +63,21 @@ def check_curvature(who: str, damping: float, guided: bool, output_groups: int) 
         )
 
 
-def importance(rows: Float[Array, "N K"], fisher: Float[Array, "_ _"]) -> Float[Array, "N K"]:
+def importance(
+    rows: Float[Array, "N K"], fisher: Float[Array, "_ _"], *, who: str = "importance"
+) -> Float[Array, "N K"]:
     """Weights of the places, of mean 1 a row: the Fisher information of those that are not zero.
 
     A row without any counts all its places alike.
     """
     if fisher.shape != rows.shape:
-        raise ValueError(f"squeeze_llm: fisher must be as the weight, got {fisher.shape=}, {rows.shape=}")
+        raise ValueError(f"{who}: fisher must be as the weight, got {fisher.shape=}, {rows.shape=}")
     weights, rows_hold, fisher_holds = _importance(rows, fisher)
     if not isinstance(rows_hold, jax.core.Tracer):
         if not bool(rows_hold):
-            raise ValueError(f"squeeze_llm: weights must be finite and at most {MAX_FLOAT16:.0f} in size")
+            raise ValueError(f"{who}: weights must be finite and at most {MAX_FLOAT16:.0f} in size")
         if not bool(fisher_holds):
-            raise ValueError("squeeze_llm: fisher must be finite and not negative")
+            raise ValueError(f"{who}: fisher must be finite and not negative")
     return weights
 
 

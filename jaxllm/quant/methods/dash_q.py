@@ -195,7 +195,7 @@ def _cut(rows: Float[Array, "n K"], group_size: int) -> Places:
 
 
 def _places(group_size: int) -> tuple[int, int]:
-    # subtle: two parts at least; XLA takes a loop of one trip apart and copies it into all that reads its sums
+    # subtle: two parts at least: XLA takes a loop of one trip apart, into each of those that read its sums
     C = max(2, -(-group_size // UNROLL))
     return C, -(-group_size // C)
 

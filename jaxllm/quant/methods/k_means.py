@@ -18,10 +18,8 @@ from jaxllm.ops.batches import call_in_batches
 from jaxllm.quant.statistics import layer_key
 
 MAX_LLOYD_STEPS = 300  # a hundred are rare
-ROWS = 16  # at once: one program of so many serves all layers of equal K, and more go no faster on a CPU
-AT_ONCE = (
-    2**22
-)  # numbers of [rows at once, 16, K], or of [rows at once, 1024, K] if exact: they stay in cache
+CPU_ROWS = 16  # at once: one program of so many serves all layers of equal K, and more go no faster there
+AT_ONCE = 2**22  # numbers of [rows at once, 16, K], or [rows at once, 1024, K] if exact: they stay in cache
 KEYS = 1024  # that are made at once: one program for all layers of at most so many rows
 BLOCKS = 64  # that running sums are made in, side by side
 RADIX = 4  # of the places between two whose best start is known, one in so many is searched next
@@ -57,7 +55,8 @@ def k_means(
     level that nothing uses stays where the search left it.
     """
     solve = functools.partial(solve_rows, m=2**bits, restarts=restarts, exact=exact)
-    size = max(1, min(ROWS, AT_ONCE // (rows.shape[1] * (1024 if exact else 16))))
+    size = max(1, AT_ONCE // (rows.shape[1] * (1024 if exact else 16)))
+    size = min(size, CPU_ROWS) if jax.default_backend() == "cpu" else size
     return call_in_batches(solve, (rows, weights, jax.random.key_data(keys)), size)
 
 

@@ -90,7 +90,7 @@ class Lnq:
         )
         hessian_diag = jnp.diagonal(hessians, axis1=1, axis2=2)  # [g, K]
         felt = jnp.repeat(hessian_diag, N // len(hessians), axis=0)
-        inner, weights, kept = set_apart(rows, felt, self.outliers)
+        inner, weights, kept = set_apart(rows, felt, self.outliers, who="lnq")
         codes, _ = k_means(inner, weights, row_keys(self.seed, name, N), bits=self.bits)
         codes, table = lnq(
             inner,

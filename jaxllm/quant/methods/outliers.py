@@ -4,7 +4,7 @@ Of each block of outputs (`weights/sparse.py`) a share: a ninth of them those th
 paper's 0.05 of 0.45 %), the others the largest. The paper's thresholds are of a whole model, and so are those
 of Any-Precision's code.
 
-    inner, weights, kept = set_apart(rows, fisher, 0.0045)
+    inner, weights, kept = set_apart(rows, fisher, 0.0045, who="SqueezeLlm")
     w = put_back(base, rows, kept, 0.0045)              # the base found for `inner`, and the kept weights
 
 Solvers that weigh errors against each other take `free`: 1 where a weight has a level, 0 where it is kept
@@ -34,18 +34,18 @@ def check_share(who: str, outliers: float | None) -> None:
 
 
 def set_apart(
-    rows: Float[Array, "N K"], felt: Float[Array, "_ _"], share: float | None
+    rows: Float[Array, "N K"], felt: Float[Array, "_ _"], share: float | None, *, who: str
 ) -> tuple[Float[Array, "N K"], Float[Array, "N K"], Bool[Array, "N K"] | None]:
     """The rows with 0 for what is kept apart, how much each place of them counts, and what is kept.
 
     felt: how much the loss feels each weight. Without a share: the rows, and None kept.
     """
-    weights = importance(rows, felt)  # checks both, the kept weights with them
+    weights = importance(rows, felt, who=who)  # checks both, the kept weights with them
     if share is None:
         return rows, weights, None
     kept = _most_felt_and_largest(rows, felt, _places(rows.shape[1], share))
     inner = jnp.where(kept, 0.0, rows)
-    return inner, importance(inner, felt), kept
+    return inner, importance(inner, felt, who=who), kept
 
 
 def put_back(base: Any, rows: Float[Array, "N K"], kept: Bool[Array, "N K"] | None, share: float | None):

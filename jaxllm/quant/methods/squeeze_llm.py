@@ -64,7 +64,7 @@ class SqueezeLlm:
     def quantize(self, rows: jax.Array, stats: Stats, *, name: str, dtype) -> Codebook | DenseAndSparse:
         need(stats, "SqueezeLlm", "fisher")
         assert stats.fisher is not None
-        inner, weights, kept = set_apart(rows, stats.fisher, self.outliers)
+        inner, weights, kept = set_apart(rows, stats.fisher, self.outliers, who="SqueezeLlm")
         codes, table = k_means(
             inner,
             weights,

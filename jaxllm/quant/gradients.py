@@ -151,37 +151,30 @@ def backward_block(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, state))
     _, pull, (inputs, assigned) = jax.vjp(through, state, zeros, has_aux=True)
     before, g_out = pull(g)
-    g_out = {name: gz.astype(jnp.float32) for name, gz in g_out.items()}
     saliency, squares = {}, {}
-    if output_groups is not None:
-        for name, gz in g_out.items():
-            squared = jnp.square(gz.reshape(*gz.shape[:-1], output_groups, -1))
-            saliency[name] = jnp.mean(squared, axis=-1)
-    if fisher:
-        x = {name: inputs[name].astype(jnp.float32) for name in g_out}
-        whole = {name: (gz, x[name]) for name, gz in g_out.items() if name not in assigned}
-        squares = _sums_of_squares(whole) if whole else {}
-        squares |= {
-            name: _sum_of_squares_by_expert(gz, x[name], assigned[name])
-            for name, gz in g_out.items()
-            if name in assigned
-        }
+    for name, gz in g_out.items():
+        gz = gz.astype(jnp.float32)
+        if output_groups is not None:
+            saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:-1], output_groups, -1)), axis=-1)
+        if fisher:
+            x = inputs[name].astype(jnp.float32)
+            squares[name] = (
+                _sum_of_squares_by_expert(gz, x, assigned[name])
+                if name in assigned
+                else _sum_of_squares(gz, x)
+            )
     return before, saliency, squares
 
 
-def _sums_of_squares(pairs: Any) -> Any:
-    """sum_b (sum_t gz[b, t, n] x[b, t, k])^2 of each pair gz [B, T, N], x [B, T, K], a sequence at a time.
+def _sum_of_squares(gz: Float[Array, "B T N"], x: Float[Array, "B T K"]) -> Float[Array, "N K"]:
+    """sum_b (sum_t gz[b, t, n] x[b, t, k])^2, a sequence at a time."""
 
-    All pairs in one loop, which is compiled in less time than a loop for each.
-    """
+    def one(total, pair):
+        grad = jnp.matmul(pair[0].T, pair[1], precision=jax.lax.Precision.HIGHEST)
+        return total + grad * grad, None
 
-    def one(totals, rows):
-        grads = [jnp.matmul(gz.T, x, precision=jax.lax.Precision.HIGHEST) for gz, x in rows]
-        return [total + grad * grad for total, grad in zip(totals, grads, strict=True)], None
-
-    listed = list(pairs.values())
-    zeros = [jnp.zeros((gz.shape[-1], x.shape[-1]), jnp.float32) for gz, x in listed]
-    return dict(zip(pairs, jax.lax.scan(one, zeros, listed)[0], strict=True))
+    zeros = jnp.zeros((gz.shape[-1], x.shape[-1]), jnp.float32)
+    return jax.lax.scan(one, zeros, (gz, x))[0]
 
 
 def _sum_of_squares_by_expert(
@@ -193,6 +186,6 @@ def _sum_of_squares_by_expert(
         return a.reshape(a.shape[0], -1, a.shape[-1])
 
     def one(own):
-        return _sums_of_squares({"": (jnp.where(own[..., None], rows(gz), 0.0), rows(x))})[""]
+        return _sum_of_squares(jnp.where(own[..., None], rows(gz), 0.0), rows(x))
 
     return jax.lax.map(one, jnp.moveaxis(rows(assigned), -1, 0))

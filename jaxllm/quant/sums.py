@@ -59,12 +59,10 @@ class StatsAccumulator:
         y, new, inputs = _measure(
             stage.block, stage.shared, state, batch, saliency, run=stage.run, side=stage.side, want=self.want
         )
-        for name, (rows, part) in inputs.items() if "thresholds" in self.want else ():
-            new[name] = new[name] | {"thresholds": _thresholds(rows, part)}
         for name, stats in new.items():
             old = self.sums.get(name)
             self.sums[name] = stats if old is None else _add(old, stats)
-        for name, (rows, part) in inputs.items() if "sample" in self.want else ():
+        for name, (rows, part) in inputs.items():
             for own, real in _by_expert(name, np.asarray(rows), np.asarray(part) != 0):
                 have = sum(len(r) for r in self.rows.get(own, []))
                 self.rows.setdefault(own, []).append(np.asarray(real[: self.sample - have], np.float32))
@@ -147,7 +145,7 @@ def _measure(
     side: str,
     want: frozenset[str],
 ):
-    """A batch's part of each statistic, by linear; and what linears read, for the sample and thresholds."""
+    """A batch's part of each statistic, by linear; and what linears read, for the sample."""
     seen: dict[str, jax.Array] = {}
     assigned: dict[str, jax.Array] = {}
     y = run(block, shared, state, batch, linear_io(seen, assigned=assigned))
@@ -167,14 +165,7 @@ def _measure(
             s = saliency[name].astype(jnp.float32).reshape(len(flat), -1)
             guided = _each(partial(_guided, flat, s), part)
             sums[name] = sums.get(name, {}) | {"guided_hessian": guided}
-    return y, sums, inputs if want & {"sample", "thresholds"} else {}
-
-
-@jax.jit
-def _thresholds(rows: Float[Array, "*B K"], part: Int[Array, "..."]) -> Float[Array, "*X K"]:
-    """`token_thresholds` of what a linear reads; a program of its own, which inputs of one width share."""
-    x = rows.astype(jnp.float32).reshape(-1, rows.shape[-1])
-    return _each(lambda real: token_thresholds(jnp.where(real[:, None] != 0, x, 0.0)), part)
+    return y, sums, inputs if "sample" in want else {}
 
 
 def _each(measure: Callable[[jax.Array], Any], part: Int[Array, "..."]) -> Any:
@@ -203,6 +194,7 @@ def _of_input(
         "mean": lambda: jnp.sum(jnp.abs(x), axis=0),
         "hessian": lambda: _gram(kept),
         "held_out": lambda: _gram(jnp.where(part[:, None] < 0, x, 0.0)),
+        "thresholds": lambda: token_thresholds(x),
     }
     return {name: make() for name, make in parts.items() if name in want}
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,11 +66,56 @@ def load(path: str | Path, model, *, verify: bool = True) -> DenseCache | PagedC
         cache = build(meta.get("cache"), "cache", unpack_arrays(stored), CLASSES)
         if not isinstance(cache, DenseCache | PagedCache):
             raise ValueError(f"it must hold a DenseCache or a PagedCache, got {type(cache).__name__}")
+        _check_shapes(cache, model)
         _check_indices(cache)
         return cache
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         why = one_line(error)
         raise ValueError(f"cache.load: {str(path)!r} cannot be opened with this model: {why}") from error
+
+
+def _check_shapes(cache: DenseCache | PagedCache, model) -> None:
+    """Raises ValueError for arrays that do not fit each other and the model, and indices of another type."""
+    tail = cache.tail if isinstance(cache, PagedCache) else cache
+    K, E, B = model.config.kv_heads, model.config.head_dim, tail.lengths.size
+    if not len(tail.keys) == len(tail.values) == len(tail.windows) == len(model.windows):
+        got = len(tail.keys), len(tail.values), len(tail.windows)
+        raise ValueError(f"it must hold {len(model.windows)} layers, got keys, values, windows of {got}")
+    rows: dict[str, tuple[Rows, tuple[int, ...]]] = {}
+    for i, (keys, values) in enumerate(zip(tail.keys, tail.values, strict=True)):
+        shape = (B * K, *keys.shape[1:2], E)
+        rows |= {f"keys of layer {i}": (keys, shape), f"values of layer {i}": (values, shape)}
+    indices: dict[str, tuple[jax.Array, tuple[int, ...]]] = {}
+    indices |= {"lengths": (tail.lengths, (B,)), "extents": (tail.extents, (B,))}
+    if tail.start is not None:
+        indices["start"] = (tail.start, (B,))
+    if isinstance(cache, PagedCache):
+        context = cache.context
+        pages = context.page_head.size, *context.positions.shape[1:2]
+        rows |= {"keys": (context.keys, (*pages, E)), "values": (context.values, (*pages, E))}
+        rows["scores"] = (context.scores, pages)
+        N, L = context.context_lengths.size, sum(window is None for window in tail.windows)
+        indices |= {
+            "positions": (context.positions, pages),
+            "page_head": (context.page_head, pages[:1]),
+            "page_lengths": (context.page_lengths, pages[:1]),
+            "page_offsets": (context.page_offsets, (L, N * K + 1)),
+            "context_lengths": (context.context_lengths, (N,)),
+            "prefix": (context.prefix, ()),
+            "context_of_request": (context.context_of_request, (B,)),
+        }
+    for name, (array, shape) in (rows | indices).items():
+        if array.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {array.shape}")
+    for name, (index, _) in indices.items():
+        if index.dtype != jnp.int32:
+            raise ValueError(f"{name} must be int32, got {index.dtype}")
+    for name, (held, _) in rows.items():
+        if isinstance(held, QuantizedRows):
+            coding = {"bits": held.bits, "group_size": held.group_size, "dtype": held.dtype}
+            width = QuantizedRows.zeros((1, 1, E), rotated=held.rotated, **coding).words.shape[2]
+            if held.words.shape[2] != width:
+                raise ValueError(f"{name} must have {width} words a row, got {held.words.shape[2]}")
 
 
 def _check_indices(cache: DenseCache | PagedCache) -> None:

@@ -49,6 +49,10 @@ def test_a_saved_cache_comes_back_bit_for_bit(model, tmp_path, bits, ratio):
             jl.cache.save(dataclasses.replace(cache, context=far), tmp_path / name, model)
             with pytest.raises(ValueError, match=f"cache.load: .*{name} must lie in 0 to .*got 1"):
                 jl.cache.load(tmp_path / name, model)
+        flat = dataclasses.replace(cache.context, page_offsets=cache.context.page_offsets[0])
+        jl.cache.save(dataclasses.replace(cache, context=flat), tmp_path / "flat", model)
+        with pytest.raises(ValueError, match=r"page_offsets must be of shape \(\d, \d+\), got \(\d+,\)"):
+            jl.cache.load(tmp_path / "flat", model)
 
 
 def test_another_model_damage_and_a_place_that_is_taken_are_one_line(model, tmp_path):

@@ -32,11 +32,14 @@ def call_in_batches(program: Callable[[Any], Any], rows: Any, size: int) -> Any:
     """What a compiled program gives of `size` rows of a pytree's leading axis, for however many there are.
 
     A program compiled for `size` rows serves any number of them, where `map_in_batches` inside a program is
-    compiled anew for each. The last batch is filled up by the first rows again. Rows are cut and put together
-    on the host, and cannot be traced; what is found lies on the device where they lay, if it was one.
+    compiled anew for each. The last batch is filled up by the first rows again. One batch goes as it is; more
+    are cut and put together on the host, cannot be traced, and what is found lies where they lay, if on one
+    device.
     """
     first = jax.tree.leaves(rows)[0]
     N = first.shape[0]
+    if N == size:
+        return program(rows)
     place = first.sharding if isinstance(first, jax.Array) and len(first.devices()) == 1 else None
     held = jax.tree.map(np.asarray, rows)
 

@@ -10,7 +10,11 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 # Parts of others, and what needs torch (test_decode.py).
 LEFT_OUT = {"common", "kv_methods", "mixed_ablations", "quantization_methods", "quantization_tables"}
 LEFT_OUT |= {"decode"}
-NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
+SLOW = {"cold_start"}  # processes of its own
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

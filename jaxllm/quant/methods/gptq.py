@@ -122,7 +122,7 @@ class Gptq:
         def solve(rows):
             best, target = _nothing(rows, grid=grid)
             for i in range(self.rounds):
-                best, target = _round(
+                best, target = fit_round(
                     best, target, rows, upper, pivots, order, is_first=np.bool_(i == 0), grid=grid
                 )
             if self.rounds > 1 and not self.act_order:
@@ -184,7 +184,7 @@ def _factor(hessian, *, damping: float, act_order: bool):
 
 
 @functools.partial(jax.jit, static_argnames="grid")
-def _round(
+def fit_round(
     best: Candidate,
     target: Float[Array, "N K"],
     rows: Float[Array, "N K"],
@@ -208,7 +208,7 @@ def _round(
 @functools.partial(jax.jit, static_argnames="grid")
 def _nothing(rows, *, grid: Rtn) -> tuple[Candidate, Float[Array, "N K"]]:
     """A candidate and a target to begin with."""
-    # subtle: computed on the device that rows were put on, as later rounds' are: else `_round` compiles twice
+    # subtle: computed where the rows lie, as later rounds' are, or `fit_round` would be compiled twice
     (N, K), zero = rows.shape, 0 * rows[0, 0]
     empty = jnp.full((N, -(-K // grid.group_size)), zero)
     return (jnp.full(N, zero), jnp.full((N, K), zero, jnp.uint8), empty, empty), rows + zero

@@ -9,7 +9,7 @@ import pytest
 
 from jaxllm.ops.packing import unpack
 from jaxllm.quant.methods.curvature import averaged, damped
-from jaxllm.quant.methods.gptq import Gptq, feedback, refitted
+from jaxllm.quant.methods.gptq import Gptq, feedback, fit_round, refitted
 from jaxllm.quant.methods.rtn import Rtn
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine
@@ -304,3 +304,12 @@ def test_what_cannot_be_solved_is_refused(layer):
         ValueError, match=r"gptq: scale must be \[N, ceil\(K / group_size\)\], got .*\(8, 4\)"
     ):
         feedback(rows, hessian, rows[:, :4], rows[:, :4], bits=2, group_size=GROUP)
+
+
+def test_layers_of_few_rows_share_one_program_that_rounds_share_too(layer):
+    rows, hessian = layer
+    method, before = Gptq(bits=5, group_size=7, rounds=3), fit_round._cache_size()  # as no other test here
+    whole = method.quantize(rows, Stats(hessian=hessian), name="w", dtype=jnp.float32)
+    part = method.quantize(rows[:5], Stats(hessian=hessian), name="w", dtype=jnp.float32)
+    assert fit_round._cache_size() == before + 1
+    np.testing.assert_array_equal(part.dequantize_rows(), whole.dequantize_rows()[:5])

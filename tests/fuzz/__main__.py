@@ -30,6 +30,22 @@ def table(counts: dict[str, dict[str, int]]) -> str:
     return tabulate(rows, headers=["format", *OUTCOMES], tablefmt="github", intfmt=",")
 
 
+def write_page(folder: Path, command: str, seconds: int, counts: dict[str, dict[str, int]]) -> None:
+    """Writes fuzz.json and fuzz.md; what the folder's fuzz.json has of other formats stays."""
+    file, old = folder / "fuzz.json", {"commands": [], "seconds": 0, "counts": {}}
+    if file.is_file():
+        old = json.loads(file.read_text("utf-8"))
+    record = {
+        "commands": [*old["commands"], command],
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": old["seconds"] + seconds,
+        "counts": old["counts"] | counts,
+    }
+    file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    shown = {"table": table(record["counts"]), "commands": "\n".join(record["commands"])}
+    (folder / "fuzz.md").write_text(PAGE.format(**record | shown), "utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     from fuzz.formats import FORMATS
 
@@ -45,12 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     counts = run(args.format, args.inputs, args.seed, args.workers, args.failures)
     print(table(counts))
     if args.results:
-        seconds = round(time.monotonic() - began)
         command = f"python -m tests.fuzz --inputs {args.inputs} --seed {args.seed} --results docs/results"
         command += "" if args.format == [*FORMATS] else f" --format {' '.join(args.format)}"
-        record = {"command": command, "date": time.strftime("%Y-%m-%d"), "seconds": seconds, "counts": counts}
-        (args.results / "fuzz.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.results / "fuzz.md").write_text(PAGE.format(table=table(counts), **record))
+        write_page(args.results, command, round(time.monotonic() - began), counts)
     return int(any(count.get(kind) for count in counts.values() for kind in OUTCOMES[3:]))
 
 
@@ -60,10 +73,10 @@ Each input is a good file of a few kilobytes with one change: bits, bytes, JSON,
 gone. Of what carries our checksums, two in five changes are signed anew, as by a hostile author.
 
 ```sh
-{command}
+{commands}
 ```
 
-{date}, {seconds} seconds.
+{date}, {seconds} seconds in all. A format's row is of the last command that names it, or names none.
 
 {table}
 

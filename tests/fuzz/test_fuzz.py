@@ -2,6 +2,7 @@
 
 import pytest
 
+from fuzz.__main__ import write_page
 from fuzz.formats import FORMATS
 from fuzz.outcome import GOOD, Sample, outcome
 from jaxllm.storage import checksums
@@ -38,3 +39,14 @@ def test_a_reader_that_believes_its_file_is_found_out(wrong, tmp_path, monkeypat
             sample.restore()
             found.add(outcome(sample, seed)[0])
     assert wrong in found
+
+
+def test_a_page_keeps_what_is_not_run_again(tmp_path):
+    write_page(tmp_path, "first", 2, {"cache": {"traceback": 1}, "gates": {"refused": 3}})
+    write_page(tmp_path, "second", 3, {"cache": {"refused": 4}})
+    text = (tmp_path / "fuzz.md").read_text("utf-8")
+    assert "first\nsecond\n" in text and " 5 seconds in all" in text
+    rows = {
+        row.split("|")[1].strip(): row.split("|")[2:] for row in text.splitlines() if row.startswith("| ")
+    }
+    assert [int(x) for x in rows["cache"]][:-1] == [4, 0, 0, 0, 0, 0, 0, 0] and int(rows["all"][0]) == 7

@@ -23,7 +23,7 @@ from jaxllm.models.rope import Rope
 from jaxllm.pytree import pytree, static
 from jaxllm.sharding import make_mesh
 from jaxllm.storage import checksums
-from jaxllm.storage.directory import new_directory
+from jaxllm.storage.directory import new_directory, new_file
 from jaxllm.weights.dense import Dense
 
 
@@ -363,6 +363,20 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_kept(tmp_path):
         (out / "x").write_text("y")
         assert not (tmp_path / "out").exists()
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", other, alive])
+
+
+@pytest.mark.parametrize("make_new", [new_directory, new_file])
+def test_ctrl_c_right_behind_the_rename_leaves_nothing_either(make_new, tmp_path, monkeypatch):
+    rename = os.rename
+
+    def interrupted(*paths):
+        rename(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), make_new(tmp_path / "new" / "out", who="test") as out:
+        (out / "x" if make_new is new_directory else out).write_text("y")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

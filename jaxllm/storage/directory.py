@@ -25,7 +25,7 @@ def new_directory(out, *, who: str, num_bytes: int = 0) -> Iterator[Path]:
     with _temporary(out, who, num_bytes) as (temporary, out):
         yield temporary
         _flush(temporary)
-        os.rename(temporary, out)
+        _move(temporary, out)
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def new_file(out, *, who: str, num_bytes: int = 0) -> Iterator[Path]:
     with _temporary(out, who, num_bytes) as (temporary, out):
         yield temporary / out.name
         _flush(temporary)
-        os.rename(temporary / out.name, out)
+        _move(temporary / out.name, out)
         temporary.rmdir()
 
 
@@ -53,12 +53,23 @@ def _temporary(out, who: str, num_bytes: int) -> Iterator[tuple[Path, Path]]:
             if shutil.disk_usage(temporary).free < num_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield temporary, out
-            _flush_one(out.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             for parent in made:
                 parent.rmdir()
             raise
+
+
+def _move(made: Path, out: Path) -> None:
+    """Gives what was made its name, and takes it away again where that is cut short (Ctrl-C, a full disk)."""
+    number = made.stat().st_ino
+    try:
+        os.rename(made, out)
+        _flush_one(out.parent)
+    except BaseException:
+        if out.exists() and out.stat().st_ino == number:
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+        raise
 
 
 @contextmanager

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
-# Sends SIGINT at the given events of Python's audit hooks that name something.
+# Gets SIGINT at the given events of Python's audit hooks that name something.
 RUN = """
-import os, signal, sys
+import signal, sys, threading
 events, word, *args = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def press(event, given):
     if event in events.split() and word in str(given[0]):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # seen before the event goes on
 
 sys.addaudithook(press)
 from jaxllm.cli import main

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.json_fields import OBJECT, TEXT, check_fields, read_object
-from jaxllm.storage.metadata import excerpt, one_line, parse_json
+from jaxllm.storage.metadata import excerpt, is_file_name, one_line, parse_json
 
 FLOATS = {
     "F64": np.dtype("<f8"),
@@ -136,7 +136,7 @@ def open_indexed(path: Path, index: str, open_file: OpenFile) -> dict[str, np.nd
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(where["weight_map"].values())):
         file = path / name
-        if Path(name).name != name or "\0" in name or not file.is_file() or not _lies_in(path, file):
+        if not is_file_name(name) or not file.is_file() or not _lies_in(path, file):
             raise FileNotFoundError(
                 f"huggingface.load: the index names a file that is not there, got {excerpt(name)}"
             )

@@ -37,7 +37,7 @@ from jaxllm.storage import checksums, former_names
 from jaxllm.storage.arrays import read_npz, write_npz
 from jaxllm.storage.directory import one_line_for_a_full_disk
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
-from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
+from jaxllm.storage.metadata import excerpt, is_file_name, one_line, read_meta, write_meta
 
 META, FORMAT, VERSION = "calibration.json", "jaxllm calibration", 3  # with checksums
 FINGERPRINTS = {1: fingerprint_of_first_numbers, 2: fingerprint, VERSION: fingerprint}  # by the version
@@ -231,8 +231,7 @@ def _check_entries(meta: dict[str, Any]) -> None:
         got = excerpt(meta["want"])
         raise ValueError(f"calibration: {META} must name what was measured, got want={got}")
     for name, source in meta["inputs"].items():
-        file_names = isinstance(source, str) and Path(name).name == name and Path(source).name == source
-        if not file_names or type(meta["tokens"].get(name)) is not int:
+        if not (is_file_name(name) and is_file_name(source)) or type(meta["tokens"].get(name)) is not int:
             raise ValueError(f"calibration: {META} must say inputs and tokens, not so of {excerpt(name)}")
 
 

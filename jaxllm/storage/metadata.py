@@ -88,6 +88,16 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
+def is_file_name(text: Any) -> bool:
+    """Whether what a file says can be another file's name: no path, and not too long, an ending included."""
+    return (
+        isinstance(text, str)
+        and Path(text).name == text
+        and "\0" not in text
+        and len(text.encode("utf-8", "replace")) <= 240
+    )
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 

@@ -171,6 +171,7 @@ def test_end_tokens_are_token_ids(end, tmp_path):
         ({"weight_map": {"a": "../x.safetensors"}}, "not there, got '../x.safetensors'"),
         ({"weight_map": {"a": "/etc/passwd"}}, "not there, got '/etc/passwd'"),
         ({"weight_map": {"a": "x\0"}}, "not there"),
+        ({"weight_map": {"a": "x" * 3000}}, "not there"),  # longer than a file's name may be
         ({"weight_map": {"a": "link.safetensors"}}, "not there, got 'link.safetensors'"),
         ({"weight_map": {"a": "part.safetensors"}}, "names tensors that no file has, got a"),
     ],

@@ -1,6 +1,7 @@
 """What is measured block by block equals what one look at the whole model gives."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from jaxllm.quant import sums
 from jaxllm.quant.calibrate import Calibration, calibrate
 from jaxllm.quant.gradients import LOSS_SCALE
 from jaxllm.quant.statistics import STATISTICS
+from jaxllm.storage import checksums
 
 CONFIG = dataclasses.replace(TINY, qkv_bias=True, windows=(None, 6))
 ROWS = [list(range(3, 46)), [5, 9, 2, 7], [8] * 16, [1, 2], [30, 60, 90, 120, 3, 3]]
@@ -180,6 +182,13 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_block(model, tmp_path, mo
         np.testing.assert_array_equal(again[name].guided_hessian, whole[name].guided_hessian)
     with pytest.raises(ValueError, match="path must be new or hold the same model"):
         calibrate(model, ROWS[:4], **options)
+    meta = json.loads((tmp_path / "stats" / "calibration.json").read_text("utf-8"))
+    for name in ("../x", "x" * 3000):  # no names of files
+        inputs = {"inputs": meta["inputs"] | {name: name}, "tokens": meta["tokens"] | {name: 1}}
+        (tmp_path / "stats" / "calibration.json").write_text(json.dumps(meta | inputs), "utf-8")
+        checksums.write(tmp_path / "stats", ["calibration.json"])
+        with pytest.raises(ValueError, match="must say inputs and tokens, not so of '"):
+            Calibration(tmp_path / "stats")
     shutil.rmtree(tmp_path / "stats")
 
 

@@ -30,15 +30,14 @@ def table(counts: dict[str, dict[str, int]]) -> str:
     return tabulate(rows, headers=["format", *OUTCOMES], tablefmt="github", intfmt=",")
 
 
-def write_page(folder: Path, command: str, seconds: int, counts: dict[str, dict[str, int]]) -> None:
+def write_page(folder: Path, command: str, counts: dict[str, dict[str, int]]) -> None:
     """Writes fuzz.json and fuzz.md; what the folder's fuzz.json has of other formats stays."""
-    file, old = folder / "fuzz.json", {"commands": [], "seconds": 0, "counts": {}}
+    file, old = folder / "fuzz.json", {"commands": [], "counts": {}}
     if file.is_file():
         old = json.loads(file.read_text("utf-8"))
     record = {
         "commands": [*old["commands"], command],
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": old["seconds"] + seconds,
         "counts": old["counts"] | counts,
     }
     file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
@@ -57,13 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     given.add_argument("--failures", type=Path, default=Path(tempfile.gettempdir()) / "fuzz-failures")
     given.add_argument("--results", type=Path, metavar="FOLDER", help="gets fuzz.json and fuzz.md")
     args = given.parse_args(argv)
-    began = time.monotonic()
     counts = run(args.format, args.inputs, args.seed, args.workers, args.failures)
     print(table(counts))
     if args.results:
         command = f"python -m tests.fuzz --inputs {args.inputs} --seed {args.seed} --results docs/results"
         command += "" if args.format == [*FORMATS] else f" --format {' '.join(args.format)}"
-        write_page(args.results, command, round(time.monotonic() - began), counts)
+        write_page(args.results, command, counts)
     return int(any(count.get(kind) for count in counts.values() for kind in OUTCOMES[3:]))
 
 
@@ -76,7 +74,7 @@ gone. Of what carries our checksums, two in five changes are signed anew, as by 
 {commands}
 ```
 
-{date}, {seconds} seconds in all. A format's row is of the last command that names it, or names none.
+{date}. A format's row is of the last command that names it, or names none.
 
 {table}
 

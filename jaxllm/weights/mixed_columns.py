@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, UInt8, UInt32
 from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.packing import from_words
 from jaxllm.pytree import pytree, static
-from jaxllm.weights.sparse import OUTPUTS_PER_BLOCK, add_to_rows, block_rows
+from jaxllm.weights.sparse import OUTPUTS_PER_BLOCK, block_rows, put_into_rows
 
 INPUTS_PER_GROUP = 16  # of columns
 # The fields of the two parts.
@@ -128,7 +128,7 @@ def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
         parts.append((codes - zero_point) * scale)
     rows = jnp.concatenate(parts, axis=1)
     if w.outlier is not None and w.place is not None:
-        rows = add_to_rows(rows, w.outlier, w.place)
+        rows = put_into_rows(rows, w.outlier, w.place, added=True)
     return rows.astype(dtype)
 
 

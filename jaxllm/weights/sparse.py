@@ -16,7 +16,7 @@ float16.
     w = encode(base, rows, highest(jnp.abs(rows), 300), 300)        # the largest of each block
 
 Single weights of `mixed_columns`, and those of other tools' files (`added`), lie so, too, but are added to
-what stands there: `pack`, `add_to_rows`, with 0 at place 0 where a block has fewer.
+what stands there: `pack`, `put_into_rows`, with 0 at place 0 where a block has fewer.
 
 Letters: K inputs, N outputs, W stored inputs (K here), O blocks of outputs, m places in each.
 """
@@ -59,17 +59,13 @@ class DenseAndSparse:
 
     def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The weight's rows [N, K], one an output."""
-        if self.added:
-            rows = self.base.dequantize_rows(jnp.float32)
-            return add_to_rows(rows, self.kept, self.places).astype(dtype)
-        return put_into_rows(self.base.dequantize_rows(dtype), self.kept, self.places)
+        rows = self.base.dequantize_rows(jnp.float32 if self.added else dtype)
+        return put_into_rows(rows, self.kept, self.places, added=self.added).astype(dtype)
 
     def is_kept(self) -> Bool[Array, "N K"]:
         """Which weights are not the base's."""
-        nothing, marks = jnp.zeros(self.shape[::-1]), jnp.ones_like(self.kept)
-        if self.added:
-            return add_to_rows(nothing, jnp.where(self.kept == 0, 0, marks), self.places) > 0
-        return put_into_rows(nothing, marks, self.places) > 0
+        marks = jnp.float16((self.kept != 0) | (not self.added))  # an added 0 fills up a block
+        return put_into_rows(jnp.zeros(self.shape[::-1]), marks, self.places, added=self.added) > 0
 
     def partition_specs(self, spec: P) -> "DenseAndSparse":
         """Where each leaf goes when the logical [K, N] axes are laid out as `spec`.
@@ -130,24 +126,14 @@ def pack(rest: Float[Array, "N W"], m: int) -> tuple[Float[Array, "O m"], UInt16
     return jnp.take_along_axis(flat, at, axis=1), jnp.where(used > 0, at, 0).astype(jnp.uint16)
 
 
-def add_to_rows(
-    rows: Float[Array, "N W"], values: Float[Array, "O m"], places: UInt16[Array, "O m"]
-) -> Float[Array, "N W"]:
-    """The rows with each value added at its place."""
-
-    def add(line, at, value):
-        return line.at[at.astype(jnp.int32)].add(value.astype(line.dtype))
-
-    return in_blocks(rows, lambda flat: jax.vmap(add)(flat, places, values))
-
-
 def put_into_rows(
-    rows: Float[Array, "N W"], values: Float[Array, "O m"], places: UInt16[Array, "O m"]
+    rows: Float[Array, "N W"], values: Float[Array, "O m"], places: UInt16[Array, "O m"], *, added: bool
 ) -> Float[Array, "N W"]:
-    """The rows with each value in place of what stood there."""
+    """The rows with each value at its place, added to what stands there or instead of it."""
 
     def put(line, at, value):
-        return line.at[at.astype(jnp.int32)].set(value.astype(line.dtype))
+        spots, value = line.at[at.astype(jnp.int32)], value.astype(line.dtype)
+        return spots.add(value) if added else spots.set(value)
 
     return in_blocks(rows, lambda flat: jax.vmap(put)(flat, places, values))
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxllm as jl
+from jaxllm.cache.coded import QuantizedRows
 from jaxllm.models import t5
 from jaxllm.models.decoder import TINY, Decoder
 
@@ -49,10 +50,36 @@ def test_a_saved_cache_comes_back_bit_for_bit(model, tmp_path, bits, ratio):
             jl.cache.save(dataclasses.replace(cache, context=far), tmp_path / name, model)
             with pytest.raises(ValueError, match=f"cache.load: .*{name} must lie in 0 to .*got 1"):
                 jl.cache.load(tmp_path / name, model)
-        flat = dataclasses.replace(cache.context, page_offsets=cache.context.page_offsets[0])
-        jl.cache.save(dataclasses.replace(cache, context=flat), tmp_path / "flat", model)
-        with pytest.raises(ValueError, match=r"page_offsets must be of shape \(\d, \d+\), got \(\d+,\)"):
-            jl.cache.load(tmp_path / "flat", model)
+        for number, (why, other) in enumerate(misfits(cache)):
+            jl.cache.save(other, tmp_path / str(number), model)
+            with pytest.raises(ValueError, match=f"cache.load: .*: {why}"):
+                jl.cache.load(tmp_path / str(number), model)
+
+
+def misfits(cache):
+    """Caches of which one array fits neither the others nor the model, and what is said of them."""
+    context, tail = cache.context, cache.tail
+    for why, change in (
+        (
+            r"page_offsets must be of shape \(2, \d+\), got \(\d+,\)",
+            {"page_offsets": context.page_offsets[0]},
+        ),
+        ("page_head must be int32, got float32", {"page_head": context.page_head.astype(jnp.float32)}),
+        ("scores must be of shape", {"scores": context.scores[:, 1:]}),
+    ):
+        yield why, dataclasses.replace(cache, context=dataclasses.replace(context, **change))
+    for why, change in (
+        ("it must hold 3 layers, got keys, values, windows of", {"keys": tail.keys[1:]}),
+        ("keys of layer 0 must be of shape", {"lengths": jnp.zeros(3, jnp.int32)}),
+        ("extents must be of shape", {"extents": tail.extents[:1]}),
+    ):
+        yield why, dataclasses.replace(cache, tail=dataclasses.replace(tail, **change))
+    if isinstance(context.keys, QuantizedRows):
+        wide = dataclasses.replace(context.keys, words=jnp.repeat(context.keys.words, 2, axis=2))
+        yield (
+            r"keys must have \d+ words a row",
+            dataclasses.replace(cache, context=dataclasses.replace(context, keys=wide)),
+        )
 
 
 def test_another_model_damage_and_a_place_that_is_taken_are_one_line(model, tmp_path):

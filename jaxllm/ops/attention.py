@@ -23,6 +23,7 @@ MASK_VALUE = -1e30
 
 MAX_SCORES = 2**25  # B H T S that are held at once; with more, attention goes by tiles of
 TILE_SCORES, TILE_KEYS, MIN_QUERIES = 2**21, 512, 16
+MIN_BLOCK = 128  # queries of a text that are taken together at least
 
 
 def attention(
@@ -245,18 +246,20 @@ def causal_attention(
 ) -> Float[Array, "B T H E"]:
     """Attention of a chunk to itself: token t sees tokens max(0, t - window + 1) to t.
 
-    Queries are taken in at most eight blocks, each against the keys it can see and no others, which saves up
-    to 44 % of the work, and each block is recomputed in the backward pass, so that scores are never stored.
-    Where a block has too many scores, all goes by tiles.
+    Queries are taken in at most four blocks, each against the keys it can see and no others, which saves up
+    to 37 % of the work (eight would save 44 %, and take XLA as much longer to compile as they are more), and
+    each of several is recomputed in the backward pass, so that not all scores are stored at once. Where a
+    block has too many scores, all goes by tiles.
     """
     T = q.shape[1]
     k, v = heads_first(k), heads_first(v)
-    size = max(64, -(-T // 8))
+    size = max(MIN_BLOCK, -(-T // 4))
     if needs_tiles(q[:, :size], T):
         at = jnp.arange(T)[None]
         reach = Reach(at, at, window=window)
         return tiled_attention(q, k, v, reach, scale=scale, softcap=softcap, bias=bias, sinks=sinks)
-    block = jax.checkpoint(partial(attention, scale=scale, softcap=softcap))
+    by_rule = partial(attention, scale=scale, softcap=softcap)
+    block = jax.checkpoint(by_rule) if T > size else by_rule
     outs = []
     for start in range(0, T, size):
         end = min(start + size, T)

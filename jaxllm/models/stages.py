@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from jaxllm.models.linears import in_memory
+from jaxllm.models.taps import linear_io
 from jaxllm.weights.experts import MappedStack
 
 State = dict[str, Any]  # hidden states by side
@@ -54,8 +55,12 @@ class Stage:
 
     def __call__(self, state: State, batch: Batch) -> State:
         """The state after this stage, on the host."""
-        new = _forward(self.operand, self.shared, state, batch, run=self.run)
-        return state | {side: np.asarray(x) for side, x in new.items()}
+        return self.with_inputs(state, batch)[0]
+
+    def with_inputs(self, state: State, batch: Batch) -> tuple[State, dict[str, Any], dict[str, Any]]:
+        """The same; what its linears read, by the first that reads it; and which expert each row is for."""
+        new, inputs, assigned = _forward(self.operand, self.shared, state, batch, run=self.run)
+        return state | {side: np.asarray(x) for side, x in new.items()}, inputs, assigned
 
 
 def without_experts(model: Any) -> Any:
@@ -67,7 +72,22 @@ def without_experts(model: Any) -> Any:
     return jax.tree.map(one, model)
 
 
-# subtle: `run` is static, so a function of a module: stages that share one share its compilation
+# subtle: `run` is static, so a function of a module: stages that share one share its compilation. One program
+# serves whether what linears read is asked for or not: compiling another takes longer than holding it.
 @partial(jax.jit, static_argnames="run")
 def _forward(block, shared, state, batch, *, run):
-    return run(block, shared, state, batch, None)
+    inputs: dict[str, jax.Array] = {}
+    assigned: dict[str, jax.Array] = {}
+    new = run(block, shared, state, batch, linear_io(inputs, assigned=assigned))
+    first = first_readers(inputs)
+    return new, first, {name: rows for name, rows in assigned.items() if name in first}
+
+
+def first_readers(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of what linears read, each array once, by the first that reads it; while tracing."""
+    # subtle: linears that read the same input read the same object
+    first: dict[str, Any] = {}
+    for name, x in inputs.items():
+        if not any(x is other for other in first.values()):
+            first[name] = x
+    return first

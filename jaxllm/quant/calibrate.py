@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxllm.quant.gradients import gradients, squared_gradients
-from jaxllm.quant.stages import LinearInfo, linears_by_name, linears_of
+from jaxllm.quant.stages import LinearInfo, by_full_name, linears_by_block
 from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator, warn_of_few
 from jaxllm.quant.text import Text
@@ -119,7 +119,8 @@ def calibrate(
     if not want or want - frozenset(STATISTICS):
         raise ValueError(f"calibrate: want must name some of {', '.join(STATISTICS)}, got {sorted(want)}")
     text = Text.from_sequences(model, sequences, batch)
-    linears = linears_by_name(model)
+    blocks = linears_by_block(model)
+    linears = by_full_name(blocks)
     check(linears, want, output_groups, text)
     meta = {
         "text": text.digest(),
@@ -132,19 +133,26 @@ def calibrate(
     bar = partial(tqdm, disable=not progress, file=sys.stderr)
     if path is not None:
         with one_line_for_a_full_disk("calibrate", Path(path)):
-            _fill(Path(path), model, text, meta, bar)
+            _fill(Path(path), model, blocks, text, meta, bar)
         return Calibration(path)
     folder = Path(tempfile.mkdtemp())
     try:
         with one_line_for_a_full_disk("calibrate", folder):
-            _fill(folder, model, text, meta, bar)
+            _fill(folder, model, blocks, text, meta, bar)
         return Calibration(folder, temporary=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
+def _fill(
+    folder: Path,
+    model,
+    blocks: dict[str, dict[str, LinearInfo]],
+    text: Text,
+    meta: dict[str, Any],
+    bar,
+) -> None:
     """Measures block by block what the directory does not hold yet."""
     version = _claim(folder, meta, model)
     if version is None:
@@ -152,7 +160,7 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
     checked = version >= VERSION
     want = frozenset(meta["want"])
     if want & OF_OUTPUT:
-        gradients(model, text, folder, output_groups=meta["output_groups"], want=want, bar=bar)
+        gradients(model, blocks, text, folder, output_groups=meta["output_groups"], want=want, bar=bar)
     states = text.initial_states()
     few: dict[str, tuple[int, int]] = {}
     for stage in bar(model.stages(), desc="calibrate", unit="block"):
@@ -160,11 +168,10 @@ def _fill(folder: Path, model, text: Text, meta: dict[str, Any], bar) -> None:
         if not prefix or (folder / f"{prefix}.done").is_file():
             states = text.run(stage, states)
             continue
-        sums, stage = StatsAccumulator(want, meta["sample"]), stage.loaded()
-        states = sums.update(stage, text, states, folder)
-        linears = linears_of(model, stage)
-        few |= {f"{prefix}.{name}": count for name, count in sums.few(linears).items()}
-        for name, linear in linears.items():
+        sums = StatsAccumulator(blocks[prefix], want, meta["sample"])
+        states = sums.update(stage.loaded(), text, states, folder)
+        few |= {f"{prefix}.{name}": count for name, count in sums.few().items()}
+        for name, linear in blocks[prefix].items():
             arrays = sums.arrays(name, linear) | squared_gradients(folder, f"{prefix}.{name}")
             for end, keys in (("in", arrays.keys() - OF_OUTPUT), ("out", arrays.keys() & OF_OUTPUT)):
                 if keys:

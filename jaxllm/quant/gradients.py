@@ -9,23 +9,36 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.models.stages import Batch, State, without_experts
+from jaxllm.models.stages import Batch, State, first_readers, without_experts
 from jaxllm.models.taps import linear_io
+from jaxllm.quant.stages import LinearInfo
 from jaxllm.quant.text import Text
 from jaxllm.storage import checksums
 
 LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
 
 
-def gradients(model, text: Text, folder: Path, *, output_groups: int, want: frozenset[str], bar) -> None:
-    """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients [N, K]."""
+def gradients(
+    model,
+    blocks: dict[str, dict[str, LinearInfo]],
+    text: Text,
+    folder: Path,
+    *,
+    output_groups: int,
+    want: frozenset[str],
+    bar,
+) -> None:
+    """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients [N, K].
+
+    blocks: their linears, as `linears_by_block` gives them.
+    """
     place = folder / "gradients"
     if (place / "done").is_file():
         checksums.verify("calibrate", place, _results(place), required=False)  # 0.1.0 wrote none
@@ -40,23 +53,21 @@ def gradients(model, text: Text, folder: Path, *, output_groups: int, want: froz
             states.append(stage(states[-1], batch))
         g = loss_gradient(without_experts(model), states.pop(), batch)
         for stage in reversed(chain[1:]):  # nothing is asked of what embeds
-            g, saliency, squares = backward_block(
-                stage.operand,
-                stage.shared,
-                states.pop(),
-                batch,
-                g,
-                run=stage.run,
-                output_groups=output_groups if stage.name and "guided_hessian" in want else None,
-                fisher=bool(stage.name) and "fisher" in want,
-            )
+            g, found = backward_block(stage.operand, stage.shared, states.pop(), batch, g, run=stage.run)
             if not stage.name:
                 continue
-            prefix = stage.name
-            if "guided_hessian" in want:
-                np.savez(place / f"{prefix}.{i}.npz", **{n: np.asarray(s) for n, s in saliency.items()})  # type: ignore[arg-type]
+            readers = {one.stack_name(name): one.reader for name, one in blocks[stage.name].items()}
+            saliency, squares = {}, {}
+            for name, gz in found.outputs.items():
+                x, assigned = (read.get(readers[name]) for read in (found.inputs, found.assigned))
+                if "guided_hessian" in want:
+                    saliency[name] = np.asarray(_saliency(gz, groups=output_groups))
+                if "fisher" in want:
+                    squares[name] = _squares(gz, x, assigned)
+            if saliency:
+                np.savez(place / f"{stage.name}.{i}.npz", **saliency)  # type: ignore[arg-type]
             for name, square in _by_linear(squares):
-                key = f"{prefix}.{name}"
+                key = f"{stage.name}.{name}"
                 if key not in fisher:
                     file = place / f"{key}.fisher.npy"
                     fisher[key] = np.lib.format.open_memmap(file, "w+", np.float32, square.shape)
@@ -110,33 +121,33 @@ def loss_gradient(model, state: State, batch: Batch) -> State:
     return jax.grad(loss)(state)
 
 
-@partial(jax.jit, static_argnames=("run", "output_groups", "fisher"))
-def backward_block(
-    block: Any,
-    shared: Any,
-    state: State,
-    batch: Batch,
-    g: State,
-    *,
-    run: Callable[..., State],
-    output_groups: int | None,
-    fisher: bool,
-) -> tuple[State, dict[str, Float[Array, "B *_ g"]], dict[str, Float[Array, "*X _ _"]]]:
-    """The gradient before a stage by side; of each linear its saliency, and its squared weight gradients.
+class Backward(NamedTuple):
+    """What a pass backwards saw in a block, by linear."""
 
-    output_groups: None for no saliency.
-    A zero is added to each linear's output, and the loss differentiated by it. Square first, sum later: the
-    saliency squares a token's gradient, the Fisher a sequence's (arXiv:2505.07004 against arXiv:2306.07629).
+    inputs: dict[str, Float[Array, "*B K"]]  # by the first that reads it
+    outputs: dict[str, Float[Array, "*B N"]]  # the loss differentiated by it
+    assigned: dict[str, Bool[Array, "B T S X"]]  # the expert of each row of `inputs`
+
+
+@partial(jax.jit, static_argnames="run")
+def backward_block(
+    block: Any, shared: Any, state: State, batch: Batch, g: State, *, run: Callable[..., State]
+) -> tuple[State, Backward]:
+    """The gradient before a stage by side, and by each of its linears' outputs.
+
+    A zero is added to each linear's output, and the loss differentiated by it. What is made of it is left to
+    programs of their own: linears of one shape share one, and XLA would compile it again for each in here.
     """
-    inputs: dict[str, jax.Array] = {}
-    assigned: dict[str, jax.Array] = {}
 
     def through(state, zeros):
+        inputs: dict[str, jax.Array] = {}
+        assigned: dict[str, jax.Array] = {}
+
         def add_zero(name, array):
             return array + zeros[name]
 
         y = state | run(block, shared, state, batch, linear_io(inputs, add_zero, assigned))
-        return y, (dict(inputs), dict(assigned))
+        return y, (first_readers(inputs), assigned)
 
     def shapes(state):
         outputs = {}
@@ -150,20 +161,27 @@ def backward_block(
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, state))
     _, pull, (inputs, assigned) = jax.vjp(through, state, zeros, has_aux=True)
-    before, g_out = pull(g)
-    saliency, squares = {}, {}
-    for name, gz in g_out.items():
-        gz = gz.astype(jnp.float32)
-        if output_groups is not None:
-            saliency[name] = jnp.mean(jnp.square(gz.reshape(*gz.shape[:-1], output_groups, -1)), axis=-1)
-        if fisher:
-            x = inputs[name].astype(jnp.float32)
-            squares[name] = (
-                _sum_of_squares_by_expert(gz, x, assigned[name])
-                if name in assigned
-                else _sum_of_squares(gz, x)
-            )
-    return before, saliency, squares
+    before, outputs = pull(g)
+    first = {name: rows for name, rows in assigned.items() if name in inputs}
+    return before, Backward(inputs, outputs, first)
+
+
+# Square first, sum later: the saliency squares a token's gradient, the Fisher a sequence's (arXiv:2505.07004
+# against arXiv:2306.07629).
+@partial(jax.jit, static_argnames="groups")
+def _saliency(gz: Float[Array, "*B N"], *, groups: int) -> Float[Array, "*B g"]:
+    """The mean square of the gradient of each group of consecutive outputs."""
+    gz = gz.astype(jnp.float32)
+    return jnp.mean(jnp.square(gz.reshape(*gz.shape[:-1], groups, -1)), axis=-1)
+
+
+@jax.jit
+def _squares(
+    gz: Float[Array, "*B N"], x: Float[Array, "*B K"], assigned: Bool[Array, "B T S X"] | None
+) -> Float[Array, "*X N K"]:
+    """The squared gradients of a linear's weights, or of each expert's."""
+    gz, x = gz.astype(jnp.float32), x.astype(jnp.float32)
+    return _sum_of_squares(gz, x) if assigned is None else _sum_of_squares_by_expert(gz, x, assigned)
 
 
 def _sum_of_squares(gz: Float[Array, "B T N"], x: Float[Array, "B T K"]) -> Float[Array, "N K"]:

@@ -22,7 +22,7 @@ from jaxllm.models.linears import block_of, replace_weights
 from jaxllm.quant import calibrate as measure
 from jaxllm.quant import gradients
 from jaxllm.quant.calibrate import Calibration
-from jaxllm.quant.stages import linears_by_name, linears_of
+from jaxllm.quant.stages import by_full_name, linears_by_block
 from jaxllm.quant.statistics import Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator, warn_of_few
 from jaxllm.quant.text import Text
@@ -60,7 +60,8 @@ class CalibrationStream:
         if not self.want:
             return
         calibrated = [name for name, names in wanted.items() if names]
-        linears = linears_by_name(model)
+        self.linears = linears_by_block(model)
+        linears = by_full_name(self.linears)
         outside = [name for name in calibrated if name not in linears]
         if outside:
             raise ValueError(f"quantize: only linears of blocks are calibrated, got {outside[0]}")
@@ -76,7 +77,13 @@ class CalibrationStream:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         if self.want & OF_OUTPUT:
             gradients.gradients(
-                model, self.text, self.folder, output_groups=self.output_groups, want=self.want, bar=bar
+                model,
+                self.linears,
+                self.text,
+                self.folder,
+                output_groups=self.output_groups,
+                want=self.want,
+                bar=bar,
             )
 
     def identity(self) -> list[Any]:
@@ -129,10 +136,10 @@ class CalibrationStream:
                     after = self.text.run(stage, states)
                 yield prefix, {}
             else:
-                sums = StatsAccumulator(self.want, self.sample)
+                sums = StatsAccumulator(self.linears[prefix], self.want, self.sample)
                 after = sums.update(stage, self.text, states, self.folder)
-                few |= {f"{prefix}.{n}": c for n, c in sums.few(linears_of(self.model, stage)).items()}
-                yield prefix, sums.stats(self.model, stage, self.folder)
+                few |= {f"{prefix}.{n}": c for n, c in sums.few().items()}
+                yield prefix, sums.stats(prefix, self.folder)
                 del sums
             if self.sequential:
                 new = done or {}

@@ -1,6 +1,8 @@
 """The linears of a model's stages: whose input each shares, on which side that is, and its shape.
 
-linears_by_name(model)["layers.3.mlp.up"].source                            # "layers.3.mlp.gate"
+blocks = linears_by_block(model)
+blocks["layers.3"]["mlp.up"].source                                         # "mlp.gate"
+by_full_name(blocks)["layers.3.mlp.up"].source                              # "layers.3.mlp.gate"
 """
 
 import dataclasses
@@ -26,6 +28,11 @@ class LinearInfo:
     def stack_name(self, name: str) -> str:
         """The name of the linear whose expert this one, called `name`, is."""
         return name if self.expert is None else name.removesuffix(f".{self.expert}")
+
+    @property
+    def reader(self) -> str:
+        """The name of the linear, or of the stack of experts, that reads its input first."""
+        return self.stack_name(self.source)
 
     def scoped(self, prefix: str) -> "LinearInfo":
         """As seen from the whole model."""
@@ -71,10 +78,11 @@ def linears_of(model, stage: Stage) -> dict[str, LinearInfo]:
     return found
 
 
-def linears_by_name(model) -> dict[str, LinearInfo]:
-    """The linears of all stages by their full names, in the order in which they run."""
-    return {
-        f"{stage.name}.{name}": linear.scoped(stage.name)
-        for stage in model.stages()
-        for name, linear in linears_of(model, stage).items()
-    }
+def linears_by_block(model) -> dict[str, dict[str, LinearInfo]]:
+    """The linears of each block by their names inside it, in the order in which they run."""
+    return {stage.name: linears_of(model, stage) for stage in model.stages() if stage.name}
+
+
+def by_full_name(blocks: dict[str, dict[str, LinearInfo]]) -> dict[str, LinearInfo]:
+    """The linears of all blocks as seen from the whole model."""
+    return {f"{block}.{n}": one.scoped(block) for block, own in blocks.items() for n, one in own.items()}

@@ -12,7 +12,7 @@ in float32 at highest matmul precision:
                       s_t = mean over the group's outputs j of (d loss / d y_tj)^2 (arXiv:2505.07004, eq. 7)
     "fisher"          sum_sequences (d loss / d w_nk)^2               [N, K]  (arXiv:2306.07629)
     "thresholds"      max_t of the (r+1)-th largest |x_t|, r = 0 .. K-1, at most a 64th higher  [K]
-                      (arXiv:2412.20185; what `sums.token_thresholds` counts)
+                      (arXiv:2412.20185; what `sums.thresholds` counts)
     "sample"          some of the inputs themselves                   [n, K]
 
 Letters: K inputs, N outputs, g groups of outputs.

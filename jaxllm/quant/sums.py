@@ -7,7 +7,7 @@ Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecu
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.models.stages import Batch, Stage, State
-from jaxllm.models.taps import linear_io
 from jaxllm.quant.gradients import output_saliency, squared_gradients
-from jaxllm.quant.stages import LinearInfo, linears_of, side_of
+from jaxllm.quant.stages import LinearInfo
 from jaxllm.quant.statistics import Stats
 from jaxllm.quant.text import Text
 
 OF_OUTPUT = frozenset({"guided_hessian", "fisher"})
 
-# Steps of magnitude that `token_thresholds` tells apart: 64 between powers of two, from 2**-24 to 2**24.
+# Steps of magnitude that thresholds tell apart: 64 between powers of two, from 2**-24 to 2**24.
 MANTISSA_BITS, LEAST, MOST = 6, -24, 24
 DROPPED_BITS = 23 - MANTISSA_BITS  # of a float32
 FIRST_STEP = (127 + LEAST) << MANTISSA_BITS  # the upper bits of 2**LEAST
-STEPS = ((MOST - LEAST) << MANTISSA_BITS) + 1  # step 0: what is smaller
+STEPS = ((MOST - LEAST) << MANTISSA_BITS) + 1  # the first: what is smaller
 UPPER_ENDS = np.append(
     np.float32(0), ((np.arange(1, STEPS) + FIRST_STEP) << DROPPED_BITS).astype(np.uint32).view(np.float32)
 )
-TOKENS_AT_ONCE = 256
+TOKENS_AT_ONCE, STEPS_PER_BLOCK = 256, 64
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class StatsAccumulator:
-    """The statistics of one block, summed batch by batch."""
+    """The statistics of one block's linears, summed batch by batch."""
 
-    def __init__(self, want: frozenset[str], sample: int):
-        self.want, self.sample = want, sample
+    def __init__(self, linears: dict[str, LinearInfo], want: frozenset[str], sample: int):
+        self.linears, self.want, self.sample = linears, want, sample
+        self.sides = {one.reader: one.side for one in linears.values()}
+        self.readers = {one.stack_name(name): one.reader for name, one in linears.items()}
         self.sums: dict[str, dict[str, jax.Array]] = {}
         self.rows: dict[str, list[np.ndarray]] = {}
         self.tokens: dict[str, int] = {}  # by side
@@ -56,25 +58,40 @@ class StatsAccumulator:
 
     def add(self, stage: Stage, state: State, batch: Batch, saliency: dict[str, np.ndarray]) -> State:
         """Takes in one batch; gives what the next block reads."""
-        y, new, inputs = _measure(
-            stage.block, stage.shared, state, batch, saliency, run=stage.run, side=stage.side, want=self.want
-        )
-        for name, stats in new.items():
-            old = self.sums.get(name)
-            self.sums[name] = stats if old is None else _add(old, stats)
-        for name, (rows, part) in inputs.items():
-            for own, real in _by_expert(name, np.asarray(rows), np.asarray(part) != 0):
-                have = sum(len(r) for r in self.rows.get(own, []))
-                self.rows.setdefault(own, []).append(np.asarray(real[: self.sample - have], np.float32))
+        state, inputs, assigned = stage.with_inputs(state, batch)
+        parts = {}
+        for name, x in inputs.items():
+            part = batch.part[self.sides[name]]
+            parts[name] = _by_expert(part, assigned[name]) if name in assigned else part
+            self._add(name, _of_input(x, parts[name], want=self.want - OF_OUTPUT))
+            if "sample" in self.want:
+                self._keep(name, np.asarray(x), np.asarray(parts[name]) != 0)
+        for name, s in saliency.items():
+            reader = self.readers[name]
+            self._add(name, {"guided_hessian": _guided(inputs[reader], s, parts[reader])})
         for side, part in batch.part.items():
             self.tokens[side] = self.tokens.get(side, 0) + int(np.count_nonzero(part))
-        return state | {side: np.asarray(x) for side, x in y.items()}
+        return state
 
-    def stats(self, model, stage: Stage, folder: Path) -> dict[str, Stats]:
+    def _add(self, name: str, new: dict[str, jax.Array]) -> None:
+        """Adds sums, keeps the greater of what is the greatest of all tokens."""
+        sums = self.sums.setdefault(name, {})
+        for key, x in new.items():
+            join = jnp.maximum if key == "thresholds" else jnp.add
+            sums[key] = join(sums[key], x) if key in sums else x
+
+    def _keep(self, name: str, rows: np.ndarray, real: np.ndarray) -> None:
+        """Keeps the first rows that count, of the linear or of each expert."""
+        each = {name: real} if real.ndim == 2 else {f"{name}.{e}": own for e, own in enumerate(real)}
+        for own, counts in each.items():
+            have = sum(len(r) for r in self.rows.get(own, []))
+            self.rows.setdefault(own, []).append(np.asarray(rows[counts][: self.sample - have], np.float32))
+
+    def stats(self, block: str, folder: Path) -> dict[str, Stats]:
         """What was measured, by the linears' full names."""
         found = {}
-        for name, linear in linears_of(model, stage).items():
-            full = f"{stage.name}.{name}"
+        for name, linear in self.linears.items():
+            full = f"{block}.{name}"
             arrays = (
                 self.arrays(linear.source, linear)
                 | self.arrays(name, linear)
@@ -89,6 +106,8 @@ class StatsAccumulator:
         found: dict[str, Any] = dict(self.sums.get(linear.stack_name(name), {}))
         if linear.expert is not None:
             found = self._of_expert(found, linear)
+        if "thresholds" in found:
+            found["thresholds"] = thresholds(np.asarray(found["thresholds"]), linear.K)
         if "mean" in found:
             found["mean"] = found["mean"] / int(found.get("tokens", self.tokens[linear.side]))
         if name in self.rows:
@@ -105,13 +124,13 @@ class StatsAccumulator:
         """How many rows each expert of an expert's linear saw."""
         return np.asarray(self.sums[linear.stack_name(linear.source)]["tokens"])
 
-    def few(self, linears: dict[str, LinearInfo]) -> dict[str, tuple[int, int]]:
+    def few(self) -> dict[str, tuple[int, int]]:
         """Experts that saw fewer tokens than they need, and both numbers, by the first linear that read them.
 
         A Hessian needs as many as it has columns, all else one.
         """
         hessian = bool(self.want & {"hessian", "guided_hessian"})
-        first = {n: one for n, one in linears.items() if one.expert is not None and one.source == n}
+        first = {n: one for n, one in self.linears.items() if one.expert is not None and one.source == n}
         counts = {n: (int(self._seen(one)[one.expert]), one.K if hessian else 1) for n, one in first.items()}
         return {name: count for name, count in counts.items() if count[0] < count[1]}
 
@@ -128,44 +147,10 @@ def warn_of_few(few: dict[str, tuple[int, int]]) -> None:
         )
 
 
-def _add(old, new):
-    sums = {key: old[key] + new[key] for key in old if key != "thresholds"}
-    return sums | {key: jnp.maximum(old[key], new[key]) for key in old if key == "thresholds"}
-
-
-@partial(jax.jit, static_argnames=("run", "side", "want"))
-def _measure(
-    block,
-    shared,
-    state: State,
-    batch: Batch,
-    saliency: dict[str, Array],
-    *,
-    run: Callable[..., State],
-    side: str,
-    want: frozenset[str],
-):
-    """A batch's part of each statistic, by linear; and what linears read, for the sample."""
-    seen: dict[str, jax.Array] = {}
-    assigned: dict[str, jax.Array] = {}
-    y = run(block, shared, state, batch, linear_io(seen, assigned=assigned))
-    sums: dict[str, dict[str, jax.Array]] = {}
-    inputs: dict[str, tuple[jax.Array, jax.Array]] = {}
-    for name, array in seen.items():
-        part = batch.part[side_of(array, state, side)]
-        if name in assigned:
-            part = jnp.where(jnp.moveaxis(assigned[name], -1, 0), part[None, ..., None], 0)  # [X, B, T, S]
-        flat = array.astype(jnp.float32).reshape(-1, array.shape[-1])
-        if not any(array is seen[other] for other in inputs):  # the first that reads it speaks for the others
-            inputs[name] = array, part
-            sums[name] = _each(partial(_of_input, flat, want=want), part)
-            if name in assigned:
-                sums[name]["tokens"] = jnp.sum(part != 0, axis=(1, 2, 3))
-        if name in saliency:
-            s = saliency[name].astype(jnp.float32).reshape(len(flat), -1)
-            guided = _each(partial(_guided, flat, s), part)
-            sums[name] = sums.get(name, {}) | {"guided_hessian": guided}
-    return y, sums, inputs if "sample" in want else {}
+@jax.jit
+def _by_expert(part: Int[Array, "B T"], assigned: Bool[Array, "B T S X"]) -> Int[Array, "X B T S"]:
+    """For what each expert's rows count (`Batch.part`), 0 for what is not its own."""
+    return jnp.where(jnp.moveaxis(assigned, -1, 0), part[None, ..., None], 0)
 
 
 def _each(measure: Callable[[jax.Array], Any], part: Int[Array, "..."]) -> Any:
@@ -175,18 +160,20 @@ def _each(measure: Callable[[jax.Array], Any], part: Int[Array, "..."]) -> Any:
     return jax.lax.map(measure, part.reshape(len(part), -1))
 
 
-def _by_expert(name: str, rows: np.ndarray, real: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The rows that count, by the name of the linear, or of each expert."""
-    if real.ndim == 2:
-        yield name, rows[real]
-    else:
-        yield from ((f"{name}.{e}", rows[own]) for e, own in enumerate(real))
+def _rows(x: Float[Array, "*B K"]) -> Float[Array, "n K"]:
+    return x.astype(jnp.float32).reshape(-1, x.shape[-1])
 
 
+@partial(jax.jit, static_argnames="want")
 def _of_input(
-    x: Float[Array, "n K"], part: Int[Array, " n"], *, want: frozenset[str]
+    x: Float[Array, "*B K"], part: Int[Array, "..."], *, want: frozenset[str]
 ) -> dict[str, jax.Array]:
-    """What depends on a linear's inputs [n, K] alone."""
+    """A batch's part of what depends on a linear's inputs alone, "tokens" of each expert beside."""
+    sums = _each(partial(_of_rows, _rows(x), want=want), part)
+    return sums if part.ndim == 2 else sums | {"tokens": jnp.sum(part != 0, axis=(1, 2, 3))}
+
+
+def _of_rows(x: Float[Array, "n K"], part: Int[Array, " n"], *, want: frozenset[str]) -> dict[str, jax.Array]:
     x = jnp.where(part[:, None] != 0, x, 0.0)
     kept = x if "held_out" not in want else jnp.where(part[:, None] > 0, x, 0.0)
     parts = {
@@ -194,38 +181,57 @@ def _of_input(
         "mean": lambda: jnp.sum(jnp.abs(x), axis=0),
         "hessian": lambda: _gram(kept),
         "held_out": lambda: _gram(jnp.where(part[:, None] < 0, x, 0.0)),
-        "thresholds": lambda: token_thresholds(x),
+        "thresholds": lambda: most_in_or_above(x),
     }
     return {name: make() for name, make in parts.items() if name in want}
 
 
-def token_thresholds(x: Float[Array, "n K"]) -> Float[Array, " K"]:
-    """The least steps that no token's (r+1)-th largest |x| exceeds, r = 0 .. K-1: at most a 64th too high.
+def most_in_or_above(x: Float[Array, "n K"]) -> Float[Array, " steps"]:
+    """Of each step but the first, how many of a token's |x| lie in it or above: the most of any token.
 
-    Counted, not sorted, for XLA sorts slowly on a CPU: how many of a token's magnitudes lie in or above each
-    step, and the most of any token. Magnitudes below 2**-24 are 0, above 2**24 are that.
+    A running sum in two products: within blocks of steps, and of the blocks above.
     """
     n, K = x.shape
     size = min(n, TOKENS_AT_ONCE)
     blocks = jnp.pad(jnp.abs(x), ((0, -n % size), (0, 0))).reshape(-1, size, K)  # zeros raise nothing
-    token = jnp.arange(size, dtype=jnp.int32)[:, None]
+    row = jnp.arange(size, dtype=jnp.int32)[:, None] * STEPS
+    at_or_above = jnp.tri(STEPS_PER_BLOCK)
+    above = jnp.tri((STEPS - 1) // STEPS_PER_BLOCK, k=-1)
 
-    def most_in_or_above(block):
+    def of_block(most, block):
         upper_bits = jax.lax.bitcast_convert_type(block, jnp.int32) >> DROPPED_BITS
-        step = jnp.clip(upper_bits - (FIRST_STEP - 1), 0, STEPS - 1)
-        counts = jnp.zeros((size, STEPS), jnp.int32).at[token, step].add(1, mode="promise_in_bounds")
-        return jnp.cumsum(counts[:, ::-1], axis=1)[:, ::-1].max(0)
+        place = (row + jnp.clip(upper_bits - (FIRST_STEP - 1), 0, STEPS - 1)).ravel()
+        counts = jnp.zeros(size * STEPS).at[place].add(1.0, mode="promise_in_bounds")
+        counts = counts.reshape(size, STEPS)[:, 1:].reshape(size, -1, STEPS_PER_BLOCK)
+        within = jnp.matmul(counts, at_or_above, precision=HIGHEST)
+        whole = jnp.matmul(within[..., 0], above, precision=HIGHEST)
+        return jnp.maximum(most, (within + whole[..., None]).max(0).ravel()), None
 
-    most = jax.lax.map(most_in_or_above, blocks).max(0)  # falls from K on
-    steps = jnp.searchsorted(-most, -1 - jnp.arange(K, dtype=jnp.int32), side="right") - 1
-    return jnp.asarray(UPPER_ENDS)[steps]
+    return jax.lax.scan(of_block, jnp.zeros(STEPS - 1), blocks)[0]
 
 
-def _guided(x: Float[Array, "n K"], s: Float[Array, "n g"], part: Int[Array, " n"]) -> Float[Array, "g K K"]:
-    """sum_t s[t, j] x[t] x[t]^T of inputs [n, K] and saliencies [n, g], a group at a time."""
-    s = jnp.where(part[:, None] != 0, s, 0.0)
-    return jax.lax.map(lambda root: _gram(x * root[:, None]), jnp.sqrt(s).T)
+def thresholds(most: Float[np.ndarray, " steps"], K: int) -> Float[np.ndarray, " K"]:
+    """The least steps that no token's (r+1)-th largest |x| exceeds, r = 0 .. K-1: at most a 64th too high.
+
+    most: as `most_in_or_above` counts it; counted, not sorted, for XLA sorts slowly on a CPU. Magnitudes
+      below 2**-24 are 0, above 2**24 are that.
+    """
+    return UPPER_ENDS[np.searchsorted(-most, -np.arange(K, dtype=np.float32), side="left")]
+
+
+@jax.jit
+def _guided(
+    x: Float[Array, "*B K"], s: Float[Array, "*B g"], part: Int[Array, "..."]
+) -> Float[Array, "*X g K K"]:
+    """sum_t s[t, j] x[t] x[t]^T of inputs and saliencies, a group at a time."""
+    x, s = _rows(x), _rows(s)
+
+    def of_rows(part):
+        roots = jnp.sqrt(jnp.where(part[:, None] != 0, s, 0.0)).T
+        return jax.lax.map(lambda root: _gram(x * root[:, None]), roots)
+
+    return _each(of_rows, part)
 
 
 def _gram(x: Float[Array, "n K"]) -> Float[Array, "K K"]:
-    return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x.T, x, precision=HIGHEST)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LEAST_ROWS = 256  # that solvers go input by input with: a program of so many serves all layers of fewer
+
 
 def map_in_batches(f: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
     """f of each row of a pytree's leading axis, at most `at_once` (and at least one) side by side.

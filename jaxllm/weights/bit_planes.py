@@ -86,7 +86,8 @@ def pack(codes: Integer[Array, "N K"], bits: int) -> UInt32[Array, "B N W"]:
         N, -1, CODES_PER_WORD
     )
     places = jnp.arange(CODES_PER_WORD, dtype=jnp.uint32)[None, None]
-    return jnp.stack([(((wide >> b) & 1) << places).sum(-1, dtype=jnp.uint32) for b in reversed(range(bits))])
+    highest_first = jnp.arange(bits, dtype=jnp.uint32)[::-1, None, None, None]
+    return (((wide[None] >> highest_first) & 1) << places[None]).sum(-1, dtype=jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnames="K", inline=True)
@@ -114,6 +115,10 @@ def from_codes(
         raise ValueError(
             f"any_precision: tables must be [N, 2**b], b rising by 1 to 8 at most, got {shapes=}"
         )
-    planes = pack(codes, widths[-1])
-    stored = tuple(table.astype(jnp.float16) for table in tables)
+    planes, stored = _stored(codes, tables, widths[-1])
     return BitPlanes(planes, stored, widths[-1], widths[0], widths[-1], (K, N), jnp.dtype(dtype)).at(bits)
+
+
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
+def _stored(codes, tables, bits: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return pack(codes, bits), tuple(table.astype(jnp.float16) for table in tables)

@@ -355,3 +355,46 @@ def test_a_method_may_be_part_of_a_program(method):
         return method.quantize(rows, Stats(**stats), name="w", dtype=jnp.float32).dequantize_rows()
 
     np.testing.assert_array_equal(jax.jit(solved)(rows, stats), solved(rows, stats))
+
+
+def one_layer(N, K=32):
+    """Rows of a linear and all that calibration may know of it."""
+    rng = np.random.default_rng(N)
+    x = rng.standard_normal((64, K), np.float32)
+    hessian = jnp.asarray(x.T @ x)
+    fisher = jnp.asarray(rng.chisquare(1, (N, K)), jnp.float32)
+    stats = Stats(
+        hessian=hessian, hessian_diag=jnp.diag(hessian), fisher=fisher, guided_hessian=hessian[None]
+    )
+    return jnp.asarray(rng.standard_normal((N, K), np.float32)), stats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "solvers"),
+    [
+        (jl.Gptq(bits=3), {"fit_round"}),
+        (jl.DashQ(bits=2), {"_fit_rows"}),
+        (jl.SqueezeLlm(bits=2), {"solve_rows"}),
+        (jl.Lnq(bits=2), {"solve_rows", "refit", "descend"}),
+        (jl.AnyPrecision(seed_bits=2, parent_bits=3), {"solve_rows", "_grow"}),
+        (jl.AnyPrecision(seed_bits=2, parent_bits=3, seeder="lnq"), {"_grow", "refit", "choose_halves"}),
+    ],
+)
+def test_layers_of_any_number_of_outputs_share_their_solvers(method, solvers):
+    layers, compiled = [one_layer(N) for N in (24, 40)], [set()]
+    jax.clear_caches()
+
+    def listen(event, seconds, *, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            compiled[-1].add(fun_name.removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for rows, stats in layers:
+            compiled.append(set())
+            method.quantize(rows, stats, name="a", dtype=jnp.float32)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    _, first, second = compiled
+    assert solvers <= first and not solvers & second

@@ -37,9 +37,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from jaxllm.ops.batches import map_in_batches
+from jaxllm.ops.batches import call_in_batches, map_in_batches
 from jaxllm.quant.methods.curvature import curvature, damped
-from jaxllm.quant.methods.k_means import Sums, k_means, mass_and_mean, row_keys, running_sums, sort
+from jaxllm.quant.methods.k_means import (
+    CPU_ROWS,
+    Sums,
+    first_from,
+    k_means,
+    mass_and_mean,
+    row_keys,
+    running_sums,
+    sort,
+)
 from jaxllm.quant.methods.lnq import lnq, refit
 from jaxllm.quant.methods.outliers import check_share, free_of, put_back, set_apart, where_free
 from jaxllm.quant.statistics import Stats, need
@@ -47,6 +56,7 @@ from jaxllm.weights.bit_planes import BitPlanes, from_codes
 from jaxllm.weights.sparse import DenseAndSparse
 
 AT_ONCE = 2**20  # numbers of [rows at once, K] while cutting clusters
+SIDE_BY_SIDE = 64  # rows whose halves are chosen together: their errors stay in cache
 DAMPING = 1e-4  # of the mean of the curvature's diagonal, as for the LNQ seed
 
 
@@ -142,6 +152,7 @@ class AnyPrecision:
         return hessians, jnp.repeat(hessian_diag, len(rows) // g, axis=0)
 
 
+@jax.jit
 def ascending(
     codes: Integer[Array, "N K"], table: Float[Array, "N m"]
 ) -> tuple[Int32[Array, "N K"], Float[Array, "N m"]]:
@@ -152,7 +163,6 @@ def ascending(
     return codes, jnp.take_along_axis(table, order, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("to", "split"))
 def upscale(
     rows: Float[Array, "N K"],
     weights: Float[Array, "N K"],
@@ -168,10 +178,20 @@ def upscale(
     cannot be cut (one value, or nothing) stays even; a level that nothing uses is its parent's. Memory: some
     thirty times AT_ONCE numbers beside rows, weights and codes.
     """
-    K, seed = rows.shape[1], table.shape[1].bit_length() - 1
-    grow = functools.partial(_upscale, seed=seed, to=to, split=split)
-    given = rows.astype(jnp.float32), weights.astype(jnp.float32), codes.astype(jnp.int32), table
-    codes, tables = map_in_batches(lambda row: grow(*row), given, AT_ONCE // K)
+    size = max(1, AT_ONCE // rows.shape[1])
+    size = min(size, CPU_ROWS) if jax.default_backend() == "cpu" else size
+    grow = functools.partial(_grow, to=to, split=split)
+    codes, tables = call_in_batches(grow, (rows, weights, codes.astype(jnp.int32), table), size)
+    return codes, tables
+
+
+@functools.partial(jax.jit, static_argnames=("to", "split"))
+def _grow(given, *, to: int, split: str) -> tuple[Int32[Array, "n K"], tuple[Float[Array, "n _"], ...]]:
+    """`upscale` of so many rows at once."""
+    rows, weights, codes, table = given
+    seed = table.shape[1].bit_length() - 1
+    found = rows.astype(jnp.float32), weights.astype(jnp.float32), codes, table
+    codes, tables = jax.vmap(functools.partial(_upscale, seed=seed, to=to, split=split))(*found)
     return codes, tuple(tables[:, i, : 2 ** (seed + 1 + i)] for i in range(to - seed))
 
 
@@ -196,7 +216,8 @@ def guided_upscale(
     g, found = len(hessians), []
     parts = (jnp.split(a, g) for a in (rows, weights, codes, table))
     for h, *part in zip(hessians, *parts, free_of(kept, g), strict=True):
-        found.append(_guided(damped(h, DAMPING), *part, to=to, split=split, turns=turns))
+        solve = functools.partial(_guided, damped(h, DAMPING), to=to, split=split, turns=turns)
+        found.append(call_in_batches(solve, tuple(part), SIDE_BY_SIDE))
     parents, tables = zip(*found, strict=True)
     joined = tuple(jnp.concatenate(of_width) for of_width in zip(*tables, strict=True))
     return jnp.concatenate(parents), joined
@@ -204,17 +225,14 @@ def guided_upscale(
 
 def _guided(
     hessian: Float[Array, "K K"],
-    rows: Float[Array, "n K"],
-    weights: Float[Array, "n K"],
-    codes: Integer[Array, "n K"],
-    table: Float[Array, "n m"],
-    free: Float[Array, "n K"] | None,
+    given: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None],
     *,
     to: int,
     split: str,
     turns: int,
 ) -> tuple[Int32[Array, "n K"], list[Float[Array, "n _"]]]:
-    """The rows of one group."""
+    """The rows of one group: rows, weights, codes [n, K], a table [n, m], and which of them are free."""
+    rows, weights, codes, table, free = given
     pull = hessian / jnp.diag(hessian)[:, None]
     pull = pull.at[jnp.arange(len(pull)), jnp.arange(len(pull))].set(0.0)
     codes, table, tables = codes.astype(jnp.int32), table.astype(jnp.float32), []
@@ -260,7 +278,7 @@ def choose_halves(
         up = error + w
         return (code & ~1) | (jnp.abs(up - upper) < jnp.abs(up - lower)).astype(jnp.int32)
 
-    return map_in_batches(one, (rows, codes, table, free), 64)  # their errors stay in cache
+    return map_in_batches(one, (rows, codes, table, free), SIDE_BY_SIDE)
 
 
 # What follows is of one row, sorted by code, then value: a cluster is an interval of places.
@@ -281,7 +299,7 @@ def _upscale(
     values, rank = sort(row)
     key = codes << bits | rank
     ascending = jax.lax.sort(key)
-    place = jnp.searchsorted(ascending, key, side="left").astype(jnp.int32)
+    place = first_from(ascending, key)
     x = values[ascending & (2**bits - 1)]
     sums = running_sums(x, jnp.zeros_like(weight).at[place].add(weight))
     cut_clusters = _best_cuts if split == "exact" else _paper_cuts
@@ -289,7 +307,7 @@ def _upscale(
 
     def level(state, _):
         codes, table = state
-        ends = jnp.searchsorted(codes, jnp.arange(M + 1, dtype=jnp.int32)).astype(jnp.int32)
+        ends = first_from(codes, jnp.arange(M + 1, dtype=jnp.int32))
         cut = cut_clusters(x, sums, codes, ends)
         codes = 2 * codes + (at > cut[codes]).astype(jnp.int32)
         pair = jnp.where(cut == K, table, jnp.stack(_levels(x, sums, cut, ends)))
@@ -352,6 +370,7 @@ def _paper_cuts(
         return low + up.astype(jnp.int32), high - down.astype(jnp.int32)
 
     cut, _ = jax.lax.fori_loop(0, K.bit_length() + 1, halve, (start, stop - 2))
+    cut = jnp.clip(cut, start, stop - 2)  # rounding may point outside where a part has next to no weight
     cuttable = (stop - start > 1) & (x[first] < x[stop - 1])
     return jnp.where(cuttable, cut, K)
 

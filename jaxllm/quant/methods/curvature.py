@@ -4,7 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Float
 
 from jaxllm.quant.statistics import Stats, need
 
@@ -72,22 +73,21 @@ def importance(
     """
     if fisher.shape != rows.shape:
         raise ValueError(f"{who}: fisher must be as the weight, got {fisher.shape=}, {rows.shape=}")
-    weights, rows_hold, fisher_holds = _importance(rows, fisher)
-    if not isinstance(rows_hold, jax.core.Tracer):
-        if not bool(rows_hold):
-            raise ValueError(f"{who}: weights must be finite and at most {MAX_FLOAT16:.0f} in size")
-        if not bool(fisher_holds):
-            raise ValueError(f"{who}: fisher must be finite and not negative")
-    return weights
+    if not isinstance(rows, jax.core.Tracer) and not (np.abs(np.asarray(rows)) <= MAX_FLOAT16).all():
+        raise ValueError(f"{who}: weights must be finite and at most {MAX_FLOAT16:.0f} in size")
+    if not isinstance(fisher, jax.core.Tracer) and not _all_sizes(np.asarray(fisher)):
+        raise ValueError(f"{who}: fisher must be finite and not negative")
+    return _importance(rows, fisher)
+
+
+def _all_sizes(x: np.ndarray) -> bool:
+    """Whether all numbers are finite and none negative; looked at on the host, where nothing is compiled."""
+    return bool((np.isfinite(x) & (x >= 0)).all())
 
 
 @jax.jit
-def _importance(
-    rows: Float[Array, "N K"], fisher: Float[Array, "N K"]
-) -> tuple[Float[Array, "N K"], Bool[Array, ""], Bool[Array, ""]]:
-    """The weights, and whether rows and Fisher information are such as may be."""
+def _importance(rows: Float[Array, "N K"], fisher: Float[Array, "N K"]) -> Float[Array, "N K"]:
     f = jnp.where(rows != 0, fisher.astype(jnp.float32), 0.0)
     greatest = f.max(1, keepdims=True)
     f = jnp.where(greatest > 0, f / jnp.where(greatest > 0, greatest, 1.0), 1.0)  # else a mean may overflow
-    weights = jnp.maximum(f / f.mean(1, keepdims=True), MIN_IMPORTANCE)
-    return weights, (jnp.abs(rows) <= MAX_FLOAT16).all(), (jnp.isfinite(fisher) & (fisher >= 0)).all()
+    return jnp.maximum(f / f.mean(1, keepdims=True), MIN_IMPORTANCE)

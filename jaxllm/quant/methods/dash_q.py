@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from jaxllm.ops.batches import call_in_batches
 from jaxllm.ops.search import better
 from jaxllm.quant.methods.gptq import feedback
 from jaxllm.quant.statistics import Stats, need
@@ -147,32 +148,28 @@ class DashQ:
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def fit(
     method: DashQ, rows: Float[Array, "N K"], hessian_diag: Float[Array, " K"]
 ) -> tuple[Float[Array, "N G"], Float[Array, "N G"]]:
     """Scale and zero point (in codes) of every group; of a search, as they will be stored."""
-    N, K = rows.shape
-    group_size = method.group_size_of(K)
-    blocks = -(-N // ROWS)
-    n = -(-N // (16 * blocks)) * 16  # whole vectors
-    h = _weights(hessian_diag, group_size, method.h_power)
+    return call_in_batches(functools.partial(_fit_rows, method, hessian_diag), rows, ROWS)
 
-    def block(rows):
-        w = _cut(rows, group_size)
-        if method.mode == "paper":
-            qmax, of = 2**method.bits - 1, {"damping": method.damping, "ridge": method.ridge}
-            s, low = descend(w, h, *_range(w, qmax), qmax=qmax, steps=method.iterations, **of)
-            return s, -low / s
-        step, moved, centre = _stepper(method, w, h)
-        return polish(method, rows, w, h, step, centre, *search(method, moved, step, centre))
 
-    def by_row(x):
-        return x.transpose(0, 2, 1).reshape(blocks * n, -1)[:N]
-
-    padded = jnp.pad(rows.astype(jnp.float32), ((0, blocks * n - N), (0, 0)))
-    scale, zero_point = jax.lax.map(block, padded.reshape(blocks, n, -1))  # [blocks, G, n]
-    return by_row(scale), by_row(zero_point)
+@functools.partial(jax.jit, static_argnums=0)
+def _fit_rows(
+    method: DashQ, hessian_diag: Float[Array, " K"], rows: Float[Array, "n K"]
+) -> tuple[Float[Array, "n G"], Float[Array, "n G"]]:
+    """`fit` of so many rows at once."""
+    rows, group_size = rows.astype(jnp.float32), method.group_size_of(rows.shape[1])
+    w, h = _cut(rows, group_size), _weights(hessian_diag, group_size, method.h_power)
+    if method.mode == "paper":
+        qmax, of = 2**method.bits - 1, {"damping": method.damping, "ridge": method.ridge}
+        s, low = _range(w, qmax)
+        s, low = descend(w, h, s, low, qmax=qmax, steps=method.iterations, **of)
+        return s.T, (-low / s).T
+    step, moved, centre = _stepper(method, w, h)
+    scale, zero_point = polish(method, rows, w, h, step, centre, *search(method, moved, step, centre))
+    return scale.T, zero_point.T
 
 
 def _weights(hessian_diag: Float[Array, " K"], group_size: int, power: float) -> Shares:

@@ -49,7 +49,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxllm.ops.batches import call_in_batches
+from jaxllm.ops.batches import LEAST_ROWS, call_in_batches
 from jaxllm.ops.search import Candidate, better
 from jaxllm.quant.methods.curvature import check_curvature, curvature, damped
 from jaxllm.quant.methods.rtn import Rtn, check_grid
@@ -57,7 +57,6 @@ from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine, check_rows
 
-LEAST_ROWS = 256  # a program of so many serves all layers of fewer, in next to the same time
 INPUTS_PER_PRODUCT = 128  # inputs whose corrections are gathered in one product
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -177,10 +176,12 @@ def _factor(hessian, *, damping: float, act_order: bool):
     order = jnp.argsort(-jnp.diag(hessian)) if act_order else jnp.arange(len(hessian))  # ties as they come
     backwards = order[::-1]
     whole = damped(hessian, damping)
-    upper = jnp.linalg.cholesky(whole[backwards[:, None], backwards[None]])[::-1, ::-1]
-    root = jnp.diag(upper)
+    upper = jax.lax.linalg.cholesky(whole[backwards[:, None], backwards[None]], symmetrize_input=False)[
+        ::-1, ::-1
+    ]
+    root = jnp.diag(upper)  # NaN where there is no factor
     above = jnp.triu(upper / root[None], 1)
-    return order, above, jnp.zeros_like(root).at[order].set(root**2), jnp.isfinite(above).all()
+    return order, above, jnp.zeros_like(root).at[order].set(root**2), jnp.isfinite(root).all()
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -324,12 +325,16 @@ def _block(
     weights = jax.lax.dynamic_slice_in_dim(columns, b * size, size)
     within = jax.lax.dynamic_slice(upper, (b * size, b * size), (size, size)).T
 
+    # subtle: `x[j]` and `.at[j].set` look each time whether j is negative or outside
+    at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False)
+
     def column(j, state):
         made, code = state  # errors of the block's inputs so far, 0 for those to come
-        w = start[j] + jnp.matmul(within[j], made, precision=HIGHEST)
-        s, z = scale[of[j]], zero_point[of[j]]
+        w = at(start, j) + jnp.matmul(at(within, j), made, precision=HIGHEST)
+        s, z = at(scale, at(of, j)), at(zero_point, at(of, j))
         c, value = affine.round_to_grid(w, s, z, qmax)
-        return made.at[j].set(weights[j] - value), code.at[j].set(c.astype(jnp.uint8))
+        return put(made, at(weights, j) - value, j), put(code, c.astype(jnp.uint8), j)
 
     state = jnp.zeros_like(start), jnp.zeros(start.shape, jnp.uint8)
     made, code = jax.lax.fori_loop(0, size, column, state)

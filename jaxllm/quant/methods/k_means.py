@@ -9,10 +9,11 @@ m K log K and not m K^2.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, Key, Num, UInt32
 
 from jaxllm.ops.batches import call_in_batches
 from jaxllm.quant.statistics import layer_key
@@ -21,9 +22,8 @@ MAX_LLOYD_STEPS = 300  # a hundred are rare
 CPU_ROWS = 16  # at once: one program of so many serves all layers of equal K, and more go no faster there
 AT_ONCE = 2**22  # numbers of [rows at once, 16, K], or [rows at once, 1024, K] if exact: they stay in cache
 KEYS = 1024  # that are made at once: one program for all layers of at most so many rows
-BLOCKS = 64  # that running sums are made in, side by side
-RADIX = 4  # of the places between two whose best start is known, one in so many is searched next
-TILE = 8  # starts that are tried for each of them at once
+RADIX = 8  # of the places between two whose best start is known, one in so many is searched next
+TILE = 16  # places whose intervals to one end are taken together
 
 Part = Float[Array, "..."]  # of a sum
 Place = Int[Array, "..."] | int
@@ -54,52 +54,63 @@ def k_means(
     weights: positive, as from `importance`. What lies halfway between two levels goes to the upper one. A
     level that nothing uses stays where the search left it.
     """
-    solve = functools.partial(solve_rows, m=2**bits, restarts=restarts, exact=exact)
     size = max(1, AT_ONCE // (rows.shape[1] * (1024 if exact else 16)))
     size = min(size, CPU_ROWS) if jax.default_backend() == "cpu" else size
+
+    def solve(given):
+        rows, weights, keys = given
+        return solve_rows(
+            rows, weights, None if exact else _draws(keys, m=2**bits, restarts=restarts), m=2**bits
+        )
+
     return call_in_batches(solve, (rows, weights, jax.random.key_data(keys)), size)
 
 
-@functools.partial(jax.jit, static_argnames=("m", "restarts", "exact"))
+@functools.partial(jax.jit, static_argnames=("m", "restarts"))
+def _draws(keys: UInt32[Array, "n _"], *, m: int, restarts: int) -> Float[Array, "n restarts m trials"]:
+    """What each row's starts draw; a program of its own, for it serves every K."""
+    trials = 2 + int(math.log(m))
+
+    def one(key):
+        # subtle: XLA:CPU compiles draws of three axes, of the same numbers, far longer
+        return jax.random.uniform(key, (restarts * m * trials,)).reshape(restarts, m, trials)
+
+    return jax.vmap(one)(jax.random.wrap_key_data(keys))
+
+
+@functools.partial(jax.jit, static_argnames="m")
 def solve_rows(
-    given: tuple[Float[Array, "n K"], Float[Array, "n K"], UInt32[Array, "n _"]],
+    rows: Float[Array, "n K"],
+    weights: Float[Array, "n K"],
+    draws: Float[Array, "n restarts m trials"] | None,
     *,
     m: int,
-    restarts: int,
-    exact: bool,
 ) -> tuple[Int32[Array, "n K"], Float[Array, "n m"]]:
-    """`k_means` of so many rows at once, of rows, weights and what keys are made of."""
-    rows, weights, keys = given
-    solve = functools.partial(_solve, m=m, restarts=restarts, exact=exact)
-    found = rows.astype(jnp.float32), weights.astype(jnp.float32), jax.random.wrap_key_data(keys)
-    return jax.vmap(solve)(*found)
+    """`k_means` of so many rows at once, exact where nothing is drawn."""
+    found = rows.astype(jnp.float32), weights.astype(jnp.float32), draws
+    return jax.vmap(functools.partial(_solve, m=m))(*found)
 
 
 def _solve(
     row: Float[Array, " K"],
     weight: Float[Array, " K"],
-    key: Key[Array, ""],
+    draws: Float[Array, "restarts m trials"] | None,
     *,
     m: int,
-    restarts: int,
-    exact: bool,
 ) -> tuple[Int32[Array, " K"], Float[Array, " m"]]:
     centre = (row * weight).sum() / weight.sum()
     scale = jnp.abs(row - centre).max()
     scale = jnp.where(scale > 0, scale, 1.0)
     unit = (row - centre) / scale
     x, place = sort(unit)
-    f = jnp.zeros_like(weight).at[place].add(weight)
-    sums = running_sums(x, f)
-    if exact:
+    sums = running_sums(x, jnp.zeros_like(weight).at[place].add(weight))
+    if draws is None:
         c, _ = lloyd(x, sums, optimum(x, sums, m))
     else:
-        trials = 2 + int(math.log(m))
-        # subtle: XLA:CPU compiles draws of three axes, of the same numbers, far longer
-        u = jax.random.uniform(key, (restarts * m * trials,)).reshape(restarts, m, trials)
-        tries, ends = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(u)
+        tries, ends = jax.vmap(lambda u: lloyd(x, sums, plus_plus(x, sums, u)))(draws)
         c = tries[jnp.argmin(cost(sums, ends[:, :-1], ends[:, 1:], tries).sum(1))]
-    return jnp.searchsorted(middles(c), unit, side="right").astype(jnp.int32), c * scale + centre
+    codes = (middles(c)[None] <= unit[:, None]).sum(1, dtype=jnp.int32)
+    return codes, c * scale + centre
 
 
 def sort(x: Float[Array, " K"]) -> tuple[Float[Array, " K"], Int32[Array, " K"]]:
@@ -110,8 +121,30 @@ def sort(x: Float[Array, " K"]) -> tuple[Float[Array, " K"], Int32[Array, " K"]]
     """
     key = _ordered_bits(jnp.where(x == 0, 0.0, x))  # -0.0 is 0.0
     ascending = jax.lax.sort(key)
-    place = jnp.searchsorted(ascending, key, side="left").astype(jnp.int32)
+    place = first_from(ascending, key)
     return jax.lax.bitcast_convert_type(_flipped(ascending), jnp.float32), place
+
+
+def first_from(ascending: Num[Array, " K"], x: Num[Array, "*B"]) -> Int32[Array, "*B"]:
+    """The first place of which the value is at least x, K if there is none."""
+    K = ascending.shape[0]
+    return first_place(lambda at: ascending[at] >= x, jnp.zeros(x.shape, jnp.int32), K, K)
+
+
+def first_place(
+    holds: Callable[[Place], Bool[Array, "*B"]], start: Int32[Array, "*B"], stop: Place, K: int
+) -> Int32[Array, "*B"]:
+    """The first of places start .. stop - 1 for which `holds`, as for all behind it; stop if there is none.
+
+    One number is carried, and `holds` compiled once: `jnp.searchsorted` carries two.
+    """
+    halvings = K.bit_length()
+
+    def halve(i, low):
+        at = low + (1 << halvings >> (i + 1))
+        return jnp.where((at <= stop) & ~holds(jnp.minimum(at, stop) - 1), at, low)
+
+    return jax.lax.fori_loop(0, halvings, halve, start)
 
 
 def _ordered_bits(x: Float[Array, " K"]) -> Int32[Array, " K"]:
@@ -127,23 +160,24 @@ def _flipped(bits: Int32[Array, " K"]) -> Int32[Array, " K"]:
 
 
 def running_sums(x: Float[Array, " K"], f: Float[Array, " K"]) -> Sums:
-    """Sums of f, f x and f x^2 over the first 0 .. K places."""
+    """Sums of f, f x and f x^2 over the first 0 .. K places.
+
+    By doubling: at step i each place has the sum of the last 2**i, and takes that of those before them. Scans
+    of blocks side by side add log K times less, and are no faster for it, nor sooner compiled.
+    """
     K = x.shape[0]
-    size = -(-K // BLOCKS)
-    high, low = product(f * x, x)
+    square, square_low = product(f * x, x)
     fx, fx_low = product(f, x)
-    parts = jnp.stack([jnp.stack([f, fx, high]), jnp.stack([jnp.zeros_like(f), fx_low, low + fx_low * x])])
-    parts = jnp.pad(parts, ((0, 0), (0, 0), (0, size * BLOCKS - K))).reshape(2, 3, BLOCKS, size)
+    pair = jnp.stack([f, fx, square]), jnp.stack([jnp.zeros_like(f), fx_low, square_low + fx_low * x])
 
-    def add(before, new):
-        now = jnp.stack(pair_sum(*before, *new))
-        return now, now
+    def double(i, pair):
+        before = (
+            jax.lax.dynamic_slice_in_dim(jnp.pad(a, ((0, 0), (K, 0))), K - (1 << i), K, 1) for a in pair
+        )
+        return pair_sum(*pair, *before)
 
-    _, within = jax.lax.scan(add, jnp.zeros((2, 3, BLOCKS)), jnp.moveaxis(parts, 3, 0))
-    _, above = jax.lax.scan(add, jnp.zeros((2, 3)), jnp.moveaxis(within[-1], 2, 0))
-    above = jnp.moveaxis(jnp.pad(above[:-1], ((1, 0), (0, 0), (0, 0))), 0, 2)[None]  # of the blocks before
-    both = jnp.stack(pair_sum(within[:, 0], within[:, 1], above[:, 0], above[:, 1]))  # [2, size, 3, BLOCKS]
-    return jnp.pad(both.transpose(3, 1, 0, 2).reshape(-1, 2, 3)[:K], ((1, 0), (0, 0), (0, 0)))
+    pair = jax.lax.fori_loop(0, (K - 1).bit_length(), double, pair)
+    return jnp.pad(jnp.stack(pair).transpose(2, 0, 1), ((1, 0), (0, 0), (0, 0)))
 
 
 def pair_sum(a: Part, a_low: Part, b: Part, b_low: Part) -> tuple[Part, Part]:
@@ -205,7 +239,7 @@ def middles(c: Float[Array, " m"]) -> Float[Array, " m-1"]:
 
 def borders(x: Float[Array, " K"], c: Float[Array, " m"]) -> Int32[Array, " m+1"]:
     """Where each level's places begin, and K."""
-    inner = jnp.searchsorted(x, middles(c), side="left").astype(jnp.int32)
+    inner = first_from(x, middles(c))
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, jnp.full(1, x.shape[0], jnp.int32)])
 
 
@@ -243,29 +277,20 @@ def plus_plus(x: Float[Array, " K"], sums: Sums, u: Float[Array, "m trials"]) ->
     border = jnp.arange(m + 1, dtype=jnp.int32)
     level = border[:m]
 
-    def bisect(start, stop, c, share):
-        """The first place of start .. stop - 1 up to which more than `share` is spent under level c."""
-
-        def halve(_, state):
-            low, high = state
-            at = (low + high) // 2
-            more = cost(sums, start, at + 1, c) > share
-            return jnp.where(more, low, jnp.minimum(at + 1, high)), jnp.where(more, at, high)
-
-        return jnp.clip(jax.lax.fori_loop(0, K.bit_length(), halve, (start, stop - 1))[0], 0, K - 1)
-
     def step(i, state):
         c, ends = state  # i levels and their borders; behind them the last, which has no places
         spent = jnp.cumsum(cost(sums, ends[:-1], ends[1:], c))
         share = u[i] * spent[-1]
         j = jnp.minimum((spent[None] <= share[:, None]).sum(1, dtype=jnp.int32), i - 1)
         share = share - jnp.where(j > 0, spent[j - 1], 0.0)
-        v = x[bisect(ends[j], ends[j + 1], c[j], share)]
+        start, stop, level_of = ends[j], ends[j + 1], c[j]
+        drawn = first_place(lambda at: cost(sums, start, at + 1, level_of) > share, start, stop - 1, K)
+        v = x[jnp.clip(drawn, 0, K - 1)]
         right = jnp.where(v < c[j], j, j + 1)  # what stands behind the new level: i where nothing does
         left = jnp.maximum(right - 1, 0)
         first, last = right == 0, right == i
         here = jnp.minimum(right, m - 1)
-        start, stop = jnp.searchsorted(x, 0.5 * (jnp.stack([c[left], c[here]]) + v[None])).astype(jnp.int32)
+        start, stop = first_from(x, 0.5 * (jnp.stack([c[left], c[here]]) + v[None]))
         start, stop = jnp.where(first, 0, start), jnp.where(last, K, stop)
         middle = jnp.where(last, K, jnp.where(first, 0, ends[here]))
         before, after, now = cost(
@@ -296,92 +321,115 @@ def optimum(x: Float[Array, " K"], sums: Sums, m: int) -> Float[Array, " m"]:
 
     best_j(e), the least J of the first e places in at most j intervals, is the least over s < e of
     best_{j-1}(s) and what places s .. e - 1 cost. The first interval is a sum, the last has one end only, K.
+
+    An end behind the tile of a start cuts the interval in two: up to where the tile stops, which is the same
+    for all e and j, and from there on, the same for all s of the tile. Only the parts need pairs of float32:
+    to join them cancels nothing. Intervals within a tile are listed, once for all j.
     """
     K = x.shape[0]
-    places = jnp.arange(K, dtype=jnp.int32)
+    tiles = -(-K // TILE)
+    places = jnp.arange(tiles * TILE, dtype=jnp.int32).reshape(tiles, TILE).T
+    cut = jnp.minimum(places, K)  # what stands at K and behind it is no start and no end
+
+    def cost(start, stop):
+        spent, *_ = interval(sums, jnp.minimum(start, K), jnp.minimum(stop, K), 0.0)
+        return jnp.where(start < stop, spent, jnp.inf)
+
+    stop = jnp.minimum((places // TILE + 1) * TILE, K)
+    spent, mass, mean = interval(sums, cut, stop, x[jnp.minimum(stop, K - 1)])
+    within = cost(places[:, None], places[None])  # [starts, ends, tiles]
 
     def grow(best, _):
-        start = best_starts(sums, best)
-        best = best[start] + least_cost(look_up(sums, start), look_up(sums, places))
-        return jnp.where(places > 0, best, 0.0), start
+        until = best + spent
 
-    from_first = least_cost(look_up(sums, jnp.zeros_like(places)), look_up(sums, places))
-    best, starts = jax.lax.scan(grow, from_first, length=m - 2)
-    last = best + least_cost(look_up(sums, places), look_up(sums, jnp.full_like(places, K)))
-    last = jnp.argmin(last).astype(jnp.int32)
-    _, inner = jax.lax.scan(lambda e, start: (start[e], start[e]), last, starts, reverse=True)
+        def least_through(tile, e):
+            stop = jnp.minimum((tile + 1) * TILE, K)
+            rest, rest_mass, rest_mean = interval(sums, stop, e, x[jnp.minimum(stop, K - 1)])
+            rest = jnp.where(stop <= e, rest, jnp.inf)
+
+            def one(i, least):
+                first_mass = mass[i][tile]
+                both = first_mass + rest_mass
+                share = jnp.where(both > 0, rest_mass / both, 0.0)
+                apart = jnp.square(rest_mean - mean[i][tile])
+                return jnp.minimum(least, until[i][tile] + rest + first_mass * share * apart)
+
+            return jax.lax.fori_loop(0, TILE, one, jnp.full(e.shape, jnp.inf))
+
+        least, tile = best_tiles(least_through, K)
+        least = functools.reduce(jnp.minimum, best[:, None] + within, least[cut])
+        return jnp.where(places > 0, least, 0.0), (best, tile)
+
+    def start_of(e, layer):
+        best, tile = layer
+        among = jnp.stack([tile[e], e // TILE])
+        s = places[:, among]
+        s = s.ravel()[jnp.argmin(best[:, among] + cost(s, e))]
+        return s, s
+
+    from_first = jnp.where(places > 0, cost(jnp.zeros_like(places), places), 0.0)
+    best, layers = jax.lax.scan(grow, from_first, length=m - 2)
+    last = places.ravel()[jnp.argmin(best + cost(places, jnp.full_like(places, K)))]
+    _, inner = jax.lax.scan(start_of, last, layers, reverse=True)
     ends = jnp.concatenate([jnp.zeros(1, jnp.int32), inner, last[None], jnp.full(1, K, jnp.int32)])
     origin = x[ends[:-1]]
     mass, mean = mass_and_mean(sums, ends[:-1], ends[1:], origin)
     return origin + jnp.where(mass > 0, mean, 0.0)  # an interval of no places stands at the first
 
 
-def best_starts(sums: Sums, best: Float[Array, " K"]) -> Int32[Array, " K"]:
-    """Of each e the least s < e for which best[s] and the cost of places s .. e - 1 are least together.
+def best_tiles(
+    least_through: Callable[[Place, Place], Part], K: int
+) -> tuple[Float[Array, " ends"], Int32[Array, " ends"]]:
+    """Of each end e < K the least `least_through(tile, e)`, inf where e is not behind the tile, and its tile.
 
-    That cost is concave Monge, so s never falls as e grows (X. Wu, J. Algorithms 12, 1991): what is known of
-    two ends bounds all between them. Stage by stage, RADIX - 1 ends between each two known ones try all
-    starts that the two allow, which for all of them are K and a few; TILE by TILE, so that shapes are fixed.
+    The cost of an interval is concave Monge, so the best start, and its tile, never falls as e grows (X. Wu,
+    J. Algorithms 12, 1991): what is known of two ends bounds all between them. Stage by stage, RADIX - 1 ends
+    between each two known ones try all tiles that the two allow, which for all of them are K / TILE and one
+    each, so that shapes are fixed.
     """
-    K = best.shape[0]
     stages = max(1, math.ceil(math.log(K, RADIX) - 1e-9))
+    final = -(-K // TILE) - 1  # the last tile, which no end is behind
     member = jnp.arange(1, RADIX, dtype=jnp.int32)[:, None]
 
-    def stage(start, stride, groups):
-        tiles = -(-K // TILE) + groups  # as many as there can be
-        low_end = jnp.arange(groups, dtype=jnp.int32) * RADIX * stride
-        e = jnp.minimum(
-            low_end[None] + member * stride, K
-        )  # [members, groups]; K, which is no end here, fills
-        low = start[jnp.minimum(low_end, K)]
-        high = jnp.maximum(start[jnp.minimum(low_end + RADIX * stride, K)], low)
-        after = jnp.cumsum((high - low) // TILE + 1).astype(jnp.int32)
-        first = jnp.pad(after[:-1], (1, 0))  # tile of each group
-        marks = jnp.zeros(tiles, jnp.int32).at[first[1:]].add(1, mode="promise_in_bounds")
-        group = jnp.cumsum(marks).astype(jnp.int32)  # of each tile
-        s = (low - TILE * first)[group] + TILE * jnp.arange(tiles, dtype=jnp.int32)
-        s = jnp.minimum(s[None] + jnp.arange(TILE, dtype=jnp.int32)[:, None], K - 1)[
-            :, None
-        ]  # [TILE, 1, tiles]
-        end = e[:, group]  # [members, tiles]
-        until = look_up(sums, end)
+    def stage(i, known, groups):
+        least, best = known
+        stride = RADIX ** (stages - 1 - i)
+        border = jnp.arange(groups + 1, dtype=jnp.int32) * RADIX * stride
+        e = jnp.minimum(border[None, :-1] + member * stride, K)  # [members, groups]; K, no end here, fills
+        bound = jax.lax.cummax(best[jnp.minimum(border, K)])  # of two as good as equal the earlier may win
+        after = jnp.cumsum(jnp.diff(bound) + 1).astype(jnp.int32)
+        first = jnp.pad(after[:-1], (1, 0))  # row of each group in a list of all that is tried
+        marks = jnp.zeros(final + 1 + groups, jnp.int32).at[first[1:]].add(1, mode="promise_in_bounds")
+        group = jnp.cumsum(marks).astype(jnp.int32)  # of each row
+        tile = (bound[:-1] - first)[group] + jnp.arange(len(group), dtype=jnp.int32)
+        tile = jnp.minimum(tile, final)[None]
+        through = least_through(tile, jnp.minimum(e, K - 1)[:, group])
+        slot = ((member - 1) * groups + group[None]).ravel()
 
-        def one(_, s):  # a loop, so that XLA computes each cost once, and not for each use of it
-            through = best[s] + least_cost(look_up(sums, s), until)
-            return None, jnp.where(s < end, through, jnp.inf)
+        def lowest(of_rows, nothing):
+            of_ends = jnp.full(e.size, nothing).at[slot].min(of_rows.ravel(), mode="promise_in_bounds")
+            return of_ends.reshape(e.shape)
 
-        _, through = jax.lax.scan(one, None, s)  # [TILE, members, tiles]
-        slot = (member - 1) * groups + group[None]
+        now = lowest(through, jnp.inf)
+        found = lowest(jnp.where(through <= now[:, group], tile, final), jnp.int32(final))
+        return least.at[e].set(now), best.at[e].set(jnp.where(e < K, found, final))
 
-        def least(of_tiles, nothing):
-            empty = jnp.full(e.size, nothing)
-            return empty.at[slot.ravel()].min(of_tiles.ravel(), mode="promise_in_bounds")
+    def coarse(i, known):
+        return stage(i, known, -(-K // RADIX**2))
 
-        lowest = least(functools.reduce(jnp.minimum, through), jnp.inf)[slot]
-        found = least(jnp.where(through <= lowest[None], s, K - 1).min(0), jnp.int32(K - 1))
-        return start.at[e].set(jnp.where(e < K, found.reshape(e.shape), K - 1))
-
-    def coarse(i, start):
-        return stage(start, jnp.int32(RADIX) ** (stages - 1 - i), -(-K // RADIX**2))
-
-    start = jnp.full(K + 1, K - 1, jnp.int32).at[0].set(0)
-    start = jax.lax.fori_loop(0, stages - 1, coarse, start)
-    return stage(start, 1, -(-K // RADIX))[:K]
+    known = jnp.full(K + 1, jnp.inf), jnp.full(K + 1, final, jnp.int32).at[0].set(0)
+    return stage(stages - 1, jax.lax.fori_loop(0, stages - 1, coarse, known), -(-K // RADIX))
 
 
-def look_up(sums: Sums, at: Int32[Array, "..."]) -> tuple[Part, ...]:
-    """The sums over the first `at` places: high parts of f, f x, f x^2, then low parts."""
-    both = sums.reshape(-1, 6).at[at].get(mode="promise_in_bounds")
-    return tuple(both[..., i] for i in range(6))
+def interval(sums: Sums, start: Place, stop: Place, origin: Part | float) -> tuple[Part, Part, Part]:
+    """Of places start .. stop - 1 `cost` at their mean, their mass, and the mean from `origin` on.
 
-
-def least_cost(start: tuple[Part, ...], stop: tuple[Part, ...]) -> Part:
-    """`cost` at the mean, of the places between two that were looked up; of three long products it needs two.
-
-    At c = D1 / D0 as rounded, D1 - c D0 is next to zero: in (D2 - c D1) - c (D1 - c D0) it needs no low part.
+    Of three long products it takes two: at c = D1 / D0 as rounded, D1 - c D0 is next to zero, and in
+    (D2 - c D1) - c (D1 - c D0) it needs no low part.
     """
+    a, b = (sums.reshape(-1, 6).at[at].get(mode="promise_in_bounds") for at in (start, stop))
     (mass, mass_low), (moment, moment_low), (square, square_low) = (
-        pair_sum(stop[i], stop[i + 3], -start[i], -start[i + 3]) for i in range(3)
+        pair_sum(b[..., i], b[..., i + 3], -a[..., i], -a[..., i + 3]) for i in range(3)
     )
     c = jnp.where(mass > 0, moment / mass, 0.0)
 
@@ -389,5 +437,8 @@ def least_cost(start: tuple[Part, ...], stop: tuple[Part, ...]) -> Part:
         less, less_low = product(b, c)
         return (a - less) + (a_low - less_low - c * b_low)
 
-    left_square = left(square, square_low, moment, moment_low)
-    return jnp.maximum(left_square - c * left(moment, moment_low, mass, mass_low), 0.0)
+    off = left(moment, moment_low, mass, mass_low)
+    spent = jnp.maximum(left(square, square_low, moment, moment_low) - c * off, 0.0)
+    # x is within -1 .. 1; what a mass of nothing but rounding gives is not
+    mean = jnp.where(mass > 0, jnp.clip((c - origin) + off / mass, -2.0, 2.0), 0.0)
+    return spent, jnp.maximum(mass, 0.0), mean

@@ -31,9 +31,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
-from jaxllm.ops.batches import map_in_batches
+from jaxllm.ops.batches import LEAST_ROWS, call_in_batches, map_in_batches
 from jaxllm.ops.search import better
 from jaxllm.quant.methods.curvature import check_curvature, curvature, damped
 from jaxllm.quant.methods.k_means import k_means, row_keys
@@ -126,16 +126,17 @@ def lnq(
     if N % g:
         raise ValueError(f"lnq: output_groups must divide N, got output_groups={g}, {N=}")
     parts = (jnp.split(a, g) for a in (rows.astype(jnp.float32), codes.astype(jnp.uint8)))
-    solved = [
-        _alternate(part, damped(h, damping), code, free, 2**bits, iterations, cycles)
-        for part, code, h, free in zip(*parts, hessians, free_of(kept, g), strict=True)
-    ]
+    solved = []
+    for part, code, h, free in zip(*parts, hessians, free_of(kept, g), strict=True):
+        solve = functools.partial(_alternate, damped(h, damping), 2**bits, iterations, cycles)
+        solved.append(call_in_batches(solve, (part, code, free), max(N // g, LEAST_ROWS)))
     new_codes, tables = zip(*solved, strict=True)
     return jnp.concatenate(new_codes), jnp.concatenate(tables)
 
 
-def _alternate(rows, hessian, codes, free, m: int, iterations: int, cycles: int):
+def _alternate(hessian, m: int, iterations: int, cycles: int, given):
     """The turns, for rows that share one H."""
+    rows, codes, free = given
     table = refit(rows, hessian, codes, means(rows, jnp.diag(hessian), codes, free, m=m), free)
     best = objective(rows, hessian, codes, table, free), codes, table
     for _ in range(iterations):
@@ -144,7 +145,7 @@ def _alternate(rows, hessian, codes, free, m: int, iterations: int, cycles: int)
         best = better((objective(rows, hessian, codes, table, free), codes, table), best)
     _, codes, table = best
     table = table.astype(jnp.float16).astype(jnp.float32)
-    swept = descend(rows, hessian, codes, table, free, cycles=1 if cycles else 0)
+    swept = descend(rows, hessian, codes, table, free, cycles=min(cycles, 1))
     before, after = ((objective(rows, hessian, c, table, free), c) for c in (codes, swept))
     return better(after, before)[1], table.astype(jnp.float16)
 
@@ -214,7 +215,7 @@ def refit(
     return map_in_batches(one, (rows, codes.astype(jnp.int32), table, free), size)
 
 
-@functools.partial(jax.jit, static_argnames="cycles")
+@jax.jit
 def descend(
     rows: Float[Array, "N K"],
     hessian: Float[Array, "K K"],
@@ -222,7 +223,7 @@ def descend(
     table: Float[Array, "N m"],
     free: Float[Array, "N K"] | None = None,
     *,
-    cycles: int,
+    cycles: int | Int[Array, ""],
 ) -> UInt8[Array, "N K"]:
     """Codes after sweeps over all inputs, each put where F is least while the others stay (eq. 11).
 

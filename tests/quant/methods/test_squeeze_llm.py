@@ -13,6 +13,7 @@ from jaxllm.quant.methods.curvature import importance
 from jaxllm.quant.methods.k_means import (
     borders,
     cost,
+    first_from,
     k_means,
     lloyd_step,
     row_keys,
@@ -176,6 +177,12 @@ def test_layers_of_any_number_of_rows_share_one_program(solved):
         assert (part == codes[:n]).all() and (levels == table[:n]).all()
         sizes.append(k_means_module.solve_rows._cache_size())
     assert sizes == [sizes[0]] * 3 and sizes[0] > 0
+
+
+def test_the_first_place_from_a_value_on_is_that_of_a_search():
+    ascending = jnp.asarray([-2.0, -1.0, -1.0, 0.5, 3.0], jnp.float32)
+    x = jnp.asarray([[-9.0, -2.0, -1.5], [-1.0, 3.0, 3.5]], jnp.float32)
+    np.testing.assert_array_equal(jax.jit(first_from)(ascending, x), np.searchsorted(ascending, x))
 
 
 def test_the_same_seed_and_name_give_the_same_weights_and_others_do_not():

@@ -51,14 +51,9 @@ def statistics(model, tokenizer, tokens) -> Any:
     return calibrate(model, tokens, want=STATISTICS, progress=False)
 
 
-def gptq(model, tokenizer, tokens) -> Any:
-    """A model by GPTQ."""
-    return jl.quantize(model, jl.Gptq(bits=4), tokens, progress=False)
-
-
-def squeeze_llm(model, tokenizer, tokens) -> Any:
-    """A model by SqueezeLLM."""
-    return jl.quantize(model, jl.SqueezeLlm(bits=3), tokens, progress=False)
+def quantize(method: Any) -> Callable[..., Any]:
+    """A model by a method."""
+    return lambda model, tokenizer, tokens: jl.quantize(model, method, tokens, progress=False)
 
 
 TASKS: dict[str, Callable[..., Any]] = {
@@ -66,8 +61,13 @@ TASKS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "KVzip's scores": kvzip,
     "calibrate": statistics,
-    "GPTQ": gptq,
-    "SqueezeLLM": squeeze_llm,
+    "RTN": quantize(jl.Rtn(bits=4)),
+    "AWQ": quantize(jl.Awq(bits=4)),
+    "GPTQ": quantize(jl.Gptq(bits=4)),
+    "DASH-Q": quantize(jl.DashQ(bits=3)),
+    "SqueezeLLM": quantize(jl.SqueezeLlm(bits=3)),
+    "LNQ": quantize(jl.Lnq(bits=3)),
+    "Any-Precision": quantize(jl.AnyPrecision()),
 }
 
 

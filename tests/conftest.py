@@ -73,6 +73,21 @@ def pytest_runtest_teardown():
         lowered = 0
 
 
+@pytest.fixture
+def compiled():
+    """The names of the programs that are compiled from here on, as they come."""
+    jax.clear_caches()
+    names: list[str] = []
+
+    def listen(event: str, seconds: float, *, fun_name: str = "", **_) -> None:
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 NO_TORCH = "parity tests need torch, which the `test` extra installs on Python 3.11 only"
 
 

@@ -247,9 +247,9 @@ def causal_attention(
     """Attention of a chunk to itself: token t sees tokens max(0, t - window + 1) to t.
 
     Queries are taken in at most four blocks, each against the keys it can see and no others, which saves up
-    to 37 % of the work (eight would save 44 %, and take XLA as much longer to compile as they are more), and
-    each of several is recomputed in the backward pass, so that not all scores are stored at once. Where a
-    block has too many scores, all goes by tiles.
+    to 37 % of the work (eight would save 44 %, with twice as much for XLA to compile), and each of several is
+    recomputed in the backward pass, so that not all scores are stored at once. Where a block has too many
+    scores, all goes by tiles.
     """
     T = q.shape[1]
     k, v = heads_first(k), heads_first(v)

@@ -30,6 +30,11 @@ def map_in_batches(f: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
     return jax.tree.map(lambda y: y.reshape(count * size, *y.shape[2:])[:N], found)
 
 
+def rows_at_once(most: int, on_cpu: int) -> int:
+    """How many rows a solver's program takes: on a CPU few, which go as fast, so that one serves all."""
+    return max(1, min(most, on_cpu) if jax.default_backend() == "cpu" else most)
+
+
 def call_in_batches(program: Callable[[Any], Any], rows: Any, size: int) -> Any:
     """What a compiled program gives of `size` rows of a pytree's leading axis, for however many there are.
 

@@ -4,8 +4,9 @@
     stats["layers.0.attention.q"].hessian                    # one layer's, read when asked for
 
 Text goes through the model one block at a time (`stages.py`): all sequences through block 0, whose sums are
-finished and written, then through block 1. So no more than one block's statistics are in memory beside the
-model and the hidden states (S x T x width, on the host). Statistics that need the loss ("guided_hessian",
+finished and written, then through block 1. So no more than one block's statistics are in memory, and what its
+linears read and give of one batch, beside the model and the hidden states (S x T x width, on the host).
+Statistics that need the loss ("guided_hessian",
 "fisher") take one pass backwards before, block by block as well: of each linear's outputs only the mean
 square of the gradient per token and group is kept (arXiv:2505.07004, Algorithm 1), and the squared gradients
 of weights ("fisher") are summed in files. Linears that read the same input (q, k and v) share one copy of

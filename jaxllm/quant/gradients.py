@@ -21,6 +21,7 @@ from jaxllm.models.taps import linear_io
 from jaxllm.quant.stages import LinearInfo
 from jaxllm.quant.text import Text
 from jaxllm.storage import checksums
+from jaxllm.storage.arrays import write_npz
 
 LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
 
@@ -65,7 +66,7 @@ def gradients(
                 if "fisher" in want:
                     squares[name] = _squares(gz, x, assigned)
             if saliency:
-                np.savez(place / f"{stage.name}.{i}.npz", **saliency)  # type: ignore[arg-type]
+                write_npz(place, f"{stage.name}.{i}.npz", saliency, checked=False)  # all are, at the end
             for name, square in _by_linear(squares):
                 key = f"{stage.name}.{name}"
                 if key not in fisher:

@@ -81,6 +81,15 @@ def test_gradients_flow_through_every_block():
     assert np.abs(np.asarray(jax.jit(jax.grad(loss))(v))).min() > 0
 
 
+@pytest.mark.parametrize(
+    "T, recomputed", [(tiles.MIN_BLOCK, 0), (tiles.MIN_BLOCK + 1, 2), (4 * tiles.MIN_BLOCK, 4), (1030, 4)]
+)
+def test_a_short_text_is_one_block_that_is_not_recomputed_and_a_long_one_at_most_four(T, recomputed):
+    shapes = (jax.ShapeDtypeStruct((1, T, heads, 4), jnp.float32) for heads in (4, 2, 2))
+    jaxpr = jax.make_jaxpr(functools.partial(causal_attention, scale=0.3))(*shapes)
+    assert sum(eqn.primitive.name in ("checkpoint", "remat2") for eqn in jaxpr.eqns) == recomputed
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many of them, none of which divides what it is cut from."""

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxllm.models import gpt
 from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.models.linears import linear_weights
 from jaxllm.quant import sums
 from jaxllm.quant.calibrate import Calibration, calibrate
 from jaxllm.quant.gradients import LOSS_SCALE
@@ -206,3 +207,19 @@ def test_too_little_text_is_named_and_bad_wishes_are_refused(model):
         calibrate(model, [], want={"hessian_diag"})
     with pytest.raises(ValueError, match=r"token ids must lie in \[0, 128\), got token=128"):
         calibrate(model, [[1, 128]], want={"hessian_diag"})
+
+
+@pytest.mark.slow
+def test_blocks_share_a_program_forwards_and_linears_of_one_shape_those_of_their_sums(compiled):
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    shapes = {w.shape for name, w in linear_weights(model).items() if name.startswith("layers.")}
+    compiled.clear()
+    calibrate(model, ROWS, want={"hessian", "guided_hessian", "fisher"}, batch=2, progress=False)
+    count = {name: compiled.count(name) for name in ("_forward", "backward_block", "_squares", "_of_input")}
+    inputs = {K for K, _ in shapes}
+    assert count == {
+        "_forward": 2,  # what embeds, and a block
+        "backward_block": 1,
+        "_squares": len(shapes),
+        "_of_input": len(inputs),
+    }

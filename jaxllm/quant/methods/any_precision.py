@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from jaxllm.ops.batches import call_in_batches, map_in_batches
+from jaxllm.ops.batches import call_in_batches, map_in_batches, rows_at_once
 from jaxllm.quant.methods.curvature import curvature, damped
 from jaxllm.quant.methods.k_means import (
     CPU_ROWS,
@@ -178,11 +178,9 @@ def upscale(
     cannot be cut (one value, or nothing) stays even; a level that nothing uses is its parent's. Memory: some
     thirty times AT_ONCE numbers beside rows, weights and codes.
     """
-    size = max(1, AT_ONCE // rows.shape[1])
-    size = min(size, CPU_ROWS) if jax.default_backend() == "cpu" else size
     grow = functools.partial(_grow, to=to, split=split)
-    codes, tables = call_in_batches(grow, (rows, weights, codes.astype(jnp.int32), table), size)
-    return codes, tables
+    size = rows_at_once(AT_ONCE // rows.shape[1], CPU_ROWS)
+    return call_in_batches(grow, (rows, weights, codes.astype(jnp.int32), table), size)
 
 
 @functools.partial(jax.jit, static_argnames=("to", "split"))
@@ -217,7 +215,8 @@ def guided_upscale(
     parts = (jnp.split(a, g) for a in (rows, weights, codes, table))
     for h, *part in zip(hessians, *parts, free_of(kept, g), strict=True):
         solve = functools.partial(_guided, damped(h, DAMPING), to=to, split=split, turns=turns)
-        found.append(call_in_batches(solve, tuple(part), SIDE_BY_SIDE))
+        size = rows_at_once(max(len(rows) // g, SIDE_BY_SIDE), SIDE_BY_SIDE)
+        found.append(call_in_batches(solve, tuple(part), size))
     parents, tables = zip(*found, strict=True)
     joined = tuple(jnp.concatenate(of_width) for of_width in zip(*tables, strict=True))
     return jnp.concatenate(parents), joined

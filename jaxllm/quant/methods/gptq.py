@@ -179,9 +179,9 @@ def _factor(hessian, *, damping: float, act_order: bool):
     upper = jax.lax.linalg.cholesky(whole[backwards[:, None], backwards[None]], symmetrize_input=False)[
         ::-1, ::-1
     ]
-    root = jnp.diag(upper)  # NaN where there is no factor
+    root = jnp.diag(upper)
     above = jnp.triu(upper / root[None], 1)
-    return order, above, jnp.zeros_like(root).at[order].set(root**2), jnp.isfinite(root).all()
+    return order, above, jnp.zeros_like(root).at[order].set(root**2), jnp.isfinite(above).all()
 
 
 @functools.partial(jax.jit, static_argnames="grid")

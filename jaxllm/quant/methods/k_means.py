@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, Key, Num, UInt32
 
-from jaxllm.ops.batches import call_in_batches
+from jaxllm.ops.batches import call_in_batches, rows_at_once
 from jaxllm.quant.statistics import layer_key
 
 MAX_LLOYD_STEPS = 300  # a hundred are rare
@@ -54,8 +54,7 @@ def k_means(
     weights: positive, as from `importance`. What lies halfway between two levels goes to the upper one. A
     level that nothing uses stays where the search left it.
     """
-    size = max(1, AT_ONCE // (rows.shape[1] * (1024 if exact else 16)))
-    size = min(size, CPU_ROWS) if jax.default_backend() == "cpu" else size
+    size = rows_at_once(AT_ONCE // (rows.shape[1] * (1024 if exact else 16)), CPU_ROWS)
 
     def solve(given):
         rows, weights, keys = given
@@ -162,8 +161,8 @@ def _flipped(bits: Int32[Array, " K"]) -> Int32[Array, " K"]:
 def running_sums(x: Float[Array, " K"], f: Float[Array, " K"]) -> Sums:
     """Sums of f, f x and f x^2 over the first 0 .. K places.
 
-    By doubling: at step i each place has the sum of the last 2**i, and takes that of those before them. Scans
-    of blocks side by side add log K times less, and are no faster for it, nor sooner compiled.
+    By doubling: at step i each place has the sum of the last 2**i, and takes that of those before them. So
+    the additions are K log K, all side by side.
     """
     K = x.shape[0]
     square, square_low = product(f * x, x)

@@ -29,20 +29,7 @@ import jaxllm as jl
 from jaxllm.models.decoder import TINY, Decoder
 from jaxllm.quant.statistics import Stats
 from jaxllm.weights import affine, codebook
-
-H100 = """
-gpu_device_info {
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.7
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3350000000000 l2_cache_size: 52428800 device_memory_size: 85899345920
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 8 patch: 0 } runtime_version { major: 13 minor: 0 patch: 0 }
-"""
+from pallas_kernels.gpus import GPUS
 
 
 def ones(K: int) -> Stats:
@@ -136,7 +123,10 @@ def h100() -> Any:
     """A device that is compiled for and need not be there."""
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+            platform="cuda",
+            topology_name="h100",
+            topology="1x1x1",
+            target_config=GPUS["h100"].target_config(),
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import Page, Run, Table, add_data, begin, load, model_name, parse, parser, resume, save, texts
-from kv_methods import Methods, compressed, filled, listed, methods
+from parts.kv_methods import Methods, compressed, filled, listed, methods
 from tqdm import tqdm
 
 import jaxllm as jl

@@ -57,8 +57,8 @@ from common import (
     save,
     texts,
 )
-from quantization_methods import JOBS, K_CHUNKS, SEQUENCES, Job
-from quantization_tables import page
+from parts.quantization_methods import JOBS, K_CHUNKS, SEQUENCES, Job
+from parts.quantization_tables import page
 from tqdm import tqdm
 
 import jaxllm as jl
@@ -66,11 +66,11 @@ from jaxllm.measure.report import linear_bits
 from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.storage.fingerprint import fingerprint
 from jaxllm.weights.affine import Affine
-from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.codebook import Codebook
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.mixed_columns import MixedColumns
 from jaxllm.weights.nested_float import NestedFloat
+from jaxllm.weights.planes.bit_planes import BitPlanes
 from jaxllm.weights.scaled import Scaled
 
 END = "<|endoftext|>"

@@ -8,6 +8,7 @@
                sequences is timed and counted 16 times; the model's own pass, the same for both, is left out
     descent    LNQ's blocked descent, one sweep at 3 bits, against the same sweep input by input (one compiled
                step an input) and output by output (one compiled sweep an output)
+    k_means    SqueezeLLM's levels of 64 rows of 4,096 weights: of eight starts the best, or the optimum
 
 Runs are interleaved, their order alternates; medians (least to most), ratios within a round. `--clock cpu`
 adds up all threads: on a machine that others use, it is what does not depend on them. Memory is how
@@ -15,6 +16,7 @@ far the peak resident size rose during a compiled run, in units of the rows in f
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -32,6 +34,7 @@ from tqdm import tqdm
 
 import jaxllm as jl
 from jaxllm.ops.packing import unpack
+from jaxllm.quant.methods.k_means import k_means, row_keys
 from jaxllm.quant.methods.lnq import descend
 from jaxllm.quant.statistics import Stats
 
@@ -178,10 +181,29 @@ def part_descent(args) -> dict[str, Any]:
     return {"K": K, "N": N, "bits": bits, "seconds": times, "same_codes": same}
 
 
+def part_k_means(args) -> dict[str, Any]:
+    """Seconds of all rows, by bits and search."""
+    N, K = (4, 96) if args.tiny else (64, 4096)
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(0.02 * rng.standard_t(4, (N, K)), jnp.float32)
+    felt = jnp.asarray(rng.chisquare(1, (N, K)), jnp.float32)
+    keys, found = row_keys(0, "", N), []
+    for bits in (3, 4):
+        works = {
+            "best of 8 starts": partial(k_means, rows, felt, keys, bits=bits),
+            "optimum": partial(k_means, rows, felt, keys, bits=bits, exact=True),
+        }
+        times, first, _ = interleaved(works, args)
+        for how in works:
+            found.append({"bits": bits, "how": how, "seconds": times[how], "first": first[how]})
+    return {"N": N, "K": K, "searches": found}
+
+
 PARTS = {
     "solvers": part_solvers,
     "curvature": part_curvature,
     "descent": part_descent,
+    "k_means": part_k_means,
 }
 
 
@@ -192,7 +214,9 @@ def measure(args: argparse.Namespace) -> Run:
     """The parts asked for; those of a run in --results with the same settings stay."""
     if args.only and "GPTQ" not in args.only:
         raise SystemExit(f"quantization_speed.py: --only must name GPTQ, got {', '.join(args.only)}")
-    run = resume(args, begin(args, {"rounds": args.rounds, "clock": args.clock}))
+    if args.one_core:  # before JAX starts its threads, which take it over
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    run = resume(args, begin(args, {"rounds": args.rounds, "clock": args.clock, "one_core": args.one_core}))
     for what in args.what:
         run[what] = PARTS[what](args)
         save(args, run)
@@ -230,10 +254,13 @@ def page(run: Run) -> Page:
         tables += [_matrices(run), _block(run)]
     if "descent" in run:
         tables.append(_descent(run["descent"]))
+    if "k_means" in run:
+        tables.append(_searches(run["k_means"]))
     sizes = run["settings"]
     text = (
         "Solvers of quantization on random matrices of the shapes of a 201 M Llama (width 1024, key heads "
-        f"256, feed-forward 2816); {sizes['rounds']} interleaved rounds, {sizes['clock']} clock."
+        f"256, feed-forward 2816); {sizes['rounds']} interleaved rounds, {sizes['clock']} clock"
+        f"{', one core' if sizes['one_core'] else ''}."
     )
     return Page("How fast quantization's solvers are", text, tables)
 
@@ -298,12 +325,30 @@ def _descent(part: dict[str, Any]) -> Table:
     return Table(f"LNQ's descent, {part['K']} x {part['N']}, {part['bits']} bits, one sweep", columns, rows)
 
 
+def _searches(part: dict[str, Any]) -> Table:
+    rows = []
+    for r in part["searches"]:
+        starts = next(s for s in part["searches"] if s["bits"] == r["bits"])
+        each = [1e3 * seconds / part["N"] for seconds in r["seconds"]]
+        over = show(ratios(r["seconds"], starts["seconds"]), 1)
+        rows.append((r["bits"], r["how"], show(each, 2), over, f"{r['first']:.1f}"))
+    columns = {
+        "bits": "of a code",
+        "levels": "how they are found",
+        "ms a row": SECONDS,
+        "times the starts": "within a round",
+        "first, compiling": "seconds of the first run, compilation included",
+    }
+    return Table(f"Levels of {part['N']} rows of {part['K']} weights", columns, rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     made = parser("quantization_speed", __doc__)
     add = made.add_argument
     add("--what", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     add("--rounds", type=int, default=5)
     add("--only", nargs="+", help="of `solvers` these methods; GPTQ must be among them")
+    add("--one-core", action="store_true", help="use no more (Linux)")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: seconds of all threads together")
     tiny = {"rounds": 1, "only": ["GPTQ", "LNQ"]}
     common.main(parse(made, argv, tiny=tiny), measure, page)

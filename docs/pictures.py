@@ -27,6 +27,7 @@ INK = {"light": "#2b2f33", "dark": "#d6d9dc"}
 FAINT = {"light": "#d0d4d8", "dark": "#4a4f55"}
 MEANING = {
     "cli": "one file a command",
+    "precision": "widths chosen at run time",
     "training": "the trainer, pico, gates",
     "jaxllm": "what a user types",
     "quant": "methods, calibration, whole models",
@@ -42,7 +43,7 @@ MEANING = {
     "storage": "directories, manifests",
     "weights": "how a weight is stored; matmul",
     "ops": "functions on plain arrays",
-    "pallas_kernels": "kernels, when they come",
+    "pallas_kernels": "operations with GPU kernels",
     "pytree": "frozen dataclasses",
 }
 FILL = {"light": "#eef1f4", "dark": "#22272d"}

@@ -1,6 +1,8 @@
 """The public names, loaded when they are first used (`lazy_loader`)."""
 
-from . import cache, eviction
+import contextlib
+
+from . import cache, eviction, precision
 from .decoding.generate import Token, chat, generate, stream
 from .decoding.options import CacheOptions, GenerationOptions
 from .decoding.prefill import prefill, prefill_with_scores, prefill_within_budget
@@ -8,6 +10,8 @@ from .decoding.run import Completion, Timings
 from .decoding.sampling import Sampler
 from .files import load, save
 from .measure import perplexity, report_bytes, score_choices
+from .precision.attach import attach_precision
+from .precision.dp_llm import DpLlm
 from .quant.calibrate import Calibration, calibrate
 from .quant.dec_dec_tuner import tune_dec_dec
 from .quant.methods.any_precision import AnyPrecision
@@ -25,9 +29,11 @@ from .quant.quantize import quantize
 from .quant.sensitivity import allocate_bits, sensitivity
 from .quant.text import text_sequences
 from .sharding import make_mesh, shard
-from .weights.bit_planes import read_at
+from .weights.planes.bit_planes import read_at
 
 __version__: str
+
+def kernels(implementation: str, *, interpret: bool = False) -> contextlib.AbstractContextManager[object]: ...
 
 __all__ = [
     "AnyPrecision",
@@ -37,6 +43,7 @@ __all__ = [
     "Completion",
     "DashQ",
     "DecDec",
+    "DpLlm",
     "GenerationOptions",
     "Gptq",
     "Lnq",
@@ -49,14 +56,17 @@ __all__ = [
     "Timings",
     "Token",
     "allocate_bits",
+    "attach_precision",
     "cache",
     "calibrate",
     "chat",
     "eviction",
     "generate",
+    "kernels",
     "load",
     "make_mesh",
     "perplexity",
+    "precision",
     "prefill",
     "prefill_with_scores",
     "prefill_within_budget",

@@ -22,7 +22,7 @@ from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.manifest import Make, arrays_of, build, describe, entry_of, from_json, to_json
 from jaxllm.storage.metadata import one_line, read_meta, write_meta
-from jaxllm.storage.orbax_files import reading, writing
+from jaxllm.storage.orbax_files import reading, write
 from jaxllm.storage.tokenizer import load_tokenizer
 from jaxllm.weights.experts import Experts
 from jaxllm.weights.host_residual import to_host
@@ -62,8 +62,7 @@ def save_native(model: Any, path, tokenizer=None) -> None:
         write_meta(out / MANIFEST, FORMAT, VERSIONS[-1], manifest)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(out))
-        with writing(out / WEIGHTS) as (checkpointer, place):
-            checkpointer.save(place, arrays)
+        write(out / WEIGHTS, arrays)
         checksums.write(out, [MANIFEST, WEIGHTS])
 
 
@@ -86,10 +85,16 @@ def load_native(path, *, dtype=None, mesh=None, verify: bool = True):
     def rebuild(make: Make):
         return _replace(state, {key: build(described, key, make) for key, described in weights.items()})
 
-    in_file = _arrays(rebuild(lambda key, shape, dtype: key))
-    restored = _restore(path, nnx.merge(graph, rebuild(_shape)), in_file, mesh)
+    types: dict[str, Any] = {}
+
+    def name_in_file(key: str, shape: tuple[int, ...], dtype) -> str:
+        types[key] = dtype
+        return key
+
+    in_file = _arrays(rebuild(name_in_file))
+    restored = _restore(path, nnx.merge(graph, rebuild(_shape)), in_file, types, mesh)
     _check_orders(restored)
-    model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored[key]))
+    model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored.pop(key)))  # one at a time changes
     if dtype is not None:
         model = _cast(model, dtype)
     return to_host(model), load_tokenizer(path)
@@ -162,10 +167,13 @@ def _shape(name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _restore(path: Path, abstract: nnx.Module, in_file: dict[str, str], mesh) -> dict[str, jax.Array]:
-    """The arrays of a native directory, of the abstract model's types and shapes, by their names there.
+def _restore(
+    path: Path, abstract: nnx.Module, in_file: dict[str, str], types: dict[str, Any], mesh
+) -> dict[str, jax.Array]:
+    """The arrays of a native directory, of the abstract model's shapes, by their names there.
 
-    in_file: these names by the model's, which are others where an earlier version wrote the file.
+    in_file: these names by the model's. types: of the arrays by these names. Both are others where an
+      earlier version wrote the file.
     """
     want = _arrays(nnx.state(abstract))
     if mesh is None:
@@ -176,7 +184,7 @@ def _restore(path: Path, abstract: nnx.Module, in_file: dict[str, str], mesh) ->
 
         places = _arrays(shardings(abstract, mesh))
     target = {
-        in_file[key]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[key])
+        in_file[key]: jax.ShapeDtypeStruct(leaf.shape, types[in_file[key]], sharding=places[key])
         for key, leaf in want.items()
     }
     with reading("load", path / WEIGHTS) as (checkpointer, where):

@@ -73,6 +73,11 @@ def pytest_runtest_teardown():
         lowered = 0
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture
 def compiled():
     """The names of the programs that are compiled from here on, as they come."""

@@ -101,7 +101,7 @@ def documented() -> list[object]:
     return found
 
 
-@pytest.mark.parametrize("module", ["jaxllm", "jaxllm.cache", "jaxllm.eviction"])
+@pytest.mark.parametrize("module", ["jaxllm", "jaxllm.cache", "jaxllm.eviction", "jaxllm.precision"])
 def test_the_reference_has_every_public_name(module, documented):
     face = importlib.import_module(module)
     names = [n for n in face.__all__ if not any(getattr(face, n) is thing for thing in documented)]

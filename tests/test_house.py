@@ -16,8 +16,10 @@ PACKAGES = ("jaxllm", "pallas_kernels", "checkpoints_convert")
 TOWER = (
     {"__main__"},
     {"cli"},
-    {"training", "precision", "serving", "pointcloud", "graph"},
+    {"serving", "pointcloud", "graph"},
     {"__init__"},  # the public names
+    {"precision"},
+    {"training"},
     {"quant"},
     {"files", "measure"},
     {"native", "decoding"},
@@ -26,7 +28,8 @@ TOWER = (
     {"cache"},
     {"sharding", "storage"},
     {"weights"},
-    {"ops", "pallas_kernels", "dram", "image"},
+    {"ops", "dram", "image"},
+    {"pallas_kernels"},
     {"pytree"},
 )
 

@@ -33,13 +33,18 @@ class TransformersWorker:
         )
         LlamaForCausalLM(config).save_pretrained(directory)
 
-    def load(self, directory: str, dtype: str) -> dict[str, Any]:
+    def load(self, directory: str, dtype: str, int8: bool = False) -> dict[str, Any]:
+        """int8: weights of linears in 8 bits by torchao, whose 4 bits have no layout for a CPU (0.18)."""
         import torch
         from transformers import AutoModelForCausalLM
 
         self.model = None  # the old one goes before the new one comes
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
         self.model.eval()
+        if int8:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+            quantize_(self.model, Int8WeightOnlyConfig())
         return {"threads": torch.get_num_threads()}
 
     def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:

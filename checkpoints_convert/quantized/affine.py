@@ -19,12 +19,12 @@ from checkpoints_convert.quantized.words import codes_of, on_host, pack
 from jaxllm.ops.packing import Packed
 from jaxllm.weights import affine, host_residual
 from jaxllm.weights.affine import Affine
-from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.codebook import Codebook
 from jaxllm.weights.host_residual import HostResidual
 from jaxllm.weights.mixed_columns import MixedColumns
 from jaxllm.weights.permuted import Permuted
+from jaxllm.weights.planes.bit_planes import BitPlanes
 from jaxllm.weights.weight import Weight
 
 GROUP_SIZE = 32  # of what is rounded anew and had no groups

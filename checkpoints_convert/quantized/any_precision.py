@@ -14,9 +14,10 @@ from checkpoints_convert.quantized.config import layers_by_linear, whole_number
 from checkpoints_convert.quantized.sparse_rows import SparseRows
 from checkpoints_convert.quantized.words import Shapes, Tensors, codes_of, on_host, words_of
 from jaxllm.storage.metadata import excerpt
-from jaxllm.weights import bit_planes, codebook, sparse
-from jaxllm.weights.bit_planes import CODES_PER_WORD, BitPlanes
+from jaxllm.weights import codebook, sparse
 from jaxllm.weights.codebook import Codebook
+from jaxllm.weights.planes import bit_planes
+from jaxllm.weights.planes.bit_planes import CODES_PER_WORD, BitPlanes
 from jaxllm.weights.sparse import DenseAndSparse
 from jaxllm.weights.weight import Weight
 

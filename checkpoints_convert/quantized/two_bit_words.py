@@ -16,17 +16,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.ops.packing import from_words, to_words
-from jaxllm.weights.mixed_columns import (
-    FOUR_BIT_FIELDS,
+from jaxllm.weights.mixed_columns import FOUR_BIT_FIELDS, TWO_BIT_FIELDS, MixedColumns
+from pallas_kernels.mixed_two_bit_gemm.reference import (
     INPUTS_PER_GROUP,
     OUTPUTS_PER_BLOCK,
-    TWO_BIT_FIELDS,
-    MixedColumns,
+    block_rows,
     by_output,
     nibbles,
 )
-from jaxllm.weights.sparse import block_rows
+from pallas_kernels.words import from_words, to_words
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from jaxllm.ops import hadamard
-from jaxllm.ops.packing import from_words, to_words
 from jaxllm.pytree import pytree, static
 from jaxllm.weights.affine import MIN_SCALE
+from pallas_kernels.decode_attention import coded
+from pallas_kernels.words import to_words
 
 ROTATION_SEED = 0  # the same for all: nothing is to be hidden
 MAX_NUMBER = 32000.0  # so that a float16 holds the range of a group
@@ -88,16 +89,8 @@ class QuantizedRows:
 
     def dequantize(self) -> Float[Array, "J S E"]:
         """What the rows hold, rotated if they are."""
-        E, groups = self.head_dim, -(-self.head_dim // self.group_size)
-        grid = self.words[..., :groups]
-        low, scale = (
-            jnp.repeat(
-                v.astype(jnp.float32), self.group_size, axis=-1, total_repeat_length=groups * self.group_size
-            )
-            for v in (_float16(grid & 0xFFFF), _float16(grid >> 16))
-        )
-        codes = from_words(self.words[..., groups:], self.bits)[..., :E].astype(jnp.float32)
-        return (codes * scale[..., :E] + low[..., :E]).astype(self.dtype)
+        code = coded.Code(self.bits, self.group_size)
+        return coded.dequantize(self.words, code, self.head_dim, self.dtype)
 
     def rotate_queries(self, q: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
         """Queries in the basis of the keys."""
@@ -111,7 +104,3 @@ class QuantizedRows:
 
 def _float16_bits(x: Float[Array, "J T G"]) -> UInt32[Array, "J T G"]:
     return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
-
-
-def _float16(bits: UInt32[Array, "J S G"]) -> Float[Array, "J S G"]:
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)

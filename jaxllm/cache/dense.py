@@ -20,9 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.cache.rows import Rows, dequantize, quantize, rotate_queries, type_name, zeros
+from jaxllm.cache.rows import (
+    Rows,
+    code_of,
+    dequantize,
+    quantize,
+    rotate_queries,
+    stored,
+    type_name,
+    zeros,
+)
 from jaxllm.ops.attention import DistanceBias, Reach, attention, heads_first, needs_tiles, tiled_attention
 from jaxllm.pytree import pytree, static
+from pallas_kernels.decode_attention import attend_rows
+
+FEW_QUERIES = 8  # new tokens of a request: with more, attention is a product of matrices like any other
 
 
 @pytree
@@ -176,7 +188,20 @@ def attend(
     keys, values = cache.keys[layer], cache.values[layer]
     seen = reach(cache, layer, positions, lengths)
     rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
-    q, k, v = rotate_queries(q, keys), dequantize(keys), dequantize(values)
+    q = rotate_queries(q, keys)
+    if mask is None and bias is None and q.shape[1] <= FEW_QUERIES and not needs_tiles(q, keys.shape[1]):
+        out = attend_rows(
+            q,
+            stored(keys),
+            stored(values),
+            positions,
+            seen.keys,
+            window=seen.window,
+            **rule,
+            **code_of(keys),
+        )
+        return out.astype(values.dtype)
+    k, v = dequantize(keys), dequantize(values)
     if mask is None and needs_tiles(q, k.shape[1]):
         return tiled_attention(q, k, v, seen, bias=bias, **rule)
     added = None if bias is None else bias(seen.keys[:, None] - positions[:, :, None])  # [B, H, T, S]

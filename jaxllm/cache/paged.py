@@ -23,7 +23,7 @@ of a tile, n = G T queries of a request and key head, M most requests of a conte
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,23 +32,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import dense
 from jaxllm.cache.dense import DenseCache
-from jaxllm.cache.rows import Rows, dequantize, rotate_queries
-from jaxllm.ops.attention import (
-    FLOAT32,
-    MASK_VALUE,
-    PartialSoftmax,
-    attention,
-    divided,
-    merge,
-    needs_tiles,
-    partial_softmax,
-    sinks_by_block,
-    tiled_softmax,
-)
+from jaxllm.cache.rows import Rows, code_of, dequantize, rotate_queries, stored
+from jaxllm.ops.attention import attention, needs_tiles, sinks_by_block, tiled_softmax
 from jaxllm.pytree import pytree, static
-
-MIN_PAGES, MAX_PAGES = 8, 64  # of a tile
-MAX_QUERIES = 1024  # W N: of all pages of a tile together
+from pallas_kernels.decode_attention import PartialSoftmax, attend_pages, divided, merge
+from pallas_kernels.decode_attention.partial_softmax import partial_softmax
 
 
 @pytree
@@ -223,116 +211,20 @@ def _context_layer(tail: DenseCache, layer: int) -> int:
     return sum(window is None for window in tail.windows[:layer])
 
 
-def _merge_pages(heads: PartialSoftmax, pages: PartialSoftmax, head: Int[Array, " W"]) -> PartialSoftmax:
-    """The softmax of W heads with the rows of W pages; head[page] is W for a page of none of them."""
-    W = len(head)
-    owner = head[None] == jnp.arange(W)[:, None]  # [head, page]
-    of_pages = jnp.where(owner[:, :, None], pages.greatest[None], MASK_VALUE).max(1)
-    greatest = jnp.maximum(heads.greatest, of_pages)
-    mine = owner.astype(jnp.float32)
-    shrink = jnp.exp(heads.greatest - greatest)
-    factor = jnp.exp(pages.greatest - greatest[jnp.minimum(head, W - 1)])
-    factor = jnp.where(head[:, None] < W, factor, 0.0)
-
-    def add(x):
-        return jnp.einsum("hp,pm->hm", mine, x.reshape(W, -1), **FLOAT32)
-
-    total = heads.total * shrink + add(pages.total * factor)
-    out = heads.out * shrink[..., None] + add(pages.out * factor[..., None]).reshape(heads.out.shape)
-    return PartialSoftmax(greatest, total, out)
-
-
 def _attend_context(
     q: Float[Array, "B K n E"], context: Context, layer: int, *, scale: float, softcap: float | None
 ) -> PartialSoftmax:
-    """The softmax over one layer's context [B, K, n], by a walk over its pages, a tile of W at a time."""
-    rank = _rank_of_requests(context)
-    queries = _queries_by_head(q, context, rank)
-    J, N, E = queries.shape
-    W = _pages_of_tile(context.keys.shape[0], J, N)
-    queries = jnp.pad(queries, ((0, W), (0, 0), (0, 0)))  # a tile may have heads behind the last one
-    start, end = context.page_offsets[layer, 0], context.page_offsets[layer, J]
-
-    def body(carry):
-        page, heads = carry
-        tile = _read_tile(context, page, end, W)
-
-        def of_tile(x):
-            return jax.lax.dynamic_slice_in_dim(x, tile.head, W)
-
-        asked = of_tile(queries)[jnp.minimum(tile.local, W - 1)]
-        seen = tile.seen[:, None]
-        pages = partial_softmax(asked, tile.keys, tile.values, seen, scale=scale, softcap=softcap)
-        heads = jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, tile.head, 0),
-            heads,
-            _merge_pages(jax.tree.map(of_tile, heads), pages, tile.local),
-        )
-        return page + tile.num_pages, heads
-
-    none = PartialSoftmax(jnp.full((J + W, N), MASK_VALUE), jnp.zeros((J + W, N)), jnp.zeros((J + W, N, E)))
-    _, heads = jax.lax.while_loop(lambda carry: carry[0] < end, body, (start, none))
-    M, K = context.max_readers, q.shape[1]
-
-    def by_request(x):
-        x = x[:J].reshape(J // K, K, M, N // M, *x.shape[2:])
-        return x[context.context_of_request, :, jnp.minimum(rank, M - 1)]
-
-    return jax.tree.map(by_request, heads)
-
-
-def _rank_of_requests(context: Context) -> Int[Array, " B"]:
-    """Each request's number among those that read the same context."""
-    of, order = context.context_of_request, jnp.arange(len(context.context_of_request))
-    before = (of[:, None] == of[None]) & (order[:, None] > order[None])
-    return before.sum(1)
-
-
-def _queries_by_head(
-    q: Float[Array, "B K n E"], context: Context, rank: Int[Array, " B"]
-) -> Float[Array, "J N E"]:
-    """The N = M n queries of each context's head; zeros where fewer than M requests read it."""
-    (B, K, n, E), J, M = q.shape, context.page_offsets.shape[1] - 1, context.max_readers
-    request = jnp.full((J // K, M), B, jnp.int32)
-    order = jnp.arange(B, dtype=jnp.int32)
-    request = request.at[context.context_of_request, rank].set(order, mode="drop")
-    queries = jnp.concatenate([q, jnp.zeros((1, K, n, E), q.dtype)])[request]  # [J / K, M, K, n, E]
-    return queries.transpose(0, 2, 1, 3, 4).reshape(J, M * n, E)
-
-
-def _pages_of_tile(P: int, J: int, N: int) -> int:
-    """Pages read at a time (W).
-
-    As many as there are heads: their rows fill a product that is worth two cores, and what is added up for
-    heads (W W N E) stays small beside the product itself (W N C E).
-    """
-    return min(P, max(MIN_PAGES, min(J, MAX_PAGES, MAX_QUERIES // N)))
-
-
-class _Tile(NamedTuple):
-    """Pages of one layer, read at once."""
-
-    keys: Float[Array, "W C E"]
-    values: Float[Array, "W C E"]
-    seen: Bool[Array, "W C"]  # rows that are real, and not read before
-    head: Int[Array, ""]  # the first page's
-    local: Int[Array, " W"]  # each page's head, counted from that one; W: the page is not the tile's
-    num_pages: Int[Array, ""]  # pages that are the tile's
-
-
-def _read_tile(context: Context, page: Int[Array, ""], end: Int[Array, ""], W: int) -> _Tile:
-    """The pages from `page` on, before `end`, as far as they are of W heads."""
-    P, C, _ = context.keys.shape
-    start = jnp.minimum(page, P - W)
-    pages = start + jnp.arange(W)
-
-    def cut(x):
-        return jax.lax.dynamic_slice_in_dim(x, start, W)
-
-    head = context.page_head[page]
-    local = cut(context.page_head) - head
-    # subtle: where heads without pages lie between, W pages reach farther than W heads
-    new = (pages >= page) & (pages < end) & (local < W)
-    keys, values = (dequantize(jax.tree.map(cut, rows)) for rows in (context.keys, context.values))
-    seen = jnp.arange(C)[None] < jnp.where(new, cut(context.page_lengths), 0)[:, None]
-    return _Tile(keys, values, seen, head, jnp.where(new, local, W), new.sum())
+    """The softmax over one layer's context [B, K, n]."""
+    return attend_pages(
+        q,
+        stored(context.keys),
+        stored(context.values),
+        context.page_offsets[layer],
+        context.page_lengths,
+        context.page_head,
+        context.context_of_request,
+        max_readers=context.max_readers,
+        scale=scale,
+        softcap=softcap,
+        **code_of(context.keys),
+    )

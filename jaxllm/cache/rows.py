@@ -6,6 +6,8 @@ multiplies them by these functions and never asks which they are; of an array th
 Letters: J = B K blocks of a request and key head, S cached tokens, T tokens of a chunk, E head size.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,6 +35,16 @@ def quantize(x: Float[Array, "J T E"], like: Rows) -> Rows:
 def dequantize(rows: Rows) -> Float[Array, "J S E"]:
     """The numbers that rows hold, in the basis in which they are stored."""
     return rows.dequantize() if isinstance(rows, QuantizedRows) else rows
+
+
+def stored(rows: Rows) -> jax.Array:
+    """The array that rows are held in: numbers, or words of codes."""
+    return rows.words if isinstance(rows, QuantizedRows) else rows
+
+
+def code_of(rows: Rows) -> dict[str, Any]:
+    """`bits` and `group_size` of rows in codes, nothing for plain ones: as attention over them is told."""
+    return {"bits": rows.bits, "group_size": rows.group_size} if isinstance(rows, QuantizedRows) else {}
 
 
 def rotate_queries(q: Float[Array, "*B E"], keys: Rows) -> Float[Array, "*B E"]:

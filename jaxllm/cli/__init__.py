@@ -1,6 +1,6 @@
 """The command line: a thin skin over the library, for people and for scripts.
 
-    jaxllm demo | generate | eval | convert | quantize | train
+    jaxllm demo | generate | eval | convert | quantize | train | bench
 
 Results go to stdout, progress and notes to stderr; with `--json` stdout has exactly one JSON object.
 What the user can get wrong ends in one line on stderr and exit status 2, Ctrl-C in one line and 130;
@@ -13,6 +13,7 @@ a traceback is a bug. One file a command:
     convert            checkpoints to other directories
     quantize           weights in fewer bits
     train              the models that ship, gates of a cache, stories
+    bench              kernels timed, tiles chosen, on a GPU
     options            options that several commands share
     output             what commands read and write
     interrupt          what Ctrl-C does

@@ -5,7 +5,7 @@ import sys
 import click
 
 import jaxllm as jl
-from jaxllm.cli import compilation_cache, convert, demo, eval, generate, quantize, train
+from jaxllm.cli import bench, compilation_cache, convert, demo, eval, generate, quantize, train
 
 
 @click.group(
@@ -41,6 +41,7 @@ for command in (
     convert.convert,
     quantize.quantize,
     train.train,
+    bench.bench,
 ):
     cli.add_command(command)
 

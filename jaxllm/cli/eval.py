@@ -6,9 +6,10 @@ from typing import Any
 import click
 
 import jaxllm as jl
-from jaxllm.cli.options import JSON, OpenModel, loads_a_model
+from jaxllm.cli.options import JSON, TARGET_BITS, OpenModel, loads_a_model
 from jaxllm.cli.output import read_text, shows_progress, tell
 from jaxllm.measure.choices import TASKS
+from jaxllm.weights.planes.adaptive_planes import any_adaptive
 
 
 @click.command("eval")
@@ -22,6 +23,7 @@ from jaxllm.measure.choices import TASKS
 @click.option("--task", metavar="NAME", help=f"One of {', '.join(TASKS)}; needs --data.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines file of the task.")
 @click.option("--limit", type=int, help="Take the first examples only.")
+@TARGET_BITS
 @JSON
 def evaluate(
     open_model: OpenModel,
@@ -32,6 +34,7 @@ def evaluate(
     task: str | None,
     data: Path | None,
     limit: int | None,
+    target_bits: float | None,
     as_json: bool,
 ) -> None:
     """Perplexity of a text, or accuracy at a multiple-choice task.
@@ -46,6 +49,8 @@ def evaluate(
         raise click.UsageError("eval: --kv-bits goes with --text")
     words = "" if text is None else read_text(text, "--text")
     model, tokenizer = open_model()
+    if target_bits is not None:
+        model = jl.precision.set_target(model, target_bits)
     if tokenizer is None:
         raise ValueError("eval: text needs a tokenizer, and this model has none")
     if text is not None:
@@ -63,6 +68,8 @@ def evaluate(
             "bits_per_weight": held.bits_per_weight,
             "weight_bytes": held.weight_bytes,
         }
+        if any_adaptive(model):
+            result["realised_bits"] = jl.precision.bits_read(model, ids, context=context).mean
     else:
         assert task is not None and data is not None
         scored = jl.score_choices(model, tokenizer, task, data, limit=limit, progress=shows_progress())

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import jaxllm as jl
-from jaxllm.cli.options import JSON, SEED, OpenModel, loads_a_model
+from jaxllm.cli.options import JSON, SEED, TARGET_BITS, OpenModel, loads_a_model
 from jaxllm.cli.output import note, print_json, read_text
 from jaxllm.eviction import METHODS
 
@@ -42,6 +42,7 @@ KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
 @click.option("--stream", is_flag=True, help="Print text as it comes (one prompt, no --chat).")
+@TARGET_BITS
 @JSON
 def generate(
     open_model: OpenModel,
@@ -54,6 +55,7 @@ def generate(
     logprobs: bool,
     chat: bool,
     stream: bool,
+    target_bits: float | None,
     as_json: bool,
     **more: Any,
 ) -> None:
@@ -71,6 +73,8 @@ def generate(
     sampler = jl.Sampler(**more)
     text = None if context is None else read_text(context, "--context")
     model, tokenizer = open_model()
+    if target_bits is not None:
+        model = jl.precision.set_target(model, target_bits)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "sampler": sampler,

@@ -41,6 +41,11 @@ CONTEXT = click.option(
 OFFLINE = click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
 # subtle: JAX takes larger seeds and cuts them down, so that two would be one
 SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of what is random.")
+TARGET_BITS = click.option(
+    "--target-bits",
+    type=FINITE,
+    help="Average bits of a dp-llm model: one of its targets. [default: as saved]",
+)
 JSON = click.option(
     "--json",
     "as_json",

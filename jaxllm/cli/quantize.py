@@ -11,6 +11,8 @@ import jaxllm as jl
 from jaxllm.cli.options import COUNT, FINITE, JSON, OpenModel, loads_a_model
 from jaxllm.cli.output import print_json, read_text, shows_progress, tell
 
+DP_LLM = "dp-llm"  # a method for whole models, behind one for weights
+
 
 @click.command()
 @loads_a_model
@@ -25,6 +27,14 @@ from jaxllm.cli.output import print_json, read_text, shows_progress, tell
     metavar="NAME=VALUE",
     help="Another option, as --list --method NAME shows them; repeatable. A value is JSON or a word.",
 )
+@click.option(
+    "--target-bits",
+    "targets",
+    multiple=True,
+    type=FINITE,
+    help="For dp-llm: average bits that the model can be set to; repeatable. [default: the method's]",
+)
+@click.option("--memory-bits", type=FINITE, help="For dp-llm: planes held, a weight. [default: the method's]")
 @click.option("--tune", metavar="GPU", help="For dec-dec: a GPU by name, or by its memory/link in GB/s.")
 @click.option("--slowdown", type=FINITE, help="With --tune: slower by so much at most. [default: 0.05]")
 @click.option(
@@ -51,6 +61,8 @@ def quantize(
     open_model: OpenModel,
     lists: bool,
     method: str | None,
+    targets: tuple[float, ...],
+    memory_bits: float | None,
     tune: str | None,
     slowdown: float | None,
     recipe: Path | None,
@@ -69,6 +81,8 @@ def quantize(
 
     \b
         jaxllm quantize --method rotate --option base=rtn --option base.bits=3 --out SMALL
+
+    dp-llm takes an any-precision model, or makes one of a dense model first, by options behind "base.".
     """
     from jaxllm.measure.report import linear_bits
     from jaxllm.quant.dec_dec_tuner import tune_dec_dec
@@ -87,6 +101,10 @@ def quantize(
     if (method is None) == (recipe is None) or out is None:
         raise click.UsageError("quantize: --out and exactly one of --method and --recipe must be given")
     chosen: Any = method_options(**options)
+    if (targets or memory_bits is not None) and method != DP_LLM:
+        raise click.UsageError(
+            f"quantize: --target-bits and --memory-bits apply to --method {DP_LLM}, got {method or recipe}"
+        )
     if recipe is not None and chosen:
         raise click.UsageError(
             "quantize: a recipe names its own options, --bits, --group-size, --option do not apply"
@@ -95,6 +113,10 @@ def quantize(
         raise click.UsageError(f"quantize: --tune applies to --method dec-dec, got {method or recipe}")
     if slowdown is not None and tune is None:
         raise click.UsageError(f"quantize: --slowdown applies with --tune, got {slowdown}")
+    attached: Any = None
+    of_base = [name for name in chosen if name.startswith("base.")]
+    if method == DP_LLM:
+        attached, method, chosen = of_dp_llm(chosen, targets, memory_bits)
     chosen = read_recipe(recipe) if recipe is not None else make_method(str(method), chosen)
     words = None if calibration is None else read_text(calibration, "--calibration")
     if out.exists():
@@ -107,15 +129,23 @@ def quantize(
     if isinstance(chosen, Budget):
         table = sensitivity(model, chosen.methods, rows, progress=shows_progress())
         chosen = allocate_bits(table, bits=chosen.bits)
-    small = jl.quantize(
-        model,
-        chosen,
-        rows,
-        sequential=sequential,
-        checkpoint=checkpoint,
-        consume=True,
-        progress=shows_progress(),
-    )
+    if attached is not None and has_planes(model):
+        if of_base or sequential or checkpoint is not None:
+            got = of_base[0] if of_base else "--sequential" if sequential else "--checkpoint"
+            raise click.UsageError(f"quantize: the model has planes, of which none are made, got {got}")
+    else:
+        model = jl.quantize(
+            model,
+            chosen,
+            rows,
+            sequential=sequential,
+            checkpoint=checkpoint,
+            consume=True,
+            progress=shows_progress(),
+        )
+    small = model
+    if attached is not None:
+        small = jl.attach_precision(model, attached, rows, progress=shows_progress())
     seconds = time.perf_counter() - start
     jl.save(small, out, tokenizer)
     held = jl.report_bytes(small)
@@ -125,7 +155,32 @@ def quantize(
         kinds = {pattern.replace("\\", "").strip(".$"): tuned for pattern, tuned in chosen}
         result |= {"k_chunk": {kind: getattr(tuned, "k_chunk", 0) for kind, tuned in kinds.items()}}
         result |= {"bytes_fetched_per_token": bytes_fetched(small, 1)}
+    if attached is not None:
+        result |= {"target_bits": list(attached.targets), "memory_bits": attached.memory_bits}
     tell(result, as_json)
+
+
+def of_dp_llm(
+    options: dict[str, Any], targets: tuple[float, ...], memory_bits: float | None
+) -> tuple[Any, str, dict[str, Any]]:
+    """DP-LLM's method, and name and options of the one that makes the planes it chooses among."""
+    from jaxllm.quant.method_options import fill_options
+
+    base = {key.removeprefix("base."): value for key, value in options.items() if key.startswith("base.")}
+    own = {key: value for key, value in options.items() if not key.startswith("base.")}
+    own |= ({"targets": targets} if targets else {}) | (
+        {} if memory_bits is None else {"memory_bits": memory_bits}
+    )
+    return fill_options(DP_LLM, jl.DpLlm, own), "any-precision", {"parent_bits": 6} | base
+
+
+def has_planes(model) -> bool:
+    """Whether a model has any-precision weights, choosing already or not."""
+    from jaxllm.models.linears import linear_weights
+    from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes
+    from jaxllm.weights.planes.bit_planes import BitPlanes
+
+    return any(isinstance(w, BitPlanes | AdaptivePlanes) for w in linear_weights(model).values())
 
 
 def method_options(bits: int | None, group_size: int | None, more: tuple[str, ...]) -> dict[str, Any]:
@@ -148,21 +203,24 @@ def method_options(bits: int | None, group_size: int | None, more: tuple[str, ..
 
 def list_methods(as_json: bool) -> None:
     """Names, bits and exactness of the methods."""
-    from jaxllm.quant.methods import METHODS
+    from jaxllm.quant.methods import METHODS, Entry
 
+    known = METHODS | {
+        DP_LLM: Entry(jl.DpLlm, "3-6, by token", "lossy", "each layer picks its bits for each token")
+    }
     if as_json:
         fields = ("bits", "exactness", "about")
-        print_json({name: {key: getattr(entry, key) for key in fields} for name, entry in METHODS.items()})
+        print_json({name: {key: getattr(entry, key) for key in fields} for name, entry in known.items()})
         return
-    for name, entry in METHODS.items():
+    for name, entry in known.items():
         click.echo(f"{name:14} {entry.bits:14} {entry.exactness:30} {entry.about}")
 
 
 def list_options(method: str, as_json: bool) -> None:
     """Names, types and defaults of a method's options."""
-    from jaxllm.quant.method_options import describe_options
+    from jaxllm.quant.method_options import describe_fields, describe_options
 
-    options = describe_options(method)
+    options = describe_fields(jl.DpLlm) if method == DP_LLM else describe_options(method)
     if as_json:
         print_json(options)
         return

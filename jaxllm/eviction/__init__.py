@@ -9,7 +9,6 @@ The files:
     running_budget      a budget that holds while a text grows
     kvzip               KVzip's scores: attention while the context is repeated
     baselines           H2O, SnapKV, TOVA, expected attention, StreamingLLM, random
-    attention_per_key   how much attention keys receive, block by block
     gates               Fast KVzip's and KVzap's gates: scores from the pass that reads a text
     heads               scores of whole heads, kept in a file
     methods             the table of all that score, by name

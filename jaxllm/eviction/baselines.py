@@ -24,12 +24,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.cache.dense import DenseCache, global_layers
-from jaxllm.eviction.attention_per_key import attention_per_key
 from jaxllm.models.attention import score_rule
 from jaxllm.models.inputs import pad_batch, require_global_layer
 from jaxllm.models.rope import rotate
 from jaxllm.models.taps import layer_tap
-from jaxllm.ops.attention import FLOAT32, MASK_VALUE, heads_first
+from jaxllm.ops.attention import heads_first
+from pallas_kernels.decode_attention.partial_softmax import FLOAT32, MASK_VALUE
+from pallas_kernels.kvzip_score import attention_per_key
 
 Rows = Sequence[Sequence[int]]
 

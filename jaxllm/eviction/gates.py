@@ -32,11 +32,11 @@ from jaxtyping import Array, Float
 
 from jaxllm.cache.dense import global_layers
 from jaxllm.models.taps import Tap, layer_tap
-from jaxllm.ops.attention import FLOAT32
 from jaxllm.pytree import pytree
 from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.metadata import excerpt, one_line, read_meta, write_meta
+from pallas_kernels.decode_attention.partial_softmax import FLOAT32
 
 GATES_JSON, GATES_ARRAYS = "gates.json", "gates.safetensors"
 FORMAT, VERSIONS = "jaxllm gates", (1, 2)  # from 2 on with checksums

@@ -31,11 +31,12 @@ from jaxllm import cache as kv
 from jaxllm.cache.dense import DenseCache, global_layers
 from jaxllm.cache.paged import PagedCache
 from jaxllm.cache.rows import dequantize, quantize, rotate_queries
-from jaxllm.eviction.attention_per_key import attention_per_key
 from jaxllm.models.attention import score_rule
 from jaxllm.models.inputs import STEP, pad_batch, require_global_layer, round_up
 from jaxllm.models.taps import layer_tap
-from jaxllm.ops.attention import FLOAT32, heads_first
+from jaxllm.ops.attention import heads_first
+from pallas_kernels.decode_attention.partial_softmax import FLOAT32
+from pallas_kernels.kvzip_score import attention_per_key
 
 CHUNK, MIN_CHUNK = 2000, 16  # tokens that are repeated at a time
 # between keys of the same token, in codes of 2 bits even, and those of another

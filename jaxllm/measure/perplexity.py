@@ -28,6 +28,7 @@ from tqdm import tqdm
 from jaxllm.decoding.options import CacheOptions
 from jaxllm.models.inputs import check_token_ids, require_decoder_only
 from jaxllm.models.nonfinite import first_nonfinite, nonfinite_message
+from jaxllm.weights.planes.adaptive_planes import every_token_chooses
 
 # What one call may take: tokens (the host waits for it, the progress bar moves after it), and
 # numbers of logits; a window that has more is cut into slices of rows.
@@ -61,7 +62,8 @@ def _predict(
     targets: Integer[Array, "B T"],
     bits: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
-    """log p(target) after each token, and whether the target is the arg max."""
+    """log p(target) after each token, as it would be decoded, and whether the target is the arg max."""
+    model = every_token_chooses(model)
     more = {} if bits is None else {"cache": model.make_cache(*tokens.shape, bits=bits, extents=lengths)}
     x, _ = model(tokens, lengths=lengths, logits="none", **more)
     rows = max(1, CALL_LOGITS // model.config.vocab)

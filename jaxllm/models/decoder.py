@@ -21,6 +21,7 @@ Letters: B batch, T tokens of this chunk, D width, H query heads, K key heads, E
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -39,11 +40,15 @@ from jaxllm.models.layers import (
     RmsNorm,
     constant,
     default_positions,
+    early_input,
     last_token,
 )
+from jaxllm.models.linears import linear_weights
 from jaxllm.models.rope import Rope, rotate
+from jaxllm.models.stages import Batch, Stage, State
 from jaxllm.models.taps import Tap, probe, scoped
-from jaxllm.ops.attention import soft_cap
+from jaxllm.weights.planes.adaptive_planes import is_adaptive
+from pallas_kernels.decode_attention.partial_softmax import soft_cap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,10 +158,11 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"],
         lengths: Int[Array, " B"],
         tap: Tap | None,
+        early: Float[Array, "B T D"] | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        q = split_heads(self.q(x, scoped(tap, "q")), self.head_dim)  # [B, T, H, E]
-        k = split_heads(self.k(x, scoped(tap, "k")), self.head_dim)  # [B, T, K, E]
-        v = split_heads(self.v(x, scoped(tap, "v")), self.head_dim)  # [B, T, K, E]
+        q = split_heads(self.q(x, scoped(tap, "q"), early=early), self.head_dim)  # [B, T, H, E]
+        k = split_heads(self.k(x, scoped(tap, "k"), early=early), self.head_dim)  # [B, T, K, E]
+        v = split_heads(self.v(x, scoped(tap, "v"), early=early), self.head_dim)  # [B, T, K, E]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = self.rope.angles(self.head_dim, positions, extents(cache, positions, lengths))
@@ -190,9 +196,11 @@ class Mlp(nnx.Module):
         self.down = linear(config.ffn, config.width)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "B T D"], tap: Tap | None) -> Float[Array, "B T D"]:
-        gate = ACTIVATIONS[self.activation](self.gate(x, scoped(tap, "gate")))
-        return self.down(gate * self.up(x, scoped(tap, "up")), scoped(tap, "down"))
+    def __call__(
+        self, x: Float[Array, "B T D"], tap: Tap | None, early: Float[Array, "B T D"] | None
+    ) -> Float[Array, "B T D"]:
+        gate = ACTIVATIONS[self.activation](self.gate(x, scoped(tap, "gate"), early=early))
+        return self.down(gate * self.up(x, scoped(tap, "up"), early=early), scoped(tap, "down"))
 
 
 class Block(nnx.Module):
@@ -220,18 +228,50 @@ class Block(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         tap: Tap | None = None,
+        early: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The block's output, and the cache with this layer's rows appended (not yet advanced).
 
         index: which layer of the cache is this block's. positions, lengths: as in `Decoder.__call__`.
+        early: what went into the feed-forward part of the block before, for weights that look at it.
         """
+        middle, cache = self.attend(
+            x, cache, index=index, positions=positions, lengths=lengths, tap=tap, early=early
+        )
+        return self.feed_forward(middle, tap=tap, early=x), cache
+
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        cache: Cache | None = None,
+        *,
+        index: int = 0,
+        positions: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        tap: Tap | None = None,
+        early: Float[Array, "B T D"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The first half of the block: what goes into its feed-forward part, and the cache."""
         positions, lengths = default_positions(x.shape[:2], cache, positions, lengths)
+        a = self.attention
+        seen = early_input(self.attention_norm, early, a.q, a.k, a.v)
         h = self.attention_norm(x)
-        h, cache = self.attention(h, cache, index, positions, lengths, scoped(tap, "attention"))
+        h, cache = a(h, cache, index, positions, lengths, scoped(tap, "attention"), seen)
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
-        h = self.mlp(self.mlp_norm(x), scoped(tap, "mlp"))
+        return probe(tap, "middle", x), cache
+
+    def feed_forward(
+        self, x: Float[Array, "B T D"], *, tap: Tap | None = None, early: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """The second half. early: what went into the first."""
+        h = self.mlp_norm(x)
+        if isinstance(self.mlp, Mlp):
+            seen = early_input(self.mlp_norm, early, self.mlp.gate, self.mlp.up)
+            h = self.mlp(h, scoped(tap, "mlp"), seen)
+        else:
+            h = self.mlp(h, scoped(tap, "mlp"))
         x = x + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
-        return probe(tap, "out", x), cache
+        return probe(tap, "out", x)
 
 
 class Decoder(LanguageModel):
@@ -258,6 +298,14 @@ class Decoder(LanguageModel):
     def windows(self) -> tuple[int | None, ...]:
         """How far back each layer sees; None: all of the text."""
         return self.config.windows or super().windows
+
+    def stages(self) -> list[Stage]:
+        """As any model's; where weights look at what the block before left, that goes along."""
+        embed, *blocks = super().stages()
+        looks = any(is_adaptive(w) and w.early for w in linear_weights(self).values())
+        if looks:
+            blocks = [dataclasses.replace(stage, run=decode_with_early) for stage in blocks]
+        return [embed, *blocks]
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads."""
@@ -296,18 +344,29 @@ class Decoder(LanguageModel):
         tap: see `taps.py`.
         """
         positions, lengths = default_positions(tokens.shape, cache, positions, lengths)
-        x = probe(tap, "embedding", self.embed(tokens))
+        x, early = probe(tap, "embedding", self.embed(tokens)), None
         for i, layer in enumerate(self.layers):
-            x, cache = layer(
-                x,
-                cache,
-                index=i,
-                positions=positions,
-                lengths=lengths,
-                tap=scoped(tap, f"layers.{i}"),
+            of_layer = scoped(tap, f"layers.{i}")
+            middle, cache = layer.attend(
+                x, cache, index=i, positions=positions, lengths=lengths, tap=of_layer, early=early
             )
+            x, early = layer.feed_forward(middle, tap=of_layer, early=x), middle
         if cache is not None:
             cache = kv.advance(cache, lengths)
         if logits == "last":
             x = last_token(x, lengths)
         return (x if logits == "none" else self.unembed(x, tap)), cache
+
+
+def decode_with_early(block: Block, shared, state: State, batch: Batch, tap: Tap | None) -> State:
+    """The stage of a layer whose weights look at what the one before left as `early`."""
+    found: State = {}
+
+    def keep(name: str, x: jax.Array) -> jax.Array:
+        if name == "middle":
+            found["early"] = x
+        return probe(tap, name, x)
+
+    lengths = batch.lengths["target"]
+    found["target"], _ = block(state["target"], lengths=lengths, tap=keep, early=state.get("early"))
+    return found

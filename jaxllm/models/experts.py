@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 from jaxllm.models.grouped import Groups, group, grouped_matmul
 from jaxllm.models.layers import ACTIVATIONS, broadcast_last, constant, normal, weight
 from jaxllm.models.taps import Tap, probe, scoped
-from jaxllm.ops.dot import dot
 from jaxllm.weights.experts import Experts
+from pallas_kernels.dot import dot
 
 
 class Router(nnx.Module):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.models.taps import Tap, probe
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import gather_rows, matmul
+from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes
 
 Activation = Literal[
     "silu", "gelu", "gelu_tanh", "quick_gelu", "gelu_10", "relu", "relu2", "relu6", "leaky_relu",
@@ -120,17 +121,39 @@ class Linear(nnx.Module):
         self.w = nnx.Param(weight(rngs, (N, K), std, dtype))
         self.bias = nnx.Param(constant(rngs, N, 0.0, dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*B K"], tap: Tap | None = None, out_dtype=None):
-        """The product in `out_dtype` (that of `x` if None)."""
+    def __call__(
+        self,
+        x: Float[Array, "*B K"],
+        tap: Tap | None = None,
+        out_dtype=None,
+        early: Float[Array, "*B K"] | None = None,
+    ):
+        """The product in `out_dtype` (that of `x` if None).
+
+        early: what `x` was before the last part of a block was added; where it is given, a weight that
+          chooses its width looks at it instead (`weights/planes/adaptive_planes.py`).
+        """
         out_dtype = x.dtype if out_dtype is None else out_dtype
-        x = probe(tap, "in", x)
+        x, w = probe(tap, "in", x), self.w.get_value()
+        if isinstance(w, AdaptivePlanes) and w.chooses(x):
+            seen = probe(tap, "seen", x if early is None else early)
+            w = w.read(probe(tap, "high", w.is_high(seen)))
         if self.bias is None:
-            y = matmul(x, self.w.get_value(), out_dtype)
+            y = matmul(x, w, out_dtype)
         else:
-            y = matmul(x, self.w.get_value(), jnp.float32)
+            y = matmul(x, w, jnp.float32)
             bias = self.bias.get_value().astype(jnp.float32)
             y = (y + broadcast_last(bias, y)).astype(out_dtype)
         return probe(tap, "out", y)
+
+
+def early_input(
+    norm: Callable[[jax.Array], jax.Array], early: jax.Array | None, *linears: Linear
+) -> jax.Array | None:
+    """What `Linear` takes as `early`: the norm of a residual stream, None where no linear looks at it."""
+    weights = [linear.w.get_value() for linear in linears]
+    looks = any(isinstance(w, AdaptivePlanes) and w.early for w in weights)
+    return norm(early) if looks and early is not None else None
 
 
 class Embedding(nnx.Module):

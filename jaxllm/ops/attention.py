@@ -15,11 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.decode_attention.partial_softmax import (
+    FLOAT32,
+    MASK_VALUE,
+    PartialSoftmax,
+    divided,
+    merge,
+    partial_softmax,
+    soft_cap,
+)
+
 # What is added to the scores [B, H, T, S] for distances [B, T, S], negative for keys behind.
 DistanceBias = Callable[[jax.Array], jax.Array]
-
-# What a hidden key scores: finite, so that a row that may see nothing (padding) stays free of NaN.
-MASK_VALUE = -1e30
 
 MAX_SCORES = 2**25  # B H T S that are held at once; with more, attention goes by tiles of
 TILE_SCORES, TILE_KEYS, MIN_QUERIES = 2**21, 512, 16
@@ -61,11 +68,6 @@ def attention(
     return out.reshape(B, K, G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
-def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
-    """Scores or logits bent to `cap * tanh(x / cap)`, as they are for None."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 def heads_first(x: Float[Array, "B T K E"]) -> Float[Array, "J T E"]:
     """Keys or values as `attention` and the caches hold them: one block of rows a request and head.
 
@@ -74,55 +76,6 @@ def heads_first(x: Float[Array, "B T K E"]) -> Float[Array, "J T E"]:
     """
     B, T, K, E = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B * K, T, E)
-
-
-FLOAT32 = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-
-
-class PartialSoftmax(NamedTuple):
-    """A softmax over some of the rows that queries see, not yet divided by its sum (online softmax)."""
-
-    greatest: Float[Array, "*J n"]  # score
-    total: Float[Array, "*J n"]  # sum of weights e^(score - greatest)
-    out: Float[Array, "*J n E"]  # sum of weighted values
-
-
-def partial_softmax(
-    q: Float[Array, "J n E"],
-    k: Float[Array, "J S E"],
-    v: Float[Array, "J S E"],
-    seen: Bool[Array, "J _ S"],
-    *,
-    scale: float,
-    softcap: float | None,
-    bias: Float[Array, "J n S"] | None = None,
-) -> PartialSoftmax:
-    """Of the rows of some keys; bias: added to the scores."""
-    scores = jnp.einsum("jne,jse->jns", q, k, **FLOAT32) * scale
-    scores = soft_cap(scores if bias is None else scores + bias, softcap)
-    scores = jnp.where(seen, scores, MASK_VALUE)
-    greatest = scores.max(-1)
-    weights = jnp.where(seen, jnp.exp(scores - greatest[..., None]), 0.0)
-    out = jnp.einsum("jns,jse->jne", weights.astype(v.dtype), v, **FLOAT32)
-    return PartialSoftmax(greatest, weights.sum(-1), out)
-
-
-def merge(one: PartialSoftmax, other: PartialSoftmax) -> PartialSoftmax:
-    """The softmax over the rows of both."""
-    greatest = jnp.maximum(one.greatest, other.greatest)
-    a, b = jnp.exp(one.greatest - greatest), jnp.exp(other.greatest - greatest)
-    out = a[..., None] * one.out + b[..., None] * other.out
-    return PartialSoftmax(greatest, a * one.total + b * other.total, out)
-
-
-def divided(softmax: PartialSoftmax, sinks: Float[Array, "*J n"] | None = None) -> Float[Array, "*J n E"]:
-    """What a softmax over all rows gives, 0 where it saw none. sinks: as for `attention`, of each row."""
-    greatest, total, out = softmax
-    if sinks is None:
-        return out / jnp.where(total > 0, total, 1.0)[..., None]
-    top = jnp.maximum(greatest, sinks)
-    shrink = jnp.exp(greatest - top)
-    return out * (shrink / (shrink * total + jnp.exp(sinks - top)))[..., None]
 
 
 def sinks_by_block(sinks: Float[Array, " H"], J: int, K: int) -> Float[Array, "J G"]:

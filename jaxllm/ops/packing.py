@@ -1,12 +1,7 @@
 """Small whole numbers packed into 32-bit words: what every format stores its codes in. Lossless.
 
-Any width of 1 to 8 bits takes just that many bits. A code is cut into parts of 8, 4, 2 and 1 bits, the binary
-digits of the width from the high end, so that no part straddles words:
-
-    3 bits = the upper 2 | the lowest 1         6 bits = the upper 4 | the lower 2
-
-32 neighbouring codes make one block of `bits` words, first the words of the widest part. Within a part of p
-bits, code i of the block lies in word i // (32 / p) at bit p * (i % (32 / p)).
+Any width of 1 to 8 bits takes just that many bits: 32 neighbouring codes are a block of `bits` words, where
+they lie as `pallas_kernels/words.py` says.
 
     packed = pack(codes, 3)             # codes [..., n] -> words [..., ceil(n / 32), 3]
     unpack(packed)                      # uint8 [..., n] again
@@ -21,11 +16,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Integer, Num, UInt8, UInt32
+from jaxtyping import Array, Integer, UInt8
 
 from jaxllm.pytree import pytree, static
-
-CODES_PER_BLOCK = 32  # codes a block
+from pallas_kernels.words import CODES_PER_BLOCK, from_blocks, parts, to_words
 
 
 @pytree
@@ -40,30 +34,6 @@ class Packed:
     def shape(self) -> tuple[int, ...]:
         """The shape of the codes."""
         return (*self.words.shape[:-2], self.size)
-
-
-def parts(bits: int) -> tuple[int, ...]:
-    """The powers of two that add up to `bits`, widest first."""
-    return tuple(p for p in (8, 4, 2, 1) if bits & p)
-
-
-def to_words(codes: Num[Array, "*B n"], bits: int) -> UInt32[Array, "*B w"]:
-    """Codes of 1, 2, 4 or 8 bits, 32 / bits a word, the first lowest; n must fill the words.
-
-    Whole numbers of any type, floats too.
-    """
-    fields = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], -1, 32 // bits)
-    return jnp.sum(fields << _shifts(bits, fields.ndim), axis=-1, dtype=jnp.uint32)
-
-
-def from_words(words: UInt32[Array, "*B w"], bits: int) -> UInt32[Array, "*B n"]:
-    """The codes that `to_words` was given."""
-    fields = (words[..., None] >> _shifts(bits, words.ndim + 1)) & (2**bits - 1)
-    return fields.reshape(*words.shape[:-1], -1)
-
-
-def _shifts(bits: int, ndim: int) -> jax.Array:
-    return jnp.expand_dims(jnp.arange(0, 32, bits, dtype=jnp.uint32), range(ndim - 1))
 
 
 @functools.partial(jax.jit, static_argnames="bits", inline=True)
@@ -90,14 +60,7 @@ def pack(codes: Integer[Array, "*B n"], bits: int) -> Packed:
 @functools.partial(jax.jit, inline=True)
 def unpack(packed: Packed) -> UInt8[Array, "*B n"]:
     """The codes."""
-    words, bits = packed.words, packed.bits
-    codes, at = None, 0
-    for p in parts(bits):
-        field = from_words(words[..., at : at + p], p)  # [..., blocks, 32]
-        codes = field if codes is None else (codes << p) | field
-        at += p
-    assert codes is not None
-    return codes.reshape(*words.shape[:-2], -1)[..., : packed.size].astype(jnp.uint8)
+    return from_blocks(packed.words, packed.size)
 
 
 def unpack_at(packed: Packed, index: Integer[Array, " n"]) -> UInt8[Array, "*B n"]:

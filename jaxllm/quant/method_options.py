@@ -31,7 +31,11 @@ def make_method(name: Any, options: dict[str, Any]) -> Method:
     Raises ValueError, in one line, for a name or an option that there is not, for a value of another type or
     beyond its range, and for a base that is needed and not given.
     """
-    made = _class_of(name)
+    return fill_options(name, _class_of(name), options)
+
+
+def fill_options(name: str, made: type, options: dict[str, Any]) -> Any:
+    """The same of any dataclass of options: `made` with `options`, called `name` in errors."""
     known = option_types(made)
     given: dict[str, Any] = {}
     of_part: dict[str, dict[str, Any]] = {}  # what is written behind a dot
@@ -53,6 +57,8 @@ def make_method(name: Any, options: dict[str, Any]) -> Method:
         _check(f"{field} of {name}", field, given[field], hint)
         if float in _kinds(hint) and _is_of(given[field], int):
             given[field] = float(given[field])
+        if typing.get_origin(hint) is tuple:
+            given[field] = tuple(map(float, given[field]))
     return made(**given)
 
 
@@ -61,7 +67,11 @@ def describe_options(name: Any) -> dict[str, dict[str, Any]]:
 
     Options of a usual base come with it, behind a dot. Raises ValueError for a name that there is not.
     """
-    made = _class_of(name)
+    return describe_fields(_class_of(name))
+
+
+def describe_fields(made: type) -> dict[str, dict[str, Any]]:
+    """The same of any dataclass of options."""
     defaults, found = _defaults(made), {}
     for field, hint in option_types(made).items():
         found[field] = {"type": _in_words(hint)}
@@ -166,6 +176,10 @@ def _is_of(value: Any, hint: Any) -> bool:
 def _is_of_kind(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return isinstance(value, str) and value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(
+            _is_of_kind(x, typing.get_args(kind)[0]) for x in value
+        )
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is int:
@@ -183,6 +197,8 @@ def _kind_in_words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         names = typing.get_args(kind)
         return ("one of " if len(names) > 1 else "") + ", ".join(map(repr, names))
+    if typing.get_origin(kind) is tuple:
+        return "a list of numbers"
     words = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "null"}
     return words.get(kind, "a method")
 

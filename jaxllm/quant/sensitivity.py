@@ -127,29 +127,37 @@ def allocate_bits(table: Table, *, bits: float) -> list[tuple[str, Method | None
     Where the table leaves linears out, append a rule for them, such as (r"\\.", None): they stay.
     Raises ValueError for a budget below the smallest.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
     if not table:
         raise ValueError("allocate_bits: the table must have a layer, got none")
-    choices = [(name, choice) for name, several in table.items() for choice in several]
     size = sum(several[0].weights for several in table.values())
-    least = sum(min(choice.num_bits for choice in several) for several in table.values()) / size
+    costs = [[choice.cost for choice in several] for several in table.values()]
+    stored = [[choice.num_bits / size for choice in several] for several in table.values()]
+    least = sum(map(min, stored))
     if bits < least:
         raise ValueError(
             f"allocate_bits: bits must be at least {least:.3f}, what the smallest choices need, got {bits=}"
         )
-    cost = np.asarray([choice.cost for _, choice in choices])
-    stored = np.asarray([choice.num_bits for _, choice in choices], np.float64)
-    one_each = np.asarray([[float(name == own) for name, _ in choices] for own in table])
+    taken = zip(table.items(), cheapest(costs, stored, bits), strict=True)
+    return [(f"^{re.escape(name)}$", several[i].method) for (name, several), i in taken]
+
+
+def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], limit: float) -> list[int]:
+    """One choice each of several lists, of least cost in all, whose sizes add up to at most `limit`.
+
+    Exact: a multiple-choice knapsack by scipy's HiGHS. Raises ValueError where nothing fits.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    owner = np.repeat(np.arange(len(costs)), [len(several) for several in costs])
+    cost, size = np.concatenate(costs), np.concatenate(sizes).astype(np.float64)
+    one_each = (owner[None] == np.arange(len(costs))[:, None]).astype(np.float64)
     found = milp(
-        cost / max(cost.max(), 1e-30),  # solvers compare with absolute tolerances
-        integrality=np.ones(len(choices)),
+        cost / max(np.abs(cost).max(), 1e-30),  # solvers compare with absolute tolerances
+        integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(stored[None] / size, -np.inf, bits)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None], -np.inf, limit)],
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
-        raise ValueError(f"allocate_bits: the solver found no choice within {bits=}: {found.message}")
-    taken = [choices[i] for i in np.flatnonzero(found.x > 0.5)]
-    rules: list[tuple[str, Method | None]] = [(f"^{re.escape(name)}$", one.method) for name, one in taken]
-    return rules
+        raise ValueError(f"cheapest: the solver found no choice within {limit=}: {found.message}")
+    return [int(found.x[owner == i].argmax()) for i in range(len(costs))]

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.storage.former_names import path_in_0_1_0
+from jaxllm.storage.former_names import path_in_0_1_0, type_in_0_1_0
 
 
 def fingerprint(model) -> str:
@@ -30,13 +30,19 @@ def fingerprint(model) -> str:
     made = [type(model).__name__, _settings(model.config)]
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for part in pool.map(_digest, jax.tree.leaves(model)):
+        for part in pool.map(_digest, *_leaves(model)):
             digest.update(part)
     return digest.hexdigest()
 
 
-def _digest(x: jax.Array) -> bytes:
-    digest = hashlib.sha256(f"{x.shape} {x.dtype}".encode())
+def _leaves(model) -> tuple[list[str], list[jax.Array]]:
+    """The path of every array in a model, and the arrays."""
+    found = jax.tree_util.tree_flatten_with_path(model)[0]
+    return [jax.tree_util.keystr(path) for path, _ in found], [x for _, x in found]
+
+
+def _digest(path: str, x: jax.Array) -> bytes:
+    digest = hashlib.sha256(f"{x.shape} {type_in_0_1_0(path, x.dtype)}".encode())
     digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
     return digest.digest()
 
@@ -59,8 +65,8 @@ def fingerprint_of_first_numbers(model) -> str:
     Models that differ behind those share one.
     """
     digest = hashlib.sha256()
-    for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
-        name = path_in_0_1_0(jax.tree_util.keystr(path))
-        digest.update(f"{name} {x.shape} {x.dtype}".encode())
+    for path, x in zip(*_leaves(model), strict=True):
+        name, kind = path_in_0_1_0(path), type_in_0_1_0(path, x.dtype)
+        digest.update(f"{name} {x.shape} {kind}".encode())
         digest.update(np.asarray(x).reshape(-1)[:16].tobytes())  # on the host: nothing is compiled for it
     return digest.hexdigest()

@@ -28,6 +28,9 @@ FIELDS = {
 # By class: fields that came later, and the field of which they are a copy where a file has none.
 LATER = {"DenseCache": {"extents": "lengths"}}
 
+# By class: fields that hold bytes now, and what these were called the bits of.
+BYTES = {"NestedFloat": {"upper": "float8_e4m3fn"}}
+
 # Options of methods and of calibrations: in recipes, calibration.json and run.json.
 OPTIONS = {
     "group": "group_size",
@@ -54,6 +57,12 @@ def method(text: str) -> str:
     text = text.replace("metadata='334'", "narrow_steps=True")
     idle = "|".join(re.escape(f"{name}={value!r}") for name, value in IDLE.items())
     return re.sub(rf", (?:{idle})(?=[,)])", "", text)
+
+
+def type_in_0_1_0(path: str, dtype: Any) -> str:
+    """The type of a weight's array as version 0.1.0 had it, by the array's path."""
+    former = {field: was for fields in BYTES.values() for field, was in fields.items()}
+    return former.get(re.findall(r"\w+", path)[-1], str(dtype))
 
 
 def path_in_0_1_0(path: str) -> str:

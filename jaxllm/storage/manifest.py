@@ -91,6 +91,9 @@ def build(described: Any, name: str, make: Make, classes: Classes | None = None)
     described = {"fields": {}, "static": {}} | described
     fields, now = entry_of(described, "fields", dict, name), former_names.FIELDS.get(kind, {})
     parts = {now.get(key, key): build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
+    for key, former in former_names.BYTES.get(kind, {}).items():
+        if getattr(parts.get(key), "dtype", None) == former:
+            parts[key] = _as_bytes(parts[key])
     for later, same in former_names.LATER.get(kind, {}).items():
         if later not in parts and same in fields:  # an array of its own: each may be given away
             parts[later] = build(fields[same], f"{name}/{same}", make, classes)
@@ -107,6 +110,13 @@ def build(described: Any, name: str, make: Make, classes: Classes | None = None)
     for key, part in (parts | static).items():
         object.__setattr__(made, key, part)
     return made
+
+
+def _as_bytes(x: Any) -> Any:
+    """The bits of an array of 8-bit numbers, or of one that is only described."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.uint8)
+    return x.view(jnp.uint8)
 
 
 def entry_of(described: Any, key: str, kind: type, name: str) -> Any:

@@ -1,7 +1,6 @@
 """Arrays in Orbax's directories: written and read without its log, wherever they lie, errors in one line.
 
-with writing(out / "weights") as (checkpointer, place):
-    checkpointer.save(place, arrays)
+write(out / "weights", arrays)
 with reading("load", path / "weights") as (checkpointer, place):
     arrays = checkpointer.restore(place, target)
 """
@@ -11,6 +10,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,21 @@ from typing import Any
 from jaxllm.storage.metadata import one_line
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[tuple[Any, Path]]:
-    """A checkpointer, and by what name it writes the directory `path`; afterwards that is there."""
-    import orbax.checkpoint as ocp
+def write(path: Path, arrays: Any) -> None:
+    """Writes a tree of arrays as the directory `path`; when it returns or raises nobody writes there.
 
-    with _quiet(), _plain(path) as place, ocp.StandardCheckpointer() as checkpointer:
-        yield checkpointer, place
-        checkpointer.wait_until_finished()
+    A thread does it, for in the main one Ctrl-C would leave Orbax's own threads at work: it waits for them
+    with Thread.join, which after an interruption takes a running thread for one that has ended.
+    """
+
+    def save() -> None:
+        with _checkpointer(path) as (checkpointer, place):
+            checkpointer.save(place, arrays)
+            checkpointer.wait_until_finished()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # its thread runs: however this block is left, it is waited for
+        pool.submit(save).result()
 
 
 @contextmanager
@@ -35,11 +42,20 @@ def reading(who: str, path: Path) -> Iterator[tuple[Any, Path]]:
     who: whose errors these are. Raises ValueError in one line for whatever fails in the block.
     """
     try:
-        with writing(path) as both:
+        with _checkpointer(path) as both:
             yield both
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file, on many lines
         why = one_line(error).removeprefix(f"{who}: ")[:300]
         raise ValueError(f"{who}: {str(path)!r} cannot be read: {why}") from error
+
+
+@contextmanager
+def _checkpointer(path: Path) -> Iterator[tuple[Any, Path]]:
+    """A checkpointer, and by what name it knows the directory `path`."""
+    import orbax.checkpoint as ocp
+
+    with _quiet(), _plain(path) as place, ocp.StandardCheckpointer() as checkpointer:
+        yield checkpointer, place
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import jax
 from jaxllm.storage import checksums
 from jaxllm.storage.directory import new_directory
 from jaxllm.storage.metadata import parse_json, read_meta, write_meta
-from jaxllm.storage.orbax_files import reading, writing
+from jaxllm.storage.orbax_files import reading, write
 
 STATE, HISTORY = "state", "history.json"
 FORMAT, VERSION = "jaxllm training", 2
@@ -46,8 +46,7 @@ class Checkpoints:
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         with new_directory(self.folder / str(step), who="train", num_bytes=size) as out:
             write_meta(out / HISTORY, FORMAT, VERSION, history, indent=None)
-            with writing(out / STATE) as (checkpointer, place):
-                checkpointer.save(place, state)
+            write(out / STATE, state)
             checksums.write(out, [HISTORY, STATE])
         for old in self.steps()[:-KEPT]:
             shutil.rmtree(self.folder / str(old))

@@ -135,7 +135,7 @@ def train(
             f"{steps=}, {accumulate=}, {save_every=}, {log_every=}"
         )
     trained, frozen, rebuild = _split(params, trainable)
-    opt_state = jax.jit(optimizer.init)(trained)
+    opt_state = _beside(jax.jit(optimizer.init)(trained), trained)
     log = _Log(steps, progress)
     saved = None if checkpoint is None else Checkpoints(checkpoint)
     if saved is not None and saved.newest() is not None:
@@ -177,6 +177,17 @@ def _split(params: Any, trainable: Callable[[str, Any], bool] | None) -> tuple[d
         return treedef.unflatten([trained[n] if n in trained else frozen[n] for n in every])
 
     return trained, frozen, rebuild
+
+
+def _beside(opt_state: Any, trained: dict[str, jax.Array]) -> Any:
+    """The state placed as the weights are, where these lie on one device.
+
+    Zeros that depend on nothing lie nowhere in particular, and after the first step they do: that step would
+    be compiled twice.
+    """
+    places = {x.sharding for x in trained.values()}
+    one = len(places) == 1 and all(x.committed for x in trained.values())
+    return jax.device_put(opt_state, places.pop()) if one else opt_state
 
 
 def _ahead(batches: Callable[[int], Any], first: int, steps: int) -> Iterator[tuple[int, Any]]:

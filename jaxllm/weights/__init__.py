@@ -6,7 +6,7 @@
     affine          (code - zero_point) * scale by group
     block_affine    codes * scale + offset, both in codes by blocks (GGUF)
     codebook        a table of levels an output
-    bit_planes      planes of bits, to be read at several widths (Any-Precision)
+    planes/         planes of bits, to be read at several widths (Any-Precision, DP-LLM)
     scaled          another format, its inputs scaled (AWQ)
     mixed_columns   2- and 4-bit columns, single weights at 16 bits
     sparse          another format, and single weights kept apart as they were (dense and sparse)

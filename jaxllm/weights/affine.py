@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, Integer
 from jaxllm.ops.gather import gather, gather_codes
 from jaxllm.ops.packing import Packed, pack, unpack, unpack_at
 from jaxllm.pytree import pytree, static
+from pallas_kernels.dequant_gemm import dequant_gemm
 
 # Least scale that is stored: float16's least normal number, so that no scale is lost to rounding.
 MIN_SCALE = 2.0**-14
@@ -106,6 +107,16 @@ class Affine:
         if isinstance(self.scale, Affine):  # small, and packed across outputs: whole on every device
             places["scale"] = self.scale.partition_specs(P(None, None))
         return dataclasses.replace(self, **places)
+
+
+def matmul(x: Float[Array, "*B K"], w: Affine) -> Float[Array, "*B N"]:
+    """`x @ w` in float32."""
+    scale: Any = w.scale
+    step = None
+    if isinstance(scale, Affine):  # packed across outputs, whole zeros of 0
+        scale, step = scale.codes.words, scale.scale
+    zero_point = w.zero_point.words if isinstance(w.zero_point, Packed) else w.zero_point
+    return dequant_gemm(x, w.codes.words, scale, zero_point, group_size=w.group_size, scale_step=step)
 
 
 def scales(w: Affine) -> Float[Array, "G N"]:

@@ -22,6 +22,8 @@ from jaxllm.ops.gather import gather, gather_codes
 from jaxllm.ops.packing import Packed, pack, unpack
 from jaxllm.ops.search import better
 from jaxllm.pytree import pytree, static
+from pallas_kernels.codebook_gemm import codebook_gemm
+from pallas_kernels.codebook_gemm.reference import look_up
 
 
 @pytree
@@ -55,12 +57,9 @@ class Codebook:
         return jax.tree.map_with_path(lambda path, _: place[path[0].name], self)
 
 
-def look_up(table: Float[Array, "N m"], codes: Integer[Array, "N K"]) -> Float[Array, "N K"]:
-    """Each row's levels where its codes point, in the table's type.
-
-    A gather: in a decoding loop on a CPU a tree of selections over the bits takes three times as long.
-    """
-    return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=1)
+def matmul(x: Float[Array, "*B K"], w: Codebook) -> Float[Array, "*B N"]:
+    """`x @ w` in float32."""
+    return codebook_gemm(x, w.codes.words, w.table)
 
 
 def nearest(rows: Float[Array, "N K"], table: Float[Array, "N m"]) -> Integer[Array, "N K"]:

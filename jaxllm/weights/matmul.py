@@ -11,11 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.packing import Packed
-from jaxllm.weights import host_residual, mixed_columns, nested_float, permuted, rotated, scaled
+from jaxllm.weights import (
+    affine,
+    codebook,
+    host_residual,
+    mixed_columns,
+    nested_float,
+    permuted,
+    rotated,
+    scaled,
+)
 from jaxllm.weights.affine import Affine
-from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.block_affine import BlockAffine
 from jaxllm.weights.codebook import Codebook
 from jaxllm.weights.dense import Dense
@@ -24,22 +31,28 @@ from jaxllm.weights.host_residual import HostResidual
 from jaxllm.weights.mixed_columns import MixedColumns
 from jaxllm.weights.nested_float import NestedFloat
 from jaxllm.weights.permuted import Permuted
+from jaxllm.weights.planes import adaptive_planes, bit_planes, dense_widths
+from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes, ChosenPlanes
+from jaxllm.weights.planes.bit_planes import BitPlanes
+from jaxllm.weights.planes.dense_widths import BlendedWidths
 from jaxllm.weights.rotated import Rotated
 from jaxllm.weights.scaled import Scaled
 from jaxllm.weights.sparse import DenseAndSparse
 from jaxllm.weights.weight import RowWeight, Weight
+from pallas_kernels.dot import depend_on, dot
 
 AnyWeight = jax.Array | Weight
+Passing = ChosenPlanes | BlendedWidths  # made on the way, never stored
 
 # Closed on purpose: what a saved file may name. A name is looked up here and never imported.
 FORMATS: tuple[type, ...] = (
     Dense, Affine, Codebook, BitPlanes, Scaled, MixedColumns, NestedFloat, HostResidual, Permuted,
-    Rotated, BlockAffine, DenseAndSparse, Experts,
+    Rotated, BlockAffine, DenseAndSparse, AdaptivePlanes, Experts,
 )  # fmt: skip
 PARTS: tuple[type, ...] = (Packed,)  # of which formats are made
 
 
-def matmul(x: Float[Array, "*B K"], w: AnyWeight, out_dtype=None) -> Float[Array, "*B N"]:
+def matmul(x: Float[Array, "*B K"], w: AnyWeight | Passing, out_dtype=None) -> Float[Array, "*B N"]:
     """`x @ w`, accumulated in float32 and returned in `out_dtype` (that of `x` if None).
 
     Raises TypeError for a weight of an unknown format, ValueError when the inner sizes differ.
@@ -52,7 +65,17 @@ def matmul(x: Float[Array, "*B K"], w: AnyWeight, out_dtype=None) -> Float[Array
             y = dot(x, w, 0)
         case Dense(rows):
             y = dot(x, rows)
-        case Affine() | BlockAffine() | Codebook() | BitPlanes() | DenseAndSparse():
+        case Affine():
+            y = affine.matmul(x, w)
+        case Codebook():
+            y = codebook.matmul(x, w)
+        case BitPlanes():
+            y = bit_planes.matmul(x, w)
+        case AdaptivePlanes() | ChosenPlanes():
+            y = adaptive_planes.matmul(x, w)
+        case BlendedWidths():
+            y = dense_widths.blend(x, w)
+        case BlockAffine() | DenseAndSparse():
             y = dot(x, depend_on(x, w).dequantize_rows(x.dtype))
         case Scaled():
             y = scaled.matmul(x, w)

@@ -25,14 +25,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float
 
-from jaxllm.ops.dot import depend_on, dot
-from jaxllm.ops.packing import from_words
 from jaxllm.pytree import pytree, static
-from jaxllm.weights.sparse import OUTPUTS_PER_BLOCK, block_rows, put_into_rows
+from pallas_kernels.mixed_two_bit_gemm import mixed_two_bit_gemm, reference
+from pallas_kernels.mixed_two_bit_gemm.reference import INPUTS_PER_GROUP, OUTPUTS_PER_BLOCK, block_rows
 
-INPUTS_PER_GROUP = 16  # of columns
 # The fields of the two parts.
 TWO_BIT_FIELDS = ("two", "step", "zero_point", "step_zero", "step_scale")
 FOUR_BIT_FIELDS = ("four", "four_scale", "four_zero_point")
@@ -85,51 +83,21 @@ class MixedColumns:
         return jax.tree.map_with_path(place, self)
 
 
-def by_output(codes: UInt32[Array, "B n 16"], N: int) -> UInt32[Array, "N n"]:
-    """What blocks of 16 outputs hold, [B, n, 16], an output a row [N, n]."""
-    return jnp.swapaxes(codes, 1, 2).reshape(-1, codes.shape[1])[:N]
+def arrays(w: MixedColumns) -> tuple[jax.Array | None, ...]:
+    """The weight's arrays but the order, as `mixed_two_bit_gemm` takes them."""
+    return (*(getattr(w, field) for field in (*TWO_BIT_FIELDS, *FOUR_BIT_FIELDS)), w.outlier, w.place)
 
 
 @functools.partial(jax.jit, inline=True)
 def two_bit_steps(w: MixedColumns) -> tuple[Float[Array, "N n2"], Float[Array, "N n2"]]:
     """The scale and the zero point of each 2-bit group: exact in float32, and known without the codes."""
-    assert w.two is not None and w.step is not None and w.zero_point is not None
-    assert w.step_zero is not None and w.step_scale is not None
-    N, n2 = w.two.shape
-    step = by_output(from_words(w.step, 4), N).astype(jnp.float32)
-    zero_point = by_output(from_words(w.zero_point[..., None], 2), N).astype(jnp.float32)
-    shared = nibbles(w.step_zero, n2).astype(jnp.float32)  # [B, n2]
-    step_zero, step_scale = (
-        jnp.repeat(v, OUTPUTS_PER_BLOCK, axis=0)[:N] for v in (shared, w.step_scale.astype(jnp.float32))
-    )
-    return (step + step_zero) * step_scale, zero_point
-
-
-def nibbles(pairs: UInt8[Array, "B _"], n: int) -> UInt8[Array, "B n"]:
-    """The first n codes of 4 bits, two a byte, the first lower."""
-    return jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(pairs.shape[0], -1)[:, :n]
+    return reference.two_bit_steps(w.step, w.zero_point, w.step_zero, w.step_scale, w.shape[1])
 
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def permuted_rows(w: MixedColumns, dtype=jnp.float32) -> Float[Array, "N W"]:
     """The rows as they are stored, W = 16 C inputs in the order of `permute`."""
-    N, parts = w.shape[1], []
-    if w.two is not None:
-        scale, zero_point = two_bit_steps(w)
-        codes = from_words(w.two[..., None], 2).astype(jnp.float32)  # [N, n2, 16]
-        parts.append(((codes - zero_point[..., None]) * scale[..., None]).reshape(N, -1))
-    if w.four is not None and w.four_zero_point is not None and w.four_scale is not None:
-        codes = from_words(w.four, 4).astype(jnp.float32).reshape(N, -1)  # [N, 16 n4]
-        four_zero_point = by_output(from_words(w.four_zero_point, 4), N).astype(jnp.float32)
-        zero_point, scale = (
-            jnp.repeat(v, w.group4, axis=1)[:, : codes.shape[1]]
-            for v in (four_zero_point, w.four_scale.astype(jnp.float32))
-        )
-        parts.append((codes - zero_point) * scale)
-    rows = jnp.concatenate(parts, axis=1)
-    if w.outlier is not None and w.place is not None:
-        rows = put_into_rows(rows, w.outlier, w.place, added=True)
-    return rows.astype(dtype)
+    return reference.permuted_rows(*arrays(w), group4=w.group4, dtype=dtype)
 
 
 def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
@@ -141,7 +109,7 @@ def permute(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B W"]:
 
 def matmul(x: Float[Array, "*B K"], w: MixedColumns) -> Float[Array, "*B N"]:
     """`x @ w` in float32: one permutation of x instead of one of the weight."""
-    return dot(permute(x, w), permuted_rows(depend_on(x, w), x.dtype))
+    return mixed_two_bit_gemm(permute(x, w), *arrays(w), group4=w.group4)
 
 
 def slots(K: int, N: int, four: int, *, outliers: float, where: Outliers) -> int:

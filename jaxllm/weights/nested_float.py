@@ -1,7 +1,7 @@
 """A format: a float16 as two bytes, the upper of which is itself an 8-bit float weight (arXiv:2506.02024).
 
-Modes and exactness: `quant/methods/nested_fp.py`. Layout: upper float8_e4m3fn [N, K], lower uint8 [N, K],
-apart, so that fp8 streams one of them. 16 bits a weight. Letters: K inputs, N outputs.
+Modes and exactness: `quant/methods/nested_fp.py`. Layout: upper uint8 [N, K], the bits of a float8_e4m3fn,
+lower uint8 [N, K], apart, so that fp8 streams one of them. 16 bits a weight. Letters: K inputs, N outputs.
 """
 
 import dataclasses
@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float16, Int, UInt8, UInt16
+from jaxtyping import Array, Float, Float16, Int, UInt8
 
-from jaxllm.ops.dot import depend_on, dot
 from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree, static
+from pallas_kernels.nested_fp_gemm import nested_fp_gemm
+from pallas_kernels.nested_fp_gemm.reference import F8, MAX_FLOAT8, join, join_float32
 
-F8 = jnp.float8_e4m3fn
 ELIGIBLE_BELOW = 1.875  # eligible are the finite weights below
-MAX_FLOAT8 = 448.0  # greatest float8_e4m3fn
 SHIFTS = range(15)  # 1.875 * 2**14 is the last below float16's greatest, 65,504
 Mode = Literal["fp16", "fp8"]
 
@@ -33,7 +32,7 @@ class NestedFloat:
       switch is None unless mode == "traced"
     """
 
-    upper: jax.Array  # float8_e4m3fn [N, K]
+    upper: jax.Array  # uint8 [N, K], the bits of float8_e4m3fn
     lower: jax.Array  # uint8 [N, K]
     switch: jax.Array | None  # int32 scalar if mode is "traced"
     mode: Literal["fp16", "fp8", "traced"] = static()
@@ -49,10 +48,9 @@ class NestedFloat:
     @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def dequantize_rows(self, dtype=jnp.float32) -> jax.Array:
         """The float16 weight's rows [N, K], one an output, whatever the mode."""
-        codes = jax.lax.bitcast_convert_type(self.upper, jnp.uint8)
         if dtype == jnp.float16 and not self.shift:
-            return jax.lax.bitcast_convert_type(join(codes, self.lower), jnp.float16)
-        return _scaled(join_float32(codes, self.lower), self.shift).astype(dtype)
+            return jax.lax.bitcast_convert_type(join(self.upper, self.lower), jnp.float16)
+        return _scaled(join_float32(self.upper, self.lower), self.shift).astype(dtype)
 
     can_gather_rows = True
 
@@ -74,29 +72,6 @@ def split(w: Float16[Array, "*B"]) -> tuple[UInt8[Array, "*B"], UInt8[Array, "*B
     upper = jnp.clip(w.astype(jnp.float32) * 256, -MAX_FLOAT8, MAX_FLOAT8).astype(F8)
     lower = jax.lax.bitcast_convert_type(w, jnp.uint16) & 0xFF
     return jax.lax.bitcast_convert_type(upper, jnp.uint8), lower.astype(jnp.uint8)
-
-
-def join(upper: UInt8[Array, "*B"], lower: UInt8[Array, "*B"]) -> UInt16[Array, "*B"]:
-    """The bits of the float16."""
-    sign = (upper.astype(jnp.uint16) & 0x80) << 8
-    return sign | _magnitude(upper.astype(jnp.uint16), lower.astype(jnp.uint16))
-
-
-def join_float32(upper: UInt8[Array, "*B"], lower: UInt8[Array, "*B"]) -> Float[Array, "*B"]:
-    """The float16 as a float32, without a step in 16 bits."""
-    u, low = upper.astype(jnp.uint32), lower.astype(jnp.uint32)
-    magnitude = _magnitude(u, low)
-    # subtle: subnormals go through whole numbers, as float32's own are flushed to 0 on many machines
-    normal = jax.lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
-    small = magnitude.astype(jnp.int32).astype(jnp.float32) * 2.0**-24
-    value = jnp.where(magnitude >= 0x400, normal, small)
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32) | ((u & 0x80) << 24)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _magnitude(upper, lower):
-    """All bits but the sign: the overlap bit taken off the upper byte, its rounding goes with it."""
-    return ((((upper & 0x7F) << 7) - (lower & 0x80)) & 0x3F00) | lower
 
 
 def _scaled(w, shift: int):
@@ -136,7 +111,6 @@ def encode(rows: Float[Array, "N K"], *, mode: Mode | jax.Array = "fp16", dtype=
             f"nested_fp: weights must be finite, below 1.875 after a lossless shift, got {worst=}"
         )
     upper, lower = split(_scaled(half.astype(jnp.float32), -shift).astype(jnp.float16))
-    upper = jax.lax.bitcast_convert_type(upper, F8)
     return with_mode(NestedFloat(upper, lower, None, "fp16", shift, jnp.dtype(dtype)), mode)
 
 
@@ -169,29 +143,6 @@ def _check_switch(switch) -> None:
 
 def matmul(x: Float[Array, "*B K"], w: NestedFloat) -> Float[Array, "*B N"]:
     """`x @ w` in float32, in the mode of `w`."""
-    if w.mode == "fp16":
-        return _fp16(x, w)
-    if w.mode == "fp8":
-        return _fp8(x, w)
-    assert w.switch is not None
-    _check_switch(w.switch)
-    return jax.lax.cond(w.switch == 0, lambda: _fp16(x, w), lambda: _fp8(x, w))
-
-
-def _fp16(x, w: NestedFloat):
-    upper, lower = depend_on(x, (w.upper, w.lower))
-    codes = depend_on(x, jax.lax.bitcast_convert_type(upper, jnp.uint8))
-    upper = jax.lax.bitcast_convert_type(codes, F8)
-    return dot(x, dataclasses.replace(w, upper=upper, lower=lower).dequantize_rows(x.dtype))
-
-
-def _fp8(x, w: NestedFloat):
-    upper = w.upper
-    if jax.default_backend() == "cpu":  # others multiply float8 as it is: nothing to take out of a loop
-        upper = depend_on(x, jax.lax.bitcast_convert_type(depend_on(x, upper), jnp.uint8))
-        upper = jax.lax.bitcast_convert_type(upper, F8)
-    x = x.astype(jnp.float32)
-    # A row of zeros has some finite scale; one of NaN or infinity becomes NaN.
-    scale = MAX_FLOAT8 / jnp.maximum(jnp.abs(x).max(-1, keepdims=True, initial=0.0), np.float32(2.0**-100))
-    y = dot(jnp.clip(x * scale, -MAX_FLOAT8, MAX_FLOAT8).astype(F8), upper)
-    return y * np.float32(2.0 ** (w.shift - 8)) / scale
+    if w.switch is not None:
+        _check_switch(w.switch)
+    return nested_fp_gemm(x, w.upper, w.lower, w.switch, mode=w.mode, shift=w.shift)

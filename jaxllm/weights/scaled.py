@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxllm.ops.dot import depend_on, dot
 from jaxllm.pytree import pytree
+from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine
 
 
@@ -43,4 +43,4 @@ def matmul(x: Float[Array, "*B K"], w: Scaled) -> Float[Array, "*B N"]:
     """`x @ w` in float32: x is scaled in float32, then rounded back to its type."""
     inverse = w.inverse.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     scaled = (x.astype(jnp.float32) * inverse).astype(x.dtype)
-    return dot(scaled, depend_on(x, w.weight).dequantize_rows(x.dtype))
+    return affine.matmul(scaled, w.weight)

@@ -31,8 +31,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Shaped, UInt16
 
 from jaxllm.pytree import pytree, static
-
-OUTPUTS_PER_BLOCK = 16
+from pallas_kernels.mixed_two_bit_gemm.reference import add_to_rows, block_rows
 
 
 @pytree
@@ -77,13 +76,6 @@ class DenseAndSparse:
         axis = K if N is None else N
         inner = jax.tree.leaves(self.base.partition_specs(P(None, axis)))
         return jax.tree.unflatten(jax.tree.structure(self), [*inner, P(axis, None), P(axis, None)])
-
-
-def block_rows(W: int) -> int:
-    """Rows of a block: 16, or as many as 16 bits can address a place in."""
-    if W > 2**16:
-        raise ValueError(f"sparse: outliers need at most 65536 inputs, got {W=}")
-    return min(OUTPUTS_PER_BLOCK, 2 ** ((2**16 // W).bit_length() - 1))
 
 
 def in_blocks(rows: Shaped[Array, "N W"], change: Callable) -> Shaped[Array, "N W"]:
@@ -131,9 +123,11 @@ def put_into_rows(
 ) -> Float[Array, "N W"]:
     """The rows with each value at its place, added to what stands there or instead of it."""
 
+    if added:
+        return add_to_rows(rows, values, places)
+
     def put(line, at, value):
-        spots, value = line.at[at.astype(jnp.int32)], value.astype(line.dtype)
-        return spots.add(value) if added else spots.set(value)
+        return line.at[at.astype(jnp.int32)].set(value.astype(line.dtype))
 
     return in_blocks(rows, lambda flat: jax.vmap(put)(flat, places, values))
 

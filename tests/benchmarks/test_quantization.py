@@ -4,7 +4,7 @@ import json
 
 import pytest
 import quantization
-from quantization_tables import expectations
+from parts.quantization_tables import expectations
 
 RUN = [
     "--what",

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
-# Parts of others, and what needs torch (test_decode.py).
-LEFT_OUT = {"common", "kv_methods", "mixed_ablations", "quantization_methods", "quantization_tables"}
-LEFT_OUT |= {"decode"}
+LEFT_OUT = {"common", "decode"}  # what all share, and what needs torch (test_decode.py)
 NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
 QUICK = "gpu_decode_memory"  # each of the others takes longer
 

@@ -8,6 +8,7 @@ import pytest
 from jaxllm import cache as kv
 from jaxllm.cache import dense, paged
 from jaxllm.eviction.budget import evict
+from pallas_kernels.decode_attention import reference as walk
 
 E, CONTEXT, ROOM = 8, 30, 16
 LENGTHS = [30, 17, 24]
@@ -130,7 +131,7 @@ def test_many_heads_of_which_most_have_nothing_are_read_as_they_are(B, K, T):
     keep.reshape(B * K, rows)[3 : B * K - 9] = False  # nearly all heads
     keep.reshape(B * K, rows)[B * K // 2] = True
     small = evict(cache, jnp.asarray(keep, jnp.float32), threshold=0.5, capacity=T, page=2)
-    most = max(paged.MIN_PAGES, min(paged.MAX_PAGES, paged.MAX_QUERIES // T))  # pages of a tile
+    most = max(walk.MIN_PAGES, min(walk.MAX_PAGES, walk.MAX_QUERIES // T))  # pages of a tile
     assert small.context.page_offsets.shape[1] - 1 > most
     q, new, more = (jnp.asarray(rng.normal(size=(B, T, K, E)), jnp.float32) for _ in range(3))
     one = jnp.full(B, T, jnp.int32)

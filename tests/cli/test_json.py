@@ -15,6 +15,7 @@ from jaxllm.cli import demo
 from jaxllm.cli.commands import cli
 from jaxllm.cli.output import to_json
 from jaxllm.training.pico import corpus, gates, recipe, stories
+from pallas_kernels import measure
 
 NOISE = "a library speaks\n"
 TEXT = ("--text", "text.txt")
@@ -23,6 +24,7 @@ DATA = ("--data", ".", "--out", "new")
 
 # A command's arguments; the function below it that gets noisy; what it gives in place of long work.
 LOADED = (jl, "load", None)
+CASE = ("--case", "dequant_gemm, llama-3-8b q, 1 row, triton")
 RUN = types.SimpleNamespace(steps=1, tokens=2, loss=3.0)
 TRAINED = types.SimpleNamespace(losses=[0.5], seconds=1.0)
 COMMANDS = {
@@ -34,6 +36,8 @@ COMMANDS = {
     "train pico": ((*DATA, "--steps", 1), (recipe, "train_member", RUN)),
     "train gates": (DATA, (gates, "train_pico_gates", (None, TRAINED))),
     "train stories": (("--out", "new"), (stories, "write_stories", 5)),
+    "bench kernels": (CASE, (measure, "require_gpu", "a GPU")),
+    "bench tune": (CASE, (measure, "require_gpu", "a GPU")),
 }
 
 
@@ -69,9 +73,12 @@ def test_stdout_has_one_json_object_alone(jaxllm, monkeypatch, tiny_checkpoint, 
     monkeypatch.setattr(place, function, noisy)
     monkeypatch.setattr(corpus, "read", lambda data, stories: [])
     monkeypatch.setattr(gates, "save_pico_gates", lambda *args, **options: None)
+    monkeypatch.setattr(measure, "measure", lambda case, rounds: {"kernel": [2e-6]})
+    monkeypatch.setattr(measure, "rates", lambda: {"bytes_per_s": 1e12})
+    monkeypatch.setattr(measure, "tune", lambda case, rounds: {"case": case.name})
     Path("text.txt").write_text("the man and the dog in the sun, " * 10, "utf-8")
     source = (tiny_checkpoint,) if name == "convert" else ("--model", tiny_checkpoint)
-    if name in ("demo", "train pico", "train gates"):
+    if name in ("demo", "train pico", "train gates") or name.startswith("bench"):
         source = ()
     done = jaxllm(*name.split(), *source, *args, "--json")
     assert done.status == 0, done.err

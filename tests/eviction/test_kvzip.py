@@ -10,11 +10,11 @@ from flax import nnx
 
 from jaxllm.decoding import prefill
 from jaxllm.eviction import kvzip
-from jaxllm.eviction.attention_per_key import attention_per_key
 from jaxllm.eviction.budget import evict
 from jaxllm.eviction.kvzip import RepeatPrompt, kvzip_scores
 from jaxllm.models import gpt
 from jaxllm.models.decoder import TINY, Decoder
+from pallas_kernels.kvzip_score import attention_per_key
 
 CONFIG = dataclasses.replace(TINY, layers=3, windows=(None, 8, None), context=256)
 ROWS = [list(range(3, 43)), [5, 9, 2, 7] * 8]
@@ -176,7 +176,7 @@ def test_many_queries_at_once_give_what_all_of_them_give(monkeypatch):
     share = jnp.asarray(rng.random((2, 11)), jnp.float32)
     for reduce in ("max", "sum"):
         whole = attention_per_key(q, k, seen, scale=0.3, share=share, reduce=reduce)
-        monkeypatch.setattr("jaxllm.eviction.attention_per_key.MIN_QUERIES", 4)
+        monkeypatch.setattr("pallas_kernels.kvzip_score.reference.MIN_QUERIES", 4)
         some = attention_per_key(q, k, seen, scale=0.3, share=share, reduce=reduce)
         monkeypatch.undo()
         np.testing.assert_allclose(some, whole, atol=1e-6)

@@ -6,9 +6,9 @@ import numpy as np
 
 from jaxllm import cache as kv
 from jaxllm.cache import dense, paged
-from jaxllm.eviction.attention_per_key import attention_per_key
 from jaxllm.eviction.budget import evict
 from jaxllm.ops.attention import Reach, attention, heads_first, tiled_attention
+from pallas_kernels.kvzip_score import attention_per_key
 
 B, T, K, G, E = 2, 5, 2, 2, 8
 RNG = np.random.default_rng(0)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints_convert.quantized import two_bit_words
-from jaxllm.ops.packing import Packed, from_words, pack, parts, to_words, unpack, unpack_at
-from jaxllm.weights import bit_planes
+from jaxllm.ops.packing import Packed, pack, unpack, unpack_at
+from jaxllm.weights.planes import bit_planes
+from pallas_kernels.words import from_words, parts, to_words
 
 # Few lengths, so that little is compiled; any codes.
 widths = st.integers(1, 8)

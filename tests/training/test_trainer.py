@@ -202,3 +202,18 @@ def test_rows_that_do_not_divide_are_refused():
 def test_losses_are_drawn(tmp_path):
     trainer.plot_losses({"a": np.linspace(3, 1, 80), "b": np.ones(3)}, tmp_path / "x" / "loss.png")
     assert (tmp_path / "x" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("place", [lambda x: x, lambda x: jax.device_put(x, jax.devices()[0])])
+def test_the_step_is_compiled_once_wherever_the_weights_come_from(monkeypatch, place):
+    """Those of a file are committed to their device, new ones are not."""
+    made, make_step = [], trainer.make_step
+
+    def spy(*args):
+        made.append(make_step(*args))
+        return made[-1]
+
+    monkeypatch.setattr(trainer, "make_step", spy)
+    params = jax.tree.map(place, start())
+    train(squares, params, batches, optimizer=optax.adam(0.1), steps=3, progress=False)
+    assert made[0]._cache_size() == 1

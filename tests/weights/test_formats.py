@@ -33,6 +33,7 @@ from jaxllm.weights.matmul import (
     num_bytes,
 )
 from jaxllm.weights.permuted import Permuted
+from jaxllm.weights.planes.adaptive_planes import always
 
 # The heads, and the inputs of `o` and `down`, are split over four devices: whole blocks of 32 codes.
 CONFIG = dataclasses.replace(TINY, width=128, heads=4, kv_heads=4, head_dim=32, ffn=256, context=64)
@@ -73,6 +74,15 @@ def coded_blocks(rows):
     return BlockAffine(codes, block, pack(steps, 4), -block, pack(15 - steps, 4), 32, 4, (K, N), rows.dtype)
 
 
+def adaptive(planes, projection=False):
+    """Planes whose tokens all choose the widest."""
+    w = always(planes, (4.0, 5.0))
+    if not projection:
+        return w
+    rows = jnp.ones((len(w.slope), 4, planes.shape[0]), jnp.float16)
+    return dataclasses.replace(w, estimator="projection", projection=rows)
+
+
 FORMS = {
     "affine4": lambda rows: affine.quantize(rows.T, bits=4, group_size=32),
     "affine3": lambda rows: affine.quantize(rows.T, bits=3, group_size=32, integer_zero_point=False),
@@ -92,6 +102,8 @@ FORMS = {
     "any_precision": lambda rows: jl.AnyPrecision(parent_bits=5, seed_bits=3).quantize(
         rows, Stats(fisher=jnp.ones(rows.shape), tokens=64), name="w", dtype=jnp.float32
     ),
+    "adaptive": lambda rows: adaptive(FORMS["any_precision"](rows)),
+    "adaptive, projection": lambda rows: adaptive(FORMS["any_precision"](rows), projection=True),
     "nested_fp": lambda rows: jl.NestedFp().quantize(rows, Stats(), name="w", dtype=jnp.float32),
     "nested_fp8": lambda rows: jl.NestedFp(mode="fp8").quantize(rows, Stats(), name="w", dtype=jnp.float32),
     "mixed_two_bit": lambda rows: MixedTwoBit().quantize(rows, ones(rows), name="w", dtype=jnp.float32),
@@ -114,6 +126,8 @@ SLOW_TO_MAKE = {
     "rotated, whole",
     "mixed_two_bit",
     "any_precision",
+    "adaptive",
+    "adaptive, projection",
     "dense_and_sparse",
     "awq",
     "affine3",
@@ -261,7 +275,10 @@ def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path
             lambda w: w["fields"].update(zero_point=None),
             "weights and manifest.json must name the same arrays",
         ),
-        (lambda w: w["fields"]["scale"].update(shape=[1, 1]), "layers.0.mlp.up.w/scale must be"),
+        (
+            lambda w: w["fields"]["scale"].update(shape=[1, 1]),
+            r"layers\.0\.mlp\.up\.w must have parts that fit, got dequant_gemm: scale must have shape",
+        ),
         (lambda w: w.update(type="Affinity"), "layers.0.mlp.up.w must be of a format of"),
     ):
         broken = copy.deepcopy(whole)

@@ -10,9 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mixed_columns_example import K, N, example, mask_of, matmul, num_bits, solve, values
 
-from jaxllm.ops.packing import from_words, to_words
 from jaxllm.weights import mixed_columns
 from jaxllm.weights.mixed_columns import stored_bits
+from pallas_kernels.words import from_words, to_words
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxllm.storage import manifest
-from jaxllm.weights import affine, bit_planes, sparse
+from jaxllm.weights import affine, sparse
 from jaxllm.weights.matmul import bits_per_weight, matmul
+from jaxllm.weights.planes import bit_planes
 
 N, K, M = 38, 64, 20  # two blocks of 16 outputs, and 6 more
 

@@ -52,7 +52,7 @@ from jaxllm.quant.methods.k_means import (
 from jaxllm.quant.methods.lnq import lnq, refit
 from jaxllm.quant.methods.outliers import check_share, free_of, put_back, set_apart, where_free
 from jaxllm.quant.statistics import Stats, need
-from jaxllm.weights.bit_planes import BitPlanes, from_codes
+from jaxllm.weights.planes.bit_planes import BitPlanes, from_codes
 from jaxllm.weights.sparse import DenseAndSparse
 
 AT_ONCE = 2**20  # numbers of [rows at once, K] while cutting clusters

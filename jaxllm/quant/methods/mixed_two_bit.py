@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.ops.packing import to_words
 from jaxllm.quant.methods.two_bit_fit import (
     Fit,
     Groups,
@@ -60,7 +59,8 @@ from jaxllm.weights.mixed_columns import (
     slots,
     stored_bits,
 )
-from jaxllm.weights.sparse import block_rows
+from pallas_kernels.mixed_two_bit_gemm.reference import block_rows
+from pallas_kernels.words import to_words
 
 Mask = Bool[Array, " C"]  # which column groups are at 4 bits
 Columns = Float[Array, "C i"]

@@ -20,8 +20,8 @@ error at most 1/17 from 2**-14 up (6.7% above 1.75, where it saturates; absolute
 "traced": `switch`, an int32 scalar, 0 for fp16, else fp8, chooses while running: the model's modes in one
 program. A mode is for all rows of x: one a row would read both bytes anyway.
 
-Layout: upper float8_e4m3fn [N, K], lower uint8 [N, K], apart, so that fp8 streams one of them. 16 bits a
-weight. Letters: K inputs, N outputs.
+Layout: upper uint8 [N, K], the bits of float8_e4m3fn, lower uint8 [N, K], apart, so that fp8 streams one of
+them. 16 bits a weight. Letters: K inputs, N outputs.
 """
 
 import dataclasses

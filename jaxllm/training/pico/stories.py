@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import jaxllm as jl
+from jaxllm.decoding.generate import generate
+from jaxllm.decoding.sampling import Sampler
 
 END = "<|endoftext|>"
 SEGMENT = 64
@@ -28,7 +29,7 @@ def stories(
     model, tokenizer, *, batch: int, max_new_tokens: int, temperature: float, seed: int
 ) -> Iterator[list[tuple[int, str, int]]]:
     """Lists of (number, story, its tokens), without end, in the order in which stories end."""
-    sampler = jl.Sampler(temperature=temperature)
+    sampler = Sampler(temperature=temperature)
     segments = -(-max_new_tokens // SEGMENT)
     queues: list[list[tuple[int, list[int]]]] = [[] for _ in range(segments)]  # by segments written
     started = 0
@@ -38,7 +39,7 @@ def stories(
             queues[0] = [(started + i, [tokenizer.bos_token_id]) for i in range(batch)]
             started += batch
         now, queues[depth] = queues[depth][:batch], queues[depth][batch:]
-        outs = jl.generate(
+        outs = generate(
             model,
             tokenizer,
             [ids for _, ids in now],

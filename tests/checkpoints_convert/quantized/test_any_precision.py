@@ -29,7 +29,7 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.models.linears import linear_weights
 from jaxllm.ops.packing import unpack
 from jaxllm.weights import codebook, sparse
-from jaxllm.weights.bit_planes import from_codes, read_at
+from jaxllm.weights.planes.bit_planes import from_codes, read_at
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])

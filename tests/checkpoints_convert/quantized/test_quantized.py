@@ -32,8 +32,8 @@ from checkpoints_convert.materialize import named_weights
 from jaxllm.files import convert
 from jaxllm.weights import affine
 from jaxllm.weights.affine import Affine
-from jaxllm.weights.bit_planes import BitPlanes
 from jaxllm.weights.permuted import Permuted
+from jaxllm.weights.planes.bit_planes import BitPlanes
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,9 +16,9 @@ from jaxllm.quant.methods.k_means import k_means, row_keys
 from jaxllm.quant.methods.lnq import objective
 from jaxllm.quant.methods.squeeze_llm import SqueezeLlm
 from jaxllm.quant.statistics import Stats
-from jaxllm.weights import bit_planes
-from jaxllm.weights.bit_planes import pack, read_at, unpack
 from jaxllm.weights.codebook import from_codes, look_up
+from jaxllm.weights.planes import bit_planes
+from jaxllm.weights.planes.bit_planes import pack, read_at, unpack
 
 N, K = 8, 536  # 17 words, the last not full
 WIDTHS = range(3, 9)

@@ -5,10 +5,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import mixed_ablations
 import numpy as np
 import pytest
 from mixed_columns_example import K, N, error, example, mask_of, num_bits, solve, solve_for_words, values
+from parts import mixed_ablations
 
 from jaxllm.quant.methods import two_bit_fit
 from jaxllm.quant.methods.mixed_two_bit import MixedTwoBit, allocate

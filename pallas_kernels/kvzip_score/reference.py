@@ -1,4 +1,4 @@
-"""How much attention keys receive: what every score of eviction is made of. Exact.
+"""How much attention keys receive, in jnp: queries some at a time, each time against the keys they may see.
 
 Letters: B requests, T queries, H query heads, K key heads, G = H / K, J = B K, S keys, E head size.
 """
@@ -8,7 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.ops.attention import FLOAT32, MASK_VALUE, soft_cap
+from pallas_kernels.decode_attention.partial_softmax import FLOAT32, MASK_VALUE, soft_cap
 
 # queries at once at least, and how often at most: weights take J G S T / 8 numbers
 MIN_QUERIES, MAX_PASSES = 64, 8
@@ -18,20 +18,14 @@ def attention_per_key(
     q: Float[Array, "B T H E"],
     k: Float[Array, "J S E"],
     seen: Bool[Array, "B T S"],
+    sinks: Float[Array, " H"] | None,
+    share: Float[Array, "B T"] | None,
     *,
     scale: float,
-    softcap: float | None = None,
-    sinks: Float[Array, " H"] | None = None,
-    share: Float[Array, "B T"] | None = None,
-    reduce: Literal["max", "sum"] = "max",
+    softcap: float | None,
+    reduce: Literal["max", "sum"],
 ) -> Float[Array, "B K G S"]:
-    """The greatest weight, or the sum of weights, that each key is given by any query, in float32.
-
-    The last T keys are the queries' own, of which later ones are never seen. seen: which of the others, and
-    of these, a query sees; one that sees none gives nothing. sinks: as for `attention`. share: weights of
-    each query count so much (1 if None). Queries are taken some at a time, each time against the keys that
-    they may see.
-    """
+    """The greatest weight, or the sum of weights, of each key."""
     (B, T, H, E), (J, S, _) = q.shape, k.shape
     K, G = J // B, H * B // J
     size = max(MIN_QUERIES, -(-T // MAX_PASSES))
@@ -41,10 +35,8 @@ def attention_per_key(
         end = min(start + size, T)
         n = S - T + end
         asked = q[:, start:end].reshape(B, end - start, K, G, E).transpose(0, 2, 3, 1, 4).reshape(J, -1, E)
-        scores = (
-            jnp.einsum("jnd,jsd->jns", asked, k[:, :n], **FLOAT32).reshape(B, K, G, end - start, n) * scale
-        )
-        scores = soft_cap(scores, softcap)
+        scores = jnp.einsum("jnd,jsd->jns", asked, k[:, :n], **FLOAT32)
+        scores = soft_cap(scores.reshape(B, K, G, end - start, n) * scale, softcap)
         scores = jnp.where(seen[:, None, None, start:end, :n], scores, MASK_VALUE)
         if sinks is not None:
             sink = sinks.astype(jnp.float32).reshape(1, K, G, 1, 1)

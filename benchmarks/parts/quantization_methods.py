@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mixed_ablations import ByRule, OneOfFour, at_random, by_range, by_weight_and_hessian
+from parts.mixed_ablations import ByRule, OneOfFour, at_random, by_range, by_weight_and_hessian
 
 import jaxllm as jl
 

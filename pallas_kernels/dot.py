@@ -33,13 +33,15 @@ def depend_on(x: jax.Array, w: T) -> T:
       save. The barrier hinders the first. Against the second the words get a bit that depends on x: no
       number is both NaN and infinite, so the bit is 0.
     """
-    if not x.size:
-        return w
-    x, w = jax.lax.optimization_barrier((x, w))
+    return tie(*jax.lax.optimization_barrier((x, w))) if x.size else w
+
+
+def tie(x: jax.Array, w: T) -> T:
+    """The second part of `depend_on`: whole numbers with a bit of x, which is 0 and which nobody foresees."""
     first = x.ravel()[0].astype(jnp.float32)
     never = jnp.isnan(first) & jnp.isinf(first)
 
-    def tie(leaf):
+    def tie_leaf(leaf):
         return leaf | never.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger) else leaf
 
-    return jax.tree.map(tie, w)
+    return jax.tree.map(tie_leaf, w)

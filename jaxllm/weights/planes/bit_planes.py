@@ -14,11 +14,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Integer, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from jaxllm.ops.gather import gather
 from jaxllm.pytree import pytree, static
-from jaxllm.weights.codebook import look_up
+from pallas_kernels.any_precision_gemm import any_precision_gemm
+from pallas_kernels.any_precision_gemm.reference import unpack
+from pallas_kernels.codebook_gemm.reference import look_up
 
 CODES_PER_WORD = 32  # of a plane
 
@@ -67,6 +69,11 @@ class BitPlanes:
         return jax.tree.map_with_path(lambda path, _: place[path[0].name], self)
 
 
+def matmul(x: Float[Array, "*B K"], w: BitPlanes) -> Float[Array, "*B N"]:
+    """`x @ w` in float32, at the width of `w`."""
+    return any_precision_gemm(x, w.planes, w.tables, w.bits)
+
+
 def read_at(model, bits: int):
     """The model, or any tree, with its any-precision weights read at another width: the same arrays."""
 
@@ -88,16 +95,6 @@ def pack(codes: Integer[Array, "N K"], bits: int) -> UInt32[Array, "B N W"]:
     places = jnp.arange(CODES_PER_WORD, dtype=jnp.uint32)[None, None]
     highest_first = jnp.arange(bits, dtype=jnp.uint32)[::-1, None, None, None]
     return (((wide[None] >> highest_first) & 1) << places[None]).sum(-1, dtype=jnp.uint32)
-
-
-@functools.partial(jax.jit, static_argnames="K", inline=True)
-def unpack(planes: UInt32[Array, "B N W"], K: int) -> UInt8[Array, "N K"]:
-    """The codes of as many bits as there are planes."""
-    places = jnp.arange(CODES_PER_WORD, dtype=jnp.uint32)[None, None]
-    codes = jnp.zeros((*planes.shape[1:], CODES_PER_WORD), jnp.uint32)
-    for plane in planes:
-        codes = (codes << 1) | ((plane[:, :, None] >> places) & 1)
-    return codes.reshape(planes.shape[1], -1)[:, :K].astype(jnp.uint8)
 
 
 def from_codes(

@@ -1,0 +1,117 @@
+"""The tables and the picture of `precision.py`, from what it found."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from common import Table, ratios, show
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    few = f"{statistics.mean(values):.{digits}f}"
+    return few if len(values) < 2 else f"{few} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def quality_tables(found: list[dict[str, Any]]) -> list[Table]:
+    columns = {
+        "method": "who chooses",
+        "target": "bits a weight that were asked for",
+        "bits": "that unseen text reads",
+        "on calibration": "that calibration text reads",
+        "perplexity": "of unseen text",
+        "spread": "standard deviation of bits between windows",
+        "lines": "share of linears whose estimate is a line",
+    }
+    rows = []
+    for method in dict.fromkeys(one["method"] for one in found):
+        for target in dict.fromkeys(one["target"] for one in found if one["method"] == method):
+            some = [one for one in found if (one["method"], one["target"]) == (method, target)]
+            rows.append(
+                (
+                    method,
+                    f"{target:g}",
+                    _mean([one["bits"] for one in some], 3),
+                    _mean([one["bits on calibration"] for one in some], 3)
+                    if method != "whole widths"
+                    else "",
+                    _mean([one["perplexity"] for one in some], 3),
+                    _mean([one["spread"] for one in some], 3),
+                    _mean([one["lines"] for one in some], 2) if method.startswith("DP-LLM") else "",
+                )
+            )
+    return [Table("Quality", columns, rows), _against_static(found)]
+
+
+def _against_static(found: list[dict[str, Any]]) -> Table:
+    """At how many targets each method is below the better static one at the bits that it really reads."""
+    columns = {
+        "method": "who chooses",
+        "below": "of all targets and seeds, those at which its perplexity lies below that of static widths "
+        "(Fisher) at the bits it reads, on the line between static points",
+        "by": "mean difference in perplexity there",
+    }
+    rows = []
+    whole = [one["target"] for one in found if one["method"] == "whole widths"]
+    ends = (min(whole), max(whole))  # where static widths are those of all
+    static = [one for one in found if one["method"] == "static, Fisher"]
+    static += [one for one in found if one["method"] == "whole widths" and one["target"] in ends]
+    for method in dict.fromkeys(one["method"] for one in found):
+        if method in ("whole widths", "static, Fisher"):
+            continue
+        differences = []
+        for one in (one for one in found if one["method"] == method):
+            own = [other for other in static if other["seed"] == one["seed"]]
+            line = sorted((other["bits"], math.log(other["perplexity"])) for other in own)
+            bits, logs = zip(*line, strict=True)
+            differences.append(one["perplexity"] - math.exp(np.interp(one["bits"], bits, logs)))
+        below = sum(d < 0 for d in differences)
+        rows.append((method, f"{below} of {len(differences)}", f"{statistics.mean(differences):+.3f}"))
+    return Table("Against static widths", columns, rows)
+
+
+def cost_table(found: list[dict[str, Any]]) -> Table:
+    columns = {
+        "model": "whose linears",
+        "estimator": "of all linears alike",
+        "operations": "multiplications of a token's estimates, over those of its products",
+        "bytes": "bytes that estimates read, over those of planes at 3.5 bits",
+    }
+    rows = [(r["model"], r["estimator"], f"{r['operations']:.2%}", f"{r['bytes']:.2%}") for r in found]
+    return Table("What estimating costs", columns, rows)
+
+
+def time_table(found: list[dict[str, Any]]) -> Table:
+    columns = {
+        "what": "at which width, and who says so",
+        "ms": "a token, medians (least to most) of interleaved rounds",
+        "over 4 bits, known": "within a round",
+    }
+    base = found[0]["seconds"]
+    rows = [
+        (r["what"], show([1e3 * s for s in r["seconds"]], 2), show(ratios(r["seconds"], base), 3))
+        for r in found
+    ]
+    return Table("A step of decoding", columns, rows)
+
+
+def curves(found: list[dict[str, Any]]) -> Any:
+    """Perplexity by bits read, a curve a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(one["method"] for one in found):
+        own = [one for one in found if one["method"] == method]
+        points = sorted(
+            tuple(statistics.mean(o[key] for o in own if o["target"] == t) for key in ("bits", "perplexity"))
+            for t in {one["target"] for one in own}
+        )
+        style = "k--" if method == "whole widths" else "-"
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=method, linewidth=1)
+    axes.set(xlabel="bits a weight that unseen text reads", ylabel="perplexity", xlim=(2.95, 5.05))
+    axes.legend(fontsize=7)
+    return figure

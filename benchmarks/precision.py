@@ -1,0 +1,363 @@
+"""Bits chosen for each token against the same bits for all: perplexity by the bits that are really read.
+
+    python benchmarks/precision.py --text FILE --unseen FILE --results docs/results
+
+    quality   perplexity on unseen text of DP-LLM with each estimator, of static widths by layer, of a random
+              choice at the same rate, of a schedule by position, and of whole widths
+    cost      what the estimators multiply and read, exact counts
+    time      a step of decoding at one request, of a random Llama of 200 M parameters: planes read at a known
+              width, and at the width that each token chooses
+
+Every seed is another draw of the calibration text and of what is random. Bits are those of planes read, on
+the unseen text; what calibration text reads stands beside them. A window is 256 tokens, each of which chooses
+as it would where it is decoded.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import (
+    Page,
+    Run,
+    add_data,
+    begin,
+    load,
+    model_name,
+    parse,
+    parser,
+    resume,
+    rounds,
+    save,
+)
+from flax import nnx
+from parts.precision_tables import cost_table, curves, quality_tables, time_table
+from tqdm import tqdm
+
+import jaxllm as jl
+from jaxllm.models.decoder import Config, Decoder
+from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.precision import DpLlm, StaticWidths, attach_precision, set_target
+from jaxllm.weights.planes import bit_planes
+from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes, always, every_token_chooses
+from jaxllm.weights.planes.bit_planes import BitPlanes
+
+LLAMA = Config(
+    layers=12, width=1024, heads=16, kv_heads=4, head_dim=64, ffn=2816, vocab=32000, tied=True, context=1024
+)
+TARGETS = (3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75)
+MEMORY, SEED, PARENT = 5.0, 3, 6
+METHODS: dict[str, dict[str, Any]] = {
+    "DP-LLM, exact": {"estimator": "exact"},
+    "DP-LLM": {},
+    "DP-LLM, lines alone": {"estimator": "linear"},
+    "DP-LLM, projections alone": {"estimator": "projection"},
+    "DP-LLM, asynchronous": {"asynchronous": True},
+    "DP-LLM, the target everywhere": {"steps": 0},
+    "random choice": {"estimator": "random"},
+}
+STATIC = {"static, Fisher": "fisher", "static, trace": "trace"}
+SCHEDULE = "by position"
+
+
+def windows_of(ids: Sequence[int], context: int, count: int) -> np.ndarray:
+    """The first windows of a text, side by side."""
+    rows = [ids[at : at + context] for at in range(0, len(ids) - context + 1, context)][:count]
+    return np.asarray(rows, np.int32)
+
+
+@partial(jax.jit, static_argnames="scheduled")
+def read(model, tokens, part, *, scheduled: bool) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood [B, T - 1] of tokens, and the bits [B, T] that each reads.
+
+    scheduled: the first `part` of the positions read the upper width everywhere, the others the lower one.
+    """
+    weights, bits, total = linear_weights(model), [], 0
+    first = jnp.arange(tokens.shape[1], dtype=jnp.float32) < part * float(tokens.shape[1])
+
+    def tap(path: str, x: jax.Array) -> jax.Array:
+        nonlocal total
+        name, _, end = path.rpartition(".")
+        w = weights.get(name)
+        if end == "high":
+            x = jnp.broadcast_to(first[None], x.shape) if scheduled else x
+            assert isinstance(w, AdaptivePlanes)
+            bits.append((w.low_bits + x.astype(jnp.int32)).astype(jnp.float32) * float(math.prod(w.shape)))
+        elif end == "in" and isinstance(w, BitPlanes):
+            bits.append(jnp.full(x.shape[:-1], float(w.bits * math.prod(w.shape))))
+        if end in ("high", "in") and isinstance(w, BitPlanes if end == "in" else AdaptivePlanes):
+            total += math.prod(w.shape)
+        return x
+
+    logits, _ = every_token_chooses(model)(tokens, tap=tap)
+    found = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+    return -found[..., 0], sum(bits[1:], bits[0]) / float(total)
+
+
+def measured(model, windows: np.ndarray, target: float, scheduled: bool = False) -> dict[str, Any]:
+    """Perplexity and bits on windows, and how far windows differ in these."""
+    nll, bits = [], []
+    for at in range(0, len(windows), 8):
+        got = read(model, windows[at : at + 8], jnp.float32(target % 1), scheduled=scheduled)
+        nll.append(np.asarray(got[0], np.float64))
+        bits.append(np.asarray(got[1], np.float64))
+    every = np.concatenate(bits)
+    return {
+        "perplexity": math.exp(np.concatenate(nll).mean()),
+        "bits": every.mean(),
+        "spread": every.mean(axis=1).std(),
+    }
+
+
+@dataclasses.dataclass
+class Trained:
+    """DP-LLM whose averages are trained once for all its estimators."""
+
+    method: DpLlm
+    averages: dict[str, np.ndarray]
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        return self.method.targets
+
+    @property
+    def memory_bits(self) -> float:
+        return self.method.memory_bits
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.method.asynchronous
+
+    @property
+    def by(self) -> Any:
+        return self.method.by
+
+    def choose(self, model, held, costs, sizes, text, *, progress: bool) -> dict[str, AdaptivePlanes]:
+        """The weights that choose."""
+        if not self.averages:
+            self.averages.update(self.method.averages(model, held, sizes, text, progress=progress))
+        return self.method.widths(model, held, self.averages, text, progress=progress)
+
+
+def planes(args, model, rows: Sequence[Sequence[int]], seed: int) -> Any:
+    """The model at 3 to 6 bits."""
+    method = jl.AnyPrecision(parent_bits=PARENT, seed_bits=SEED, restarts=args.restarts, seed=seed)
+    return jl.quantize(model, method, rows, progress=False)
+
+
+def quality(args, seed: int) -> list[dict[str, Any]]:
+    """One entry a method and target."""
+    model, tokenizer = load(args)
+    seen, unseen = (text_ids(args, tokenizer, file) for file in (args.text, args.unseen))
+    test, found = windows_of(unseen, args.context, args.windows), []
+    rows = windows_of(seen[seed * args.sequences * args.context :], args.context, args.sequences)
+    nested = planes(args, model, rows.tolist(), seed)
+    for bits in range(SEED, PARENT + 1):
+        at = measured(jl.read_at(nested, bits), test, bits)
+        found.append({"seed": seed, "method": "whole widths", "target": bits, **at})
+    trained: dict[str, np.ndarray] = {}
+    for name in tqdm(args.only, f"seed {seed}", file=sys.stderr):
+        for one in by_method(args, nested, name, rows, test, seed, trained):
+            found.append({"seed": seed, "method": name, **one})
+    return found
+
+
+def by_method(
+    args,
+    nested,
+    name: str,
+    rows: np.ndarray,
+    test: np.ndarray,
+    seed: int,
+    trained: dict[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """What a method reads, and how well, at each target. trained: this seed's averages, if there are any."""
+    same = {"targets": tuple(args.targets), "memory_bits": MEMORY}
+    if name in STATIC:
+        method: Any = StaticWidths(by=STATIC[name], **same)
+    elif name == SCHEDULE:
+        same = {"targets": tuple(t for t in args.targets if t % 1), "memory_bits": PARENT}
+        method = DpLlm(estimator="random", steps=0, **same)
+    else:
+        own = DpLlm(**{"steps": args.steps, "seed": seed} | same | METHODS[name])
+        method = Trained(own, trained if own.steps else {})
+    model = attach_precision(nested, method, rows, progress=False)
+    kinds = [w.estimator for w in linear_weights(model).values() if isinstance(w, AdaptivePlanes)]
+    found = []
+    for target in method.targets:
+        at = set_target(model, target)
+        one = measured(at, test, target, name == SCHEDULE)
+        one["bits on calibration"] = measured(at, rows[: len(test)], target, name == SCHEDULE)["bits"]
+        found.append({"target": target, "lines": kinds.count("linear") / len(kinds), **one})
+    return found
+
+
+def text_ids(args, tokenizer, file: Path | None) -> list[int]:
+    """The tokens of a file; --tiny: of some sentences."""
+    if args.tiny:
+        words = " ".join(
+            f"{a} saw {b}." for a in ("Anna", "Tom", "a king") for b in ("a ball", "bread", "Tom")
+        )
+        return tokenizer.encode(words * 20)
+    return tokenizer.encode(Path(file).read_text("utf-8"))
+
+
+def cost(args) -> list[dict[str, Any]]:
+    """Multiplications and bytes of a token's estimates, and of its products at 3.5 bits."""
+    shapes = {
+        "pico target": [(256, 256), (256, 64), (256, 64), (256, 256), (256, 384), (256, 384), (384, 256)],
+        "201 M Llama": [
+            (1024, 1024), (1024, 256), (1024, 256), (1024, 1024), (1024, 2816), (1024, 2816), (2816, 1024)
+        ],
+        "Llama-3-8B": [
+            (4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336),
+            (14336, 4096),
+        ],
+    }  # fmt: skip
+    rows = DpLlm().projection_rows
+    found = []
+    for name, block in shapes.items():
+        weights = sum(K * N for K, N in block)
+        for kind, operations, held in (
+            ("linear", sum(K for K, _ in block), 0),
+            ("projection", sum(K * rows for K, _ in block), sum(2 * K * rows for K, _ in block)),
+        ):
+            read_bytes = weights * 3.5 / 8
+            found.append(
+                {
+                    "model": name,
+                    "estimator": kind,
+                    "operations": operations / weights,
+                    "bytes": held / read_bytes,
+                }
+            )
+    return found
+
+
+def random_planes(rows: jax.Array) -> Any:
+    """Planes of 3 and 4 bits, evenly spaced levels."""
+    least, most = (np.asarray(f(rows, axis=1, keepdims=True)) for f in (jnp.min, jnp.max))
+    codes = np.clip((np.asarray(rows) - least) / (most - least) * 16, 0, 15).astype(np.int32)
+    tables = tuple(jnp.asarray(least + (most - least) * (np.arange(2**b) + 0.5) / 2**b) for b in (3, 4))
+    return bit_planes.from_codes(jnp.asarray(codes), tables, bits=4)
+
+
+def step_times(args) -> list[dict[str, Any]]:
+    """Seconds of a decoded token, a round each."""
+    model = Decoder(common.TINY if args.tiny else LLAMA, rngs=nnx.Rngs(0))
+    weights = {name: w for name, w in linear_weights(model).items() if "." in name}
+    held = {name: random_planes(w.rows) for name, w in weights.items()}
+    planes_of = replace_weights(model, held)
+    lines = {name: always(w, (4.0,)) for name, w in held.items()}
+    rows = DpLlm().projection_rows
+    projections = {
+        name: dataclasses.replace(
+            w, estimator="projection", projection=jnp.ones((1, rows, w.shape[0]), jnp.float16)
+        )
+        for name, w in lines.items()
+    }
+    below = {name: dataclasses.replace(w, threshold=jnp.full((1,), jnp.inf)) for name, w in lines.items()}
+    models = {
+        "4 bits, known": planes_of,
+        "3 bits, known": jl.read_at(planes_of, 3),
+        "4 bits, chosen by lines": replace_weights(model, lines),
+        "3 bits, chosen by lines": replace_weights(model, below),
+        "4 bits, chosen by projections alone": replace_weights(model, projections),
+    }
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for turn, name in rounds(models, args.rounds):
+        out = jl.generate(
+            models[name], None, [[5, 6, 7, 8]], max_new_tokens=args.new, stop_tokens=(), timings=True
+        )
+        if turn:
+            found[name].append(out[0].timings.decode_s / (args.new - 1))
+    return [{"what": name, "seconds": times} for name, times in found.items()]
+
+
+# -- the page
+
+PARTS = ("quality", "cost", "time")
+
+
+def measure(args: argparse.Namespace) -> Run:
+    """The parts asked for; those of a run in --results stay."""
+    names = ("context", "windows", "sequences", "steps", "seeds", "restarts")
+    settings = {name: getattr(args, name) for name in names} | {"model": model_name(args)}
+    settings |= {"targets": args.targets, "texts": [f and f.name for f in (args.text, args.unseen)]}
+    run = resume(args, begin(args, settings))
+    if "cost" in args.what:
+        run["cost"] = cost(args)
+    if "time" in args.what:
+        run["time"] = step_times(args)
+        save(args, run)
+    if "quality" in args.what:
+        run["quality"] = []
+        for seed in range(args.seeds):
+            run["quality"] += quality(args, seed)
+            save(args, run)
+    return run
+
+
+def page(run: Run) -> Page:
+    """The table of each part, and the curves."""
+    s = run["settings"]
+    text = (
+        f"{s['model']}, Any-Precision from {SEED} to {PARENT} bits, planes within {MEMORY:g} bits a weight; "
+        f"{s['windows']} windows of {s['context']} unseen tokens, calibrated on {s['sequences']} others; "
+        f"averages trained for {s['steps']} steps; {s['seeds']} seeds, means (least to most)."
+    )
+    tables = []
+    if "quality" in run:
+        tables += quality_tables(run["quality"])
+    if "cost" in run:
+        tables.append(cost_table(run["cost"]))
+    if "time" in run:
+        tables.append(time_table(run["time"]))
+    figures = {"curves": partial(curves, run["quality"])} if "quality" in run else {}
+    return Page("Bits chosen while a model runs", text, tables, figures)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser("precision", __doc__)
+    add_data(made)
+    add = made.add_argument
+    add("--what", nargs="+", choices=PARTS, default=PARTS)
+    add("--model", help="what jaxllm.load takes; None: pico")
+    add("--text", type=Path, help="to calibrate on")
+    add("--unseen", type=Path, help="to measure on")
+    every = [*METHODS, *STATIC, SCHEDULE]
+    add("--only", nargs="+", choices=every, default=every)
+    add("--targets", type=float, nargs="+", default=list(TARGETS))
+    add("--context", type=int, default=256)
+    add("--windows", type=int, default=32, help="of unseen text")
+    add("--sequences", type=int, default=32, help="windows of calibration text, a seed")
+    add("--steps", type=int, default=40, help="of training averages")
+    add("--seeds", type=int, default=3)
+    add("--restarts", type=int, default=4, help="of Any-Precision's seed")
+    add("--rounds", type=int, default=7, help="of steps that are timed")
+    add("--new", type=int, default=24, help="tokens of a round")
+    tiny = {
+        "rounds": 1,
+        "new": 4,
+        "targets": [3.5, 4.0],
+        "context": 16,
+        "windows": 4,
+        "sequences": 4,
+        "steps": 1,
+        "seeds": 1,
+    }
+    tiny |= {"only": ["DP-LLM, projections alone", "static, Fisher"], "restarts": 1}
+    common.main(parse(made, argv, tiny=tiny, needs=("text", "unseen")), measure, page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""DP-LLM's first phase: how many planes of each linear are held, within a budget of memory (section 2.3).
+
+    "fisher"   cost[b] = sum over the weight's numbers of F (W_widest - W_b)^2
+    "trace"    cost[b] = mean F of the weight times ||W_widest - W_b||^2      HAWQ-V2 (arXiv:1911.03852)
+
+F are squared gradients of the loss; DP-LLM takes the first.
+
+One width a linear, of least cost in all, whose planes take at most the budget: a multiple-choice knapsack,
+solved exactly. A larger budget never costs more. The authors compare with the weight before it was quantized
+and force the solution near the budget from below as well, which fails where sizes are coarse.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.quant.sensitivity import cheapest
+from jaxllm.quant.source import CalibrationStream
+from jaxllm.weights.planes.bit_planes import BitPlanes
+
+By = Literal["fisher", "trace"]
+Costs = Mapping[str, Mapping[int, float]]  # of each linear, at each width
+
+
+def width_costs(
+    model,
+    weights: Mapping[str, BitPlanes],
+    sequences: Any,
+    *,
+    by: By = "fisher",
+    batch: int = 8,
+    progress: bool = True,
+) -> dict[str, dict[int, float]]:
+    """What each width costs each linear, in nats a token to second order.
+
+    sequences: as for `quantize`: rows of token ids, or a `Calibration` of this model with "fisher".
+    """
+    wanted = {name: frozenset({"fisher"}) for name in weights}
+    source = CalibrationStream(model, wanted, sequences, batch=batch, progress=progress, desc="widths")
+    found: dict[str, dict[int, float]] = {}
+    for _, stats in source.blocks():
+        for name, own in stats.items():
+            w = weights[name]
+            widest = w.at(w.parent_bits).dequantize_rows(jnp.float32)
+            assert own.fisher is not None
+            felt = own.fisher if by == "fisher" else jnp.full_like(own.fisher, own.fisher.mean())
+            found[name] = {
+                b: float(_cost(felt, w.at(b).dequantize_rows(jnp.float32), widest)) / (2 * own.tokens)
+                for b in range(w.seed_bits, w.parent_bits + 1)
+            }
+    return {name: found[name] for name in weights}
+
+
+@jax.jit
+def _cost(fisher: jax.Array, rows: jax.Array, widest: jax.Array) -> jax.Array:
+    return jnp.sum(fisher * (rows - widest) ** 2)
+
+
+def widths_within(costs: Costs, sizes: Mapping[str, int], bits: float) -> dict[str, int]:
+    """The width of each linear, of least cost in all, that take at most `bits` a weight together.
+
+    sizes: weights of each linear. Raises ValueError for fewer bits than the narrowest widths take.
+    """
+    total = sum(sizes[name] for name in costs)
+    least = sum(min(several) * sizes[name] for name, several in costs.items()) / total
+    if bits < least:
+        raise ValueError(f"precision: bits must be at least {least:g}, the narrowest widths, got {bits}")
+    taken = cheapest(
+        [list(several.values()) for several in costs.values()],
+        [[b * sizes[name] / total for b in several] for name, several in costs.items()],
+        bits,
+    )
+    return {name: list(several)[i] for (name, several), i in zip(costs.items(), taken, strict=True)}
+
+
+def keep_planes(w: BitPlanes, bits: int) -> BitPlanes:
+    """The weight with its first `bits` planes alone, and the tables of these widths."""
+    tables = w.tables[: bits - w.seed_bits + 1]
+    return BitPlanes(jnp.array(w.planes[:bits]), tables, bits, w.seed_bits, bits, w.shape, w.dtype)

@@ -81,6 +81,10 @@ def of_words(x, words):
     return fold.folded(fold.packed_inputs(x, 4), (words,), fold.words_apart, fold.packed_sums)
 
 
+def of_planes(x, planes, levels):
+    return any_precision_gemm.any_precision_gemm(x, planes, (levels,))
+
+
 LEVELS = jax.ShapeDtypeStruct((256, 16), jnp.float16)
 BYTES = jax.ShapeDtypeStruct((256, 1024), jnp.uint8)
 FP16 = functools.partial(nested_fp_gemm.nested_fp_gemm, mode="fp16")
@@ -92,7 +96,7 @@ FP16 = functools.partial(nested_fp_gemm.nested_fp_gemm, mode="fp16")
         (of_words, (words_of(256, 32, 4),)),
         (FP16, (BYTES, BYTES)),
         pytest.param(codebook_gemm.codebook_gemm, (words_of(256, 32, 4), LEVELS), marks=pytest.mark.slow),
-        pytest.param(any_precision_gemm.at_width, (words_of(6, 256, 32), LEVELS), marks=pytest.mark.slow),
+        pytest.param(of_planes, (words_of(6, 256, 32), LEVELS), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("M", [1, 3])

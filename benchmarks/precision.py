@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "DP-LLM, the target everywhere": {"steps": 0},
     "random choice": {"estimator": "random"},
 }
-STATIC = {"static, Fisher": "fisher", "static, trace": "trace"}
+STATIC = {"static, Fisher": "fisher", "static, trace": "trace", "static, first order": "gradient"}
 SCHEDULE = "by position"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import jaxllm as jl
-from jaxllm.cli.options import JSON, SEED, TARGET_BITS, OpenModel, loads_a_model
+from jaxllm.cli.options import AVERAGE_BITS, JSON, SEED, TARGET_BITS, OpenModel, loads_a_model
 from jaxllm.cli.output import note, print_json, read_text
 from jaxllm.eviction import METHODS
 
@@ -43,6 +43,7 @@ KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
 @click.option("--stream", is_flag=True, help="Print text as it comes (one prompt, no --chat).")
 @TARGET_BITS
+@AVERAGE_BITS
 @JSON
 def generate(
     open_model: OpenModel,
@@ -56,6 +57,7 @@ def generate(
     chat: bool,
     stream: bool,
     target_bits: float | None,
+    average_bits: float | None,
     as_json: bool,
     **more: Any,
 ) -> None:
@@ -70,6 +72,8 @@ def generate(
     kept = KvOptions(**of_cache, behind_context=context is not None)
     if context is not None and chat:
         raise click.UsageError("generate: --context takes plain prompts, no --chat")
+    if target_bits is not None and average_bits is not None:
+        raise click.UsageError("generate: --target-bits and --average-bits exclude each other")
     sampler = jl.Sampler(**more)
     text = None if context is None else read_text(context, "--context")
     model, tokenizer = open_model()
@@ -81,6 +85,7 @@ def generate(
         "seed": seed,
         "stop": stop,
         "cache": kept.options(model, tokenizer, text),
+        "average_bits": average_bits,
     }
     asked: list[Any] = list(prompts)
     if text is not None:
@@ -195,9 +200,11 @@ def raise_for_errors(outs: list[jl.Completion]) -> None:
 
 
 def completion_json(prompt: str, out: Any) -> dict[str, Any]:
-    """One entry of `prompts`; `logprobs` only where they were asked for."""
+    """One entry of `prompts`; `logprobs` and `realised_bits` only where they were asked for."""
     fields = {"prompt": prompt, "text": out.text, "prompt_ids": out.prompt_ids}
     fields["token_ids"] = out.token_ids
     if out.logprobs is not None:
         fields["logprobs"] = out.logprobs
+    if out.bits is not None:
+        fields["realised_bits"] = out.bits
     return fields | {"finish_reason": out.finish_reason}

@@ -46,6 +46,11 @@ TARGET_BITS = click.option(
     type=FINITE,
     help="Average bits of a dp-llm model: one of its targets. [default: as saved]",
 )
+AVERAGE_BITS = click.option(
+    "--average-bits",
+    type=FINITE,
+    help="Hold what a dp-llm model decodes to these bits a weight, between its targets.",
+)
 JSON = click.option(
     "--json",
     "as_json",

@@ -17,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import DenseCache
 from jaxllm.cache.paged import Context
+from jaxllm.decoding.average_bits import AverageBits
 from jaxllm.decoding.prefill import forward
 from jaxllm.decoding.sampling import SamplingParams, sample
 from jaxllm.eviction.gates import Gate
+from jaxllm.models.width_tap import WidthTap
 from jaxllm.pytree import pytree
 
 
@@ -50,6 +52,7 @@ class GenerationState:
     nonfinite: jax.Array  # [B] ended by logits that are no numbers, of which no token was drawn
     seen: jax.Array | None  # [B, V] tokens a request already holds, for the repetition penalty
     scores: jax.Array | None  # [L, B, K, buffer] what gates say of the tail's rows, where there is a budget
+    bits: AverageBits | None = None  # where the weights' bits are held to an average
 
 
 @partial(jax.jit, static_argnames=("N", "logprobs", "buffer"), donate_argnames="cache")
@@ -64,10 +67,12 @@ def first_tokens(
     N: int,
     logprobs: bool,
     buffer: int | None = None,
+    bits: AverageBits | None = None,
 ) -> GenerationState:
     """The state after the prompts `tokens`, whose last logits are given: one token a request.
 
     N: room for new tokens. buffer: rows that gates score before a budget is enforced, None without one.
+    bits: where the weights' bits are held to an average.
     """
     B, V = logits.shape
     seen = scores = None
@@ -90,6 +95,7 @@ def first_tokens(
         nonfinite=jnp.zeros((B,), bool),
         seen=seen,
         scores=scores,
+        bits=bits,
     )
     return sample_step(requests, state, logits)
 
@@ -105,9 +111,15 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
         # 1. The last token of each request is fed; one that has ended feeds nothing.
         on = active(requests, state)
         token, lengths = state.token[:, None], on.astype(jnp.int32)
+        aimed, bits, read = model, state.bits, None
+        if bits is not None:
+            aimed = bits.aim(model)
+            read = WidthTap(aimed)
         logits, cache, new = forward(
-            model, requests.gates, requests.memory, requests.context, token, state.cache, lengths
+            aimed, requests.gates, requests.memory, requests.context, token, state.cache, lengths, read
         )
+        if bits is not None and read is not None:
+            bits = bits.after(read.mean()[:, 0], on)
         # 2. What gates say of the new row waits with the others for the budget.
         scores = state.scores
         if scores is not None:
@@ -117,7 +129,9 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
             rows = jnp.arange(token.shape[0])
             scores = scores.at[:, rows, :, at].set(new[..., 0].swapaxes(0, 1), mode="drop")
         # 3. The next token.
-        return sample_step(requests, dataclasses.replace(state, cache=cache, scores=scores), logits)
+        return sample_step(
+            requests, dataclasses.replace(state, cache=cache, scores=scores, bits=bits), logits
+        )
 
     return jax.lax.while_loop(goes_on, body, state)
 

@@ -49,6 +49,8 @@ class GenerationOptions:
     stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
     cache: a cache that every prompt continues, or what an own one is.
     logprobs: also give each token's log-probability.
+    average_bits: of a model that chooses its widths (`attach_precision`), between its targets: what decoded
+      tokens read on average, whatever the text; the prompt takes all planes.
     """
 
     max_new_tokens: int | Sequence[int] = 64
@@ -58,6 +60,7 @@ class GenerationOptions:
     stop_tokens: Sequence[int] | None = None
     cache: Cache | CacheOptions | None = None
     logprobs: bool = False
+    average_bits: float | None = None
 
     def cache_options(self) -> CacheOptions:
         """`cache` as options, whatever was given."""

@@ -21,6 +21,7 @@ from jaxllm.cache.paged import Context, PagedCache
 from jaxllm.eviction.gates import Gate
 from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import pad_batch, round_up
+from jaxllm.models.taps import Tap, in_turn
 
 CHUNK = 2048  # tokens that are read at once, so that memory does not grow with the square of a text
 
@@ -156,9 +157,14 @@ def forward(
     tokens: Int[Array, "B T"],
     tail: DenseCache,
     lengths: Int[Array, " B"],
+    also: Tap | None = None,
 ) -> tuple[Float[Array, "B V"], DenseCache, Float[Array, "L B K T"] | None]:
-    """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any."""
+    """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any.
+
+    also: a tap that sees what there is beside what gates read.
+    """
     tap, inputs = (None, []) if gates is None else gates.capture_inputs(model)
+    tap = in_turn(tap, also)
     more = {} if memory is None else {"memory": memory}
     logits, cache = model(
         tokens, kv.with_context(context, tail), lengths=lengths, logits="last", tap=tap, **more

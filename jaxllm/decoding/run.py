@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from jaxllm import cache as kv
 from jaxllm.cache import Cache, repack
+from jaxllm.decoding import average_bits
 from jaxllm.decoding.loop import Requests, active, decode_until, first_tokens
 from jaxllm.decoding.options import CacheOptions, GenerationOptions
 from jaxllm.decoding.prefill import CHUNK, read_in_pieces
@@ -48,6 +49,7 @@ class Completion:
     prompt_ids: list[int]
     error: str | None = None  # of "nonfinite": which layer was first, and what helps
     timings: Timings | None = dataclasses.field(default=None, compare=False)  # where asked for
+    bits: float | None = None  # a weight, read on average by the tokens fed back, where an average is held
 
 
 class GenerationRun:
@@ -75,6 +77,9 @@ class GenerationRun:
         self.budget = given.budget
         if self.budget is not None:
             _check_budget(model, self.budget, given.start)
+        bits = None
+        if options.average_bits is not None:
+            bits = average_bits.start(model, options.average_bits, B)
         before = _lengths_before(given.start, n)
         limits = [
             _limit(model, before[i] + len(ids), most, i)
@@ -115,6 +120,7 @@ class GenerationRun:
             N=bucket(self.longest),
             logprobs=options.logprobs,
             buffer=buffer,
+            bits=bits,
         )
 
     def _until_enforced(self) -> int:
@@ -197,6 +203,7 @@ class GenerationRun:
         counts, stopped, nonfinite, tokens, logprobs = jax.device_get(
             (state.counts, state.stopped, state.nonfinite, state.tokens, state.logprobs)
         )
+        read = None if state.bits is None else jax.device_get(state.bits.read)
         outs = []
         for i, prompt in enumerate(self.prompts):
             count = int(counts[i])
@@ -211,6 +218,7 @@ class GenerationRun:
                     prompt_ids=list(prompt),
                     error=self._why_nonfinite(i, ids) if nonfinite[i] else None,
                     timings=timings,
+                    bits=None if read is None or count < 2 else float(read[i]) / (count - 1),
                 )
             )
         return outs

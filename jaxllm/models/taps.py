@@ -29,6 +29,13 @@ def scoped(tap: Tap | None, prefix: str) -> Tap | None:
     return None if tap is None else lambda name, x: tap(f"{prefix}.{name}", x)
 
 
+def in_turn(first: Tap | None, second: Tap | None) -> Tap | None:
+    """Both taps, the second on what the first leaves."""
+    if first is None or second is None:
+        return second if first is None else first
+    return lambda name, x: second(name, first(name, x))
+
+
 def layer_tap(
     reader: Callable[..., None], names: tuple[str, ...], layers: Collection[int] | None = None
 ) -> Tap:

@@ -12,14 +12,13 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxllm.models.inputs import check_token_ids
 from jaxllm.models.linears import linear_weights
-from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes, every_token_chooses
-from jaxllm.weights.planes.bit_planes import BitPlanes
+from jaxllm.models.width_tap import WidthTap
+from jaxllm.weights.planes.adaptive_planes import every_token_chooses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +70,6 @@ def widths_read(
     model, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> dict[str, Float[Array, "B T"]]:
     """The width at which each token reads each linear in planes."""
-    found: dict[str, jax.Array] = {}
-    weights = linear_weights(model)
-
-    def tap(path: str, x: jax.Array) -> jax.Array:
-        name, _, end = path.rpartition(".")
-        w = weights.get(name)
-        if end == "high" and isinstance(w, AdaptivePlanes):
-            found[name] = (w.low_bits + x.astype(jnp.int32)).astype(jnp.float32)
-        elif end == "in" and isinstance(w, BitPlanes):
-            found[name] = jnp.full(x.shape[:-1], w.bits, jnp.float32)
-        return x
-
-    every_token_chooses(model)(tokens, lengths=lengths, logits="none", tap=tap)
-    return found
+    read = WidthTap(model)
+    every_token_chooses(model)(tokens, lengths=lengths, logits="none", tap=read)
+    return read.widths

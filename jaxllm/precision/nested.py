@@ -35,7 +35,7 @@ def levels(model) -> int:
 
 
 def fp8_costs(model, sequences: Any, *, batch: int = 8, progress: bool = True) -> dict[str, float]:
-    """What reading eight bits costs each linear, in nats a token to second order; activations left out.
+    """What reading eight bits costs each linear, as `width_costs` by "fisher"; activations left out.
 
     sequences: as for `quantize`: rows of token ids, or a `Calibration` of this model with "fisher".
     """
@@ -46,7 +46,7 @@ def fp8_costs(model, sequences: Any, *, batch: int = 8, progress: bool = True) -
     for _, stats in source.blocks():
         for name, own in stats.items():
             assert own.fisher is not None
-            costs[name] = float(_cost(weights[name], own.fisher)) / (2 * own.tokens)
+            costs[name] = float(_cost(weights[name], own.fisher)) / own.tokens
     return {name: costs[name] for name in wanted}
 
 

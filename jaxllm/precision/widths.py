@@ -1,9 +1,11 @@
 """DP-LLM's first phase: how many planes of each linear are held, within a budget of memory (section 2.3).
 
     "fisher"   cost[b] = sum over the weight's numbers of F (W_widest - W_b)^2
-    "trace"    cost[b] = mean F of the weight times ||W_widest - W_b||^2      HAWQ-V2 (arXiv:1911.03852)
+    "trace"      cost[b] = mean F of the weight times ||W_widest - W_b||^2      HAWQ-V2 (arXiv:1911.03852)
+    "gradient"   cost[b] = |sum G (W_widest - W_b)|                             LLM-MQ (Li et al., 2023)
 
-F are squared gradients of the loss; DP-LLM takes the first.
+F are sums of squared gradients of the loss, G of gradients, a sequence each; DP-LLM takes the first. The last
+is of first order, and its signs cancel.
 
 One width a linear, of least cost in all, whose planes take at most the budget: a multiple-choice knapsack,
 solved exactly. A larger budget never costs more. The authors compare with the weight before it was quantized
@@ -20,7 +22,7 @@ from jaxllm.quant.sensitivity import cheapest
 from jaxllm.quant.source import CalibrationStream
 from jaxllm.weights.planes.bit_planes import BitPlanes
 
-By = Literal["fisher", "trace"]
+By = Literal["fisher", "trace", "gradient"]
 Costs = Mapping[str, Mapping[int, float]]  # of each linear, at each width
 
 
@@ -33,29 +35,38 @@ def width_costs(
     batch: int = 8,
     progress: bool = True,
 ) -> dict[str, dict[int, float]]:
-    """What each width costs each linear, in nats a token to second order.
+    """What each width costs each linear, in proportion to what it adds to the loss.
 
-    sequences: as for `quantize`: rows of token ids, or a `Calibration` of this model with "fisher".
+    sequences: as for `quantize`: rows of token ids, or a `Calibration` of this model with "fisher" or, for
+      costs by "gradient", with that.
     """
-    wanted = {name: frozenset({"fisher"}) for name in weights}
+    wanted = {name: frozenset({"gradient" if by == "gradient" else "fisher"}) for name in weights}
     source = CalibrationStream(model, wanted, sequences, batch=batch, progress=progress, desc="widths")
     found: dict[str, dict[int, float]] = {}
     for _, stats in source.blocks():
         for name, own in stats.items():
             w = weights[name]
             widest = w.at(w.parent_bits).dequantize_rows(jnp.float32)
-            assert own.fisher is not None
-            felt = own.fisher if by == "fisher" else jnp.full_like(own.fisher, own.fisher.mean())
+            felt = own.gradient if by == "gradient" else own.fisher
+            assert felt is not None
+            if by == "trace":
+                felt = jnp.full_like(felt, felt.mean())
+            cost = _first_order if by == "gradient" else _second_order
             found[name] = {
-                b: float(_cost(felt, w.at(b).dequantize_rows(jnp.float32), widest)) / (2 * own.tokens)
+                b: float(cost(felt, w.at(b).dequantize_rows(jnp.float32) - widest)) / own.tokens
                 for b in range(w.seed_bits, w.parent_bits + 1)
             }
     return {name: found[name] for name in weights}
 
 
 @jax.jit
-def _cost(fisher: jax.Array, rows: jax.Array, widest: jax.Array) -> jax.Array:
-    return jnp.sum(fisher * (rows - widest) ** 2)
+def _second_order(fisher: jax.Array, change: jax.Array) -> jax.Array:
+    return jnp.sum(fisher * change**2)
+
+
+@jax.jit
+def _first_order(gradient: jax.Array, change: jax.Array) -> jax.Array:
+    return jnp.abs(jnp.sum(gradient * change))
 
 
 def widths_within(costs: Costs, sizes: Mapping[str, int], bits: float) -> dict[str, int]:

@@ -29,7 +29,7 @@ from typing import Any
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jaxllm.quant.gradients import gradients, squared_gradients
+from jaxllm.quant.gradients import gradients, weight_gradients
 from jaxllm.quant.stages import LinearInfo, by_full_name, linears_by_block
 from jaxllm.quant.statistics import STATISTICS, Stats
 from jaxllm.quant.sums import OF_OUTPUT, StatsAccumulator, warn_of_few
@@ -173,7 +173,7 @@ def _fill(
         states = sums.update(stage.loaded(), text, states, folder)
         few |= {f"{prefix}.{name}": count for name, count in sums.few().items()}
         for name, linear in blocks[prefix].items():
-            arrays = sums.arrays(name, linear) | squared_gradients(folder, f"{prefix}.{name}")
+            arrays = sums.arrays(name, linear) | weight_gradients(folder, f"{prefix}.{name}")
             for end, keys in (("in", arrays.keys() - OF_OUTPUT), ("out", arrays.keys() & OF_OUTPUT)):
                 if keys:
                     some = {key: arrays[key] for key in keys}

@@ -1,7 +1,7 @@
 """What needs the loss: one pass backwards through a model, block by block.
 
 Of each linear's outputs only the mean square of the gradient per token and group is kept (arXiv:2505.07004,
-Algorithm 1), and the squared gradients of weights ("fisher") are summed in files.
+Algorithm 1), and gradients of weights ("gradient") and their squares ("fisher") are summed in files.
 Letters: B sequences at once, T tokens, K inputs, N outputs, g groups of consecutive outputs.
 """
 
@@ -23,6 +23,7 @@ from jaxllm.quant.text import Text
 from jaxllm.storage import checksums
 from jaxllm.storage.arrays import write_npz
 
+OF_WEIGHTS = frozenset({"fisher", "gradient"})
 LOSS_SCALE = 1e3  # gradients are small: keeps 16-bit ones away from the least numbers
 
 
@@ -36,7 +37,7 @@ def gradients(
     want: frozenset[str],
     bar,
 ) -> None:
-    """One pass backwards: each linear's saliency a token, and the sums of squared weight gradients [N, K].
+    """One pass backwards: each linear's saliency a token, and sums of its weights' gradients [N, K].
 
     blocks: their linears, as `linears_by_block` gives them.
     """
@@ -47,7 +48,7 @@ def gradients(
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     chain = model.stages()
-    fisher: dict[str, np.ndarray] = {}
+    of_weights, sums = sorted(want & OF_WEIGHTS), dict[tuple[str, str], np.ndarray]()
     for i, batch in enumerate(bar(list(text.batches()), desc="gradients", unit="batch")):
         states: list[State] = [{}]
         for stage in chain:
@@ -58,34 +59,32 @@ def gradients(
             if not stage.name:
                 continue
             readers = {one.stack_name(name): one.reader for name, one in blocks[stage.name].items()}
-            saliency, squares = {}, {}
+            saliency: dict[str, np.ndarray] = {}
             for name, gz in found.outputs.items():
                 x, assigned = (read.get(readers[name]) for read in (found.inputs, found.assigned))
                 if "guided_hessian" in want:
                     saliency[name] = np.asarray(_saliency(gz, groups=output_groups))
-                if "fisher" in want:
-                    squares[name] = _squares(gz, x, assigned)
+                for kind in of_weights:
+                    for linear, part in _by_linear(name, _sum_over_sequences(gz, x, assigned, kind=kind)):
+                        key = f"{stage.name}.{linear}", kind
+                        if key not in sums:
+                            file = place / "{}.{}.npy".format(*key)
+                            sums[key] = np.lib.format.open_memmap(file, "w+", np.float32, part.shape)
+                        sums[key] += np.asarray(part)
             if saliency:
                 write_npz(place, f"{stage.name}.{i}.npz", saliency, checked=False)  # all are, at the end
-            for name, square in _by_linear(squares):
-                key = f"{stage.name}.{name}"
-                if key not in fisher:
-                    file = place / f"{key}.fisher.npy"
-                    fisher[key] = np.lib.format.open_memmap(file, "w+", np.float32, square.shape)
-                fisher[key] += np.asarray(square)
-    for array in fisher.values():
+    for array in sums.values():
         array.flush()  # type: ignore[attr-defined]
     checksums.write(place, _results(place))
     (place / "done").touch()
 
 
-def _by_linear(squares: dict[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:
-    """Each linear's squares [N, K], those of each expert by themselves."""
-    for name, square in squares.items():
-        if square.ndim == 2:
-            yield name, square
-        else:
-            yield from ((f"{name}.{e}", one) for e, one in enumerate(square))
+def _by_linear(name: str, found: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """A linear's sum [N, K], or each expert's by itself."""
+    if found.ndim == 2:
+        yield name, found
+    else:
+        yield from ((f"{name}.{e}", one) for e, one in enumerate(found))
 
 
 def _results(place: Path) -> list[str]:
@@ -93,10 +92,10 @@ def _results(place: Path) -> list[str]:
     return [file.name for pattern in ("*.npz", "*.npy") for file in place.glob(pattern)]
 
 
-def squared_gradients(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """A linear's squared gradients as a backward pass left them in a folder, {} where there are none."""
-    file = folder / "gradients" / f"{name}.fisher.npy"
-    return {"fisher": np.load(file)} if file.is_file() else {}
+def weight_gradients(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """What a backward pass left in a folder of the gradients of a linear's weights, {} where nothing is."""
+    files = {kind: folder / "gradients" / f"{name}.{kind}.npy" for kind in sorted(OF_WEIGHTS)}
+    return {kind: np.load(file) for kind, file in files.items() if file.is_file()}
 
 
 def output_saliency(folder: Path, prefix: str, batch: int) -> dict[str, np.ndarray]:
@@ -176,28 +175,32 @@ def _saliency(gz: Float[Array, "*B N"], *, groups: int) -> Float[Array, "*B g"]:
     return jnp.mean(jnp.square(gz.reshape(*gz.shape[:-1], groups, -1)), axis=-1)
 
 
-@jax.jit
-def _squares(
-    gz: Float[Array, "*B N"], x: Float[Array, "*B K"], assigned: Bool[Array, "B T S X"] | None
+@partial(jax.jit, static_argnames="kind")
+def _sum_over_sequences(
+    gz: Float[Array, "*B N"], x: Float[Array, "*B K"], assigned: Bool[Array, "B T S X"] | None, *, kind: str
 ) -> Float[Array, "*X N K"]:
-    """The squared gradients of a linear's weights, or of each expert's."""
+    """The gradients of a linear's weights, or of each expert's, or their squares ("fisher")."""
     gz, x = gz.astype(jnp.float32), x.astype(jnp.float32)
-    return _sum_of_squares(gz, x) if assigned is None else _sum_of_squares_by_expert(gz, x, assigned)
+    one = partial(_sum, squared=kind == "fisher")
+    return one(gz, x) if assigned is None else _by_expert(one, gz, x, assigned)
 
 
-def _sum_of_squares(gz: Float[Array, "B T N"], x: Float[Array, "B T K"]) -> Float[Array, "N K"]:
-    """sum_b (sum_t gz[b, t, n] x[b, t, k])^2, a sequence at a time."""
+def _sum(gz: Float[Array, "B T N"], x: Float[Array, "B T K"], *, squared: bool) -> Float[Array, "N K"]:
+    """sum_b of sum_t gz[b, t, n] x[b, t, k], or of its square, a sequence at a time."""
 
     def one(total, pair):
         grad = jnp.matmul(pair[0].T, pair[1], precision=jax.lax.Precision.HIGHEST)
-        return total + grad * grad, None
+        return total + (grad * grad if squared else grad), None
 
     zeros = jnp.zeros((gz.shape[-1], x.shape[-1]), jnp.float32)
     return jax.lax.scan(one, zeros, (gz, x))[0]
 
 
-def _sum_of_squares_by_expert(
-    gz: Float[Array, "B T S N"], x: Float[Array, "B T S K"], assigned: Bool[Array, "B T S X"]
+def _by_expert(
+    of_rows: Callable[[jax.Array, jax.Array], jax.Array],
+    gz: Float[Array, "B T S N"],
+    x: Float[Array, "B T S K"],
+    assigned: Bool[Array, "B T S X"],
 ) -> Float[Array, "X N K"]:
     """The same of each expert's own rows."""
 
@@ -205,6 +208,6 @@ def _sum_of_squares_by_expert(
         return a.reshape(a.shape[0], -1, a.shape[-1])
 
     def one(own):
-        return _sum_of_squares(jnp.where(own[..., None], rows(gz), 0.0), rows(x))
+        return of_rows(jnp.where(own[..., None], rows(gz), 0.0), rows(x))
 
     return jax.lax.map(one, jnp.moveaxis(rows(assigned), -1, 0))

@@ -11,6 +11,7 @@ in float32 at highest matmul precision:
     "guided_hessian"  sum_t s_t x_t x_t^T, a group of consecutive outputs each   [g, K, K]
                       s_t = mean over the group's outputs j of (d loss / d y_tj)^2 (arXiv:2505.07004, eq. 7)
     "fisher"          sum_sequences (d loss / d w_nk)^2               [N, K]  (arXiv:2306.07629)
+    "gradient"        sum_sequences d loss / d w_nk                   [N, K]
     "thresholds"      max_t of the (r+1)-th largest |x_t|, r = 0 .. K-1, at most a 64th higher  [K]
                       (arXiv:2412.20185; what `sums.thresholds` counts)
     "sample"          some of the inputs themselves                   [n, K]
@@ -28,7 +29,8 @@ from jaxtyping import Array, Key
 from jaxllm.pytree import pytree, static
 
 STATISTICS = (
-    "hessian_diag", "mean", "hessian", "held_out", "guided_hessian", "fisher", "thresholds", "sample",
+    "hessian_diag", "mean", "hessian", "held_out", "guided_hessian", "fisher", "gradient",
+    "thresholds", "sample",
 )  # fmt: skip
 
 
@@ -42,6 +44,7 @@ class Stats:
     held_out: jax.Array | None = None  # [K, K]
     guided_hessian: jax.Array | None = None  # [g, K, K]
     fisher: jax.Array | None = None  # [N, K]
+    gradient: jax.Array | None = None  # [N, K]
     thresholds: jax.Array | None = None  # [K]
     sample: jax.Array | None = None  # [n, K]
     tokens: int = static(default=0)  # how many tokens were seen

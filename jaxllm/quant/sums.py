@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.models.stages import Batch, Stage, State
-from jaxllm.quant.gradients import output_saliency, squared_gradients
+from jaxllm.quant.gradients import OF_WEIGHTS, output_saliency, weight_gradients
 from jaxllm.quant.stages import LinearInfo
 from jaxllm.quant.statistics import Stats
 from jaxllm.quant.text import Text
 
-OF_OUTPUT = frozenset({"guided_hessian", "fisher"})
+OF_OUTPUT = OF_WEIGHTS | {"guided_hessian"}
 
 # Steps of magnitude that thresholds tell apart: 64 between powers of two, from 2**-24 to 2**24.
 MANTISSA_BITS, LEAST, MOST = 6, -24, 24
@@ -95,7 +95,7 @@ class StatsAccumulator:
             arrays = (
                 self.arrays(linear.source, linear)
                 | self.arrays(name, linear)
-                | squared_gradients(folder, full)
+                | weight_gradients(folder, full)
             )
             tokens = arrays.pop("tokens", self.tokens[linear.side])
             found[full] = Stats(**{key: jnp.asarray(x) for key, x in arrays.items()}, tokens=int(tokens))

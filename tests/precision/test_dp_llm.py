@@ -14,9 +14,7 @@ from jaxllm.models.gpt import TINY as GPT_TINY
 from jaxllm.models.gpt import Gpt
 from jaxllm.models.linears import linear_weights
 from jaxllm.precision import (
-    BitsObjective,
     DpLlm,
-    Load,
     StaticWidths,
     attach_precision,
     bits_read,
@@ -153,42 +151,6 @@ def test_on_eight_devices_every_token_chooses_as_on_one(text, estimator):
     np.testing.assert_array_equal(one.by_token, eight.by_token)
     tokens = jnp.asarray(text[:2, :1])
     np.testing.assert_allclose(split(tokens)[0], model(tokens)[0], atol=2e-4)
-
-
-def test_a_controller_brings_what_is_decoded_to_bits_between_the_targets(chosen, text):
-    """Step by step: the target of each is a number that the host gives to one program."""
-    policy = BitsObjective(bits=3.9, targets=TARGETS[::-1])
-    sizes = {name: np.prod(w.shape) for name, w in linear_weights(chosen).items() if "." in name}
-
-    @jax.jit
-    def step(model, token, cache, index):
-        read = {}
-
-        def tap(path, x):
-            name, _, end = path.rpartition(".")
-            if end == "high":
-                read[name] = weights[name].low_bits.astype(jnp.float32) + x.astype(jnp.float32).mean()
-            elif end == "in" and isinstance(weights.get(name), BitPlanes):
-                read[name] = jnp.float32(weights[name].bits)
-            return x
-
-        model = set_target(model, index)
-        weights = linear_weights(model)
-        _, cache = model(token, cache, logits="none", tap=tap)
-        total = sum(b * float(sizes[name]) for name, b in read.items())
-        return cache, total / float(sum(sizes.values()))
-
-    cache = dataclasses.replace(chosen.make_cache(1, 48), is_first_chunk=False)
-    state, bits = policy.start(), []
-    for t in range(48):
-        load = Load(tokens=1, bits=bits[-1] if bits else None)
-        level, state = policy.choose(state, load)
-        index = jnp.int32(len(TARGETS) - 1 - level)
-        cache, found = step(chosen, jnp.asarray(text.reshape(4, 48)[:1, t : t + 1]), cache, index)
-        bits.append(float(found))
-    assert step._cache_size() == 1
-    np.testing.assert_allclose(np.mean(bits), 3.9, atol=0.05)
-    assert max(bits) - min(bits) > 0.3  # both targets were taken
 
 
 def test_the_threshold_is_what_a_part_of_the_estimates_lies_above():

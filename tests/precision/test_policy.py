@@ -189,7 +189,7 @@ def test_costs_are_those_of_what_the_upper_byte_says(nested, text):
     w = linear_weights(nested)[name]
     upper = np.asarray(jax.lax.bitcast_convert_type(w.upper, jnp.float8_e4m3fn)).astype(np.float64) / 256
     error = (upper * 2.0**w.shift - np.asarray(w.dequantize_rows(), np.float64)) ** 2
-    want = (np.asarray(stats[name].fisher, np.float64) * error).sum() / (2 * stats[name].tokens)
+    want = (np.asarray(stats[name].fisher, np.float64) * error).sum() / stats[name].tokens
     np.testing.assert_allclose(costs[name], want, rtol=1e-4)
 
 

@@ -71,14 +71,19 @@ def test_a_width_costs_what_its_error_costs_by_the_loss(planes_model, text):
     from jaxllm.quant.calibrate import calibrate
 
     weights = {name: w for name, w in linear_weights(planes_model).items() if "." in name}
-    stats = calibrate(planes_model, text, want={"fisher"}, progress=False)
+    stats = calibrate(planes_model, text, want={"fisher", "gradient"}, progress=False)
     costs = width_costs(planes_model, weights, stats, progress=False)
     trace = width_costs(planes_model, weights, stats, by="trace", progress=False)
+    first = width_costs(planes_model, weights, stats, by="gradient", progress=False)
     assert list(costs) == list(weights)
     for name, w in weights.items():
         assert list(costs[name]) == [3, 4, 5, 6] and costs[name][6] == 0
         assert costs[name][3] > costs[name][4] > costs[name][5] > 0
-        error = np.asarray(w.dequantize_rows() - w.at(4).dequantize_rows(), np.float64) ** 2
-        felt = np.asarray(stats[name].fisher, np.float64) / (2 * stats[name].tokens)
-        np.testing.assert_allclose(costs[name][4], (felt * error).sum(), rtol=1e-4)
-        np.testing.assert_allclose(trace[name][4], felt.mean() * error.sum(), rtol=1e-4)
+        change = np.asarray(w.dequantize_rows() - w.at(4).dequantize_rows(), np.float64)
+        felt, pull = (
+            np.asarray(x, np.float64) / stats[name].tokens for x in (stats[name].fisher, stats[name].gradient)
+        )
+        np.testing.assert_allclose(costs[name][4], (felt * change**2).sum(), rtol=1e-4)
+        np.testing.assert_allclose(trace[name][4], felt.mean() * (change**2).sum(), rtol=1e-4)
+        signed = pull * change  # signs cancel
+        np.testing.assert_allclose(first[name][4], abs(signed.sum()), atol=1e-5 * np.abs(signed).sum())

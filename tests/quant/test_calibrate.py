@@ -119,12 +119,16 @@ def test_guided_hessians_square_each_tokens_gradient(measured, seen, name):
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.up", "layers.1.attention.k"])
-def test_the_fisher_squares_each_sequences_gradient_and_no_other(measured, seen, name):
+def test_the_fisher_squares_each_sequences_gradient_and_the_gradient_sums_them(measured, seen, name):
     grads = [np.einsum("tn,tk->nk", np.asarray(s[name][1]), np.asarray(s[name][0])) for s in seen]
     got = measured[name].fisher / LOSS_SCALE**2
     want = sum(g**2 for g in grads)
     np.testing.assert_allclose(got, want, rtol=5e-3, atol=1e-5 * want.max())
     assert np.abs(got - sum(grads) ** 2).max() > 0.1 * want.max()
+    gradient = sum(grads)
+    np.testing.assert_allclose(
+        measured[name].gradient / LOSS_SCALE, gradient, rtol=5e-3, atol=1e-5 * np.abs(gradient).max()
+    )
 
 
 def test_the_sum_of_gradient_times_input_is_the_weights_gradient(model, seen):
@@ -215,11 +219,14 @@ def test_blocks_share_a_program_forwards_and_linears_of_one_shape_those_of_their
     shapes = {w.shape for name, w in linear_weights(model).items() if name.startswith("layers.")}
     compiled.clear()
     calibrate(model, ROWS, want={"hessian", "guided_hessian", "fisher"}, batch=2, progress=False)
-    count = {name: compiled.count(name) for name in ("_forward", "backward_block", "_squares", "_of_input")}
+    count = {
+        name: compiled.count(name)
+        for name in ("_forward", "backward_block", "_sum_over_sequences", "_of_input")
+    }
     inputs = {K for K, _ in shapes}
     assert count == {
         "_forward": 2,  # what embeds, and a block
         "backward_block": 1,
-        "_squares": len(shapes),
+        "_sum_over_sequences": len(shapes),
         "_of_input": len(inputs),
     }

@@ -4,6 +4,8 @@
 
     quality   perplexity on unseen text of DP-LLM with each estimator, of static widths by layer, of a random
               choice at the same rate, of a schedule by position, and of whole widths
+    gain      how errors are spread over tokens, and what bits estimates could save, linear by linear
+    outliers  some methods where a few channels are made larger without changing the function
     cost      what the estimators multiply and read, exact counts
     time      a step of decoding at one request, of a random Llama of 200 M parameters: planes read at a known
               width, and at the width that each token chooses
@@ -40,16 +42,18 @@ from common import (
     save,
 )
 from flax import nnx
-from parts.precision_tables import cost_table, curves, quality_tables, time_table
+from parts.precision_gain import by_kind, gains, with_outliers
+from parts.precision_tables import cost_table, curves, gain_table, outliers_table, quality_tables, time_table
 from tqdm import tqdm
 
 import jaxllm as jl
 from jaxllm.models.decoder import Config, Decoder
 from jaxllm.models.linears import linear_weights, replace_weights
+from jaxllm.models.taps import in_turn
+from jaxllm.models.width_tap import WidthTap
 from jaxllm.precision import DpLlm, StaticWidths, attach_precision, set_target
 from jaxllm.weights.planes import bit_planes
 from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes, always, every_token_chooses
-from jaxllm.weights.planes.bit_planes import BitPlanes
 
 LLAMA = Config(
     layers=12, width=1024, heads=16, kv_heads=4, head_dim=64, ffn=2816, vocab=32000, tied=True, context=1024
@@ -59,6 +63,7 @@ MEMORY, SEED, PARENT = 5.0, 3, 6
 METHODS: dict[str, dict[str, Any]] = {
     "DP-LLM, exact": {"estimator": "exact"},
     "DP-LLM": {},
+    "DP-LLM, estimators as published": {"estimator": "published"},
     "DP-LLM, lines alone": {"estimator": "linear"},
     "DP-LLM, projections alone": {"estimator": "projection"},
     "DP-LLM, asynchronous": {"asynchronous": True},
@@ -67,6 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 STATIC = {"static, Fisher": "fisher", "static, trace": "trace", "static, first order": "gradient"}
 SCHEDULE = "by position"
+WITH_OUTLIERS = ("DP-LLM, exact", "DP-LLM", "random choice", "static, Fisher")
 
 
 def windows_of(ids: Sequence[int], context: int, count: int) -> np.ndarray:
@@ -81,26 +87,16 @@ def read(model, tokens, part, *, scheduled: bool) -> tuple[jax.Array, jax.Array]
 
     scheduled: the first `part` of the positions read the upper width everywhere, the others the lower one.
     """
-    weights, bits, total = linear_weights(model), [], 0
     first = jnp.arange(tokens.shape[1], dtype=jnp.float32) < part * float(tokens.shape[1])
 
-    def tap(path: str, x: jax.Array) -> jax.Array:
-        nonlocal total
-        name, _, end = path.rpartition(".")
-        w = weights.get(name)
-        if end == "high":
-            x = jnp.broadcast_to(first[None], x.shape) if scheduled else x
-            assert isinstance(w, AdaptivePlanes)
-            bits.append((w.low_bits + x.astype(jnp.int32)).astype(jnp.float32) * float(math.prod(w.shape)))
-        elif end == "in" and isinstance(w, BitPlanes):
-            bits.append(jnp.full(x.shape[:-1], float(w.bits * math.prod(w.shape))))
-        if end in ("high", "in") and isinstance(w, BitPlanes if end == "in" else AdaptivePlanes):
-            total += math.prod(w.shape)
-        return x
+    def by_position(path: str, x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(first[None], x.shape) if path.endswith(".high") else x
 
+    widths = WidthTap(model)
+    tap = in_turn(by_position, widths) if scheduled else widths
     logits, _ = every_token_chooses(model)(tokens, tap=tap)
     found = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
-    return -found[..., 0], sum(bits[1:], bits[0]) / float(total)
+    return -found[..., 0], widths.mean()
 
 
 def measured(model, windows: np.ndarray, target: float, scheduled: bool = False) -> dict[str, Any]:
@@ -156,16 +152,42 @@ def planes(args, model, rows: Sequence[Sequence[int]], seed: int) -> Any:
 
 def quality(args, seed: int) -> list[dict[str, Any]]:
     """One entry a method and target."""
-    model, tokenizer = load(args)
-    seen, unseen = (text_ids(args, tokenizer, file) for file in (args.text, args.unseen))
-    test, found = windows_of(unseen, args.context, args.windows), []
-    rows = windows_of(seen[seed * args.sequences * args.context :], args.context, args.sequences)
-    nested = planes(args, model, rows.tolist(), seed)
+    model, rows, test = data(args, seed)
+    nested, found = planes(args, model, rows.tolist(), seed), []
     for bits in range(SEED, PARENT + 1):
         at = measured(jl.read_at(nested, bits), test, bits)
         found.append({"seed": seed, "method": "whole widths", "target": bits, **at})
+    return found + each_method(args, nested, args.only, rows, test, seed)
+
+
+def outliers(args, seed: int) -> list[dict[str, Any]]:
+    """One entry a strength, method and target; what could be saved stands beside."""
+    model, rows, test = data(args, seed)
+    found = []
+    for strength in args.strengths:
+        changed = with_outliers(model, strength, args.channels, seed)
+        nested = planes(args, changed, rows.tolist(), seed)
+        saved = float(np.mean([one["exact"] for one in gains(nested, rows[:8], test[:8])]))
+        at = {"strength": strength, "saved": saved}
+        some = argparse.Namespace(**vars(args) | {"targets": args.targets[1::2][:2]})
+        names = [name for name in WITH_OUTLIERS if name in args.only]
+        found += [at | one for one in each_method(some, nested, names, rows, test, seed)]
+    return found
+
+
+def data(args, seed: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The model, this seed's windows of calibration text, and those of unseen text."""
+    model, tokenizer = load(args)
+    seen, unseen = (text_ids(args, tokenizer, file) for file in (args.text, args.unseen))
+    rows = windows_of(seen[seed * args.sequences * args.context :], args.context, args.sequences)
+    return model, rows, windows_of(unseen, args.context, args.windows)
+
+
+def each_method(args, nested, names: Sequence[str], rows, test, seed: int) -> list[dict[str, Any]]:
+    """One entry a method and target."""
     trained: dict[str, np.ndarray] = {}
-    for name in tqdm(args.only, f"seed {seed}", file=sys.stderr):
+    found = []
+    for name in tqdm(names, f"seed {seed}", file=sys.stderr):
         for one in by_method(args, nested, name, rows, test, seed, trained):
             found.append({"seed": seed, "method": name, **one})
     return found
@@ -285,12 +307,12 @@ def step_times(args) -> list[dict[str, Any]]:
 
 # -- the page
 
-PARTS = ("quality", "cost", "time")
+PARTS = ("quality", "gain", "outliers", "cost", "time")
 
 
 def measure(args: argparse.Namespace) -> Run:
     """The parts asked for; those of a run in --results stay."""
-    names = ("context", "windows", "sequences", "steps", "seeds", "restarts")
+    names = ("context", "windows", "sequences", "steps", "seeds", "restarts", "channels")
     settings = {name: getattr(args, name) for name in names} | {"model": model_name(args)}
     settings |= {"targets": args.targets, "texts": [f and f.name for f in (args.text, args.unseen)]}
     run = resume(args, begin(args, settings))
@@ -299,11 +321,16 @@ def measure(args: argparse.Namespace) -> Run:
     if "time" in args.what:
         run["time"] = step_times(args)
         save(args, run)
-    if "quality" in args.what:
-        run["quality"] = []
-        for seed in range(args.seeds):
-            run["quality"] += quality(args, seed)
-            save(args, run)
+    if "gain" in args.what:
+        model, rows, test = data(args, 0)
+        run["gain"] = by_kind(gains(planes(args, model, rows.tolist(), 0), rows[:8], test[:8]))
+        save(args, run)
+    for name, part in (("quality", quality), ("outliers", outliers)):
+        if name in args.what:
+            run[name] = []
+            for seed in range(args.seeds):
+                run[name] += part(args, seed)
+                save(args, run)
     return run
 
 
@@ -318,6 +345,10 @@ def page(run: Run) -> Page:
     tables = []
     if "quality" in run:
         tables += quality_tables(run["quality"])
+    if "gain" in run:
+        tables.append(gain_table(run["gain"]))
+    if "outliers" in run:
+        tables.append(outliers_table(run["outliers"]))
     if "cost" in run:
         tables.append(cost_table(run["cost"]))
     if "time" in run:
@@ -337,6 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     every = [*METHODS, *STATIC, SCHEDULE]
     add("--only", nargs="+", choices=every, default=every)
     add("--targets", type=float, nargs="+", default=list(TARGETS))
+    add("--strengths", type=float, nargs="+", default=[1.0, 8.0, 64.0], help="of outliers, powers of two")
+    add("--channels", type=int, default=2, help="that are outliers, of what a block's parts read")
     add("--context", type=int, default=256)
     add("--windows", type=int, default=32, help="of unseen text")
     add("--sequences", type=int, default=32, help="windows of calibration text, a seed")
@@ -349,13 +382,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounds": 1,
         "new": 4,
         "targets": [3.5, 4.0],
+        "strengths": [8.0],
         "context": 16,
         "windows": 4,
         "sequences": 4,
         "steps": 1,
         "seeds": 1,
     }
-    tiny |= {"only": ["DP-LLM, projections alone", "static, Fisher"], "restarts": 1}
+    tiny |= {"only": ["DP-LLM", "static, Fisher"], "restarts": 1}
     common.main(parse(made, argv, tiny=tiny, needs=("text", "unseen")), measure, page)
 
 

@@ -73,6 +73,48 @@ def _against_static(found: list[dict[str, Any]]) -> Table:
     return Table("Against static widths", columns, rows)
 
 
+def gain_table(found: list[dict[str, Any]]) -> Table:
+    columns = {
+        "linear": "means over layers",
+        "variation": "of what the bit beyond the narrowest width changes, over tokens: deviation over mean",
+        "exact": "bits a weight that choosing half of the unseen tokens by exact errors saves against chance",
+        "line": "by a line in the input's length, fitted on other text",
+    }
+    rows_of = [name for name in found[0] if name.endswith(" rows")]
+    columns |= {name: "by a fitted projection of so many" for name in rows_of}
+    columns["64 rows read"] = "bits a weight that they read themselves"
+    rows = [
+        (r["linear"], f"{r['variation']:.2f}")
+        + tuple(f"{r[name]:.3f}" for name in ("exact", "line", *rows_of))
+        + (f"{64 * r['reads']:.2f}",)
+        for r in found
+    ]
+    return Table("What there is to gain", columns, rows)
+
+
+def outliers_table(found: list[dict[str, Any]]) -> Table:
+    columns = {
+        "strength": "by which channels are made larger",
+        "saved": "bits a weight that exact errors save against chance, mean over linears",
+        "method": "who chooses",
+        "target": "bits a weight that were asked for",
+        "bits": "that unseen text reads",
+        "perplexity": "of unseen text",
+        "over static": "nats a token more than static widths (Fisher) of the same target, by seed",
+    }
+    rows = []
+    for strength, method, target in dict.fromkeys((r["strength"], r["method"], r["target"]) for r in found):
+        at = [r for r in found if (r["strength"], r["target"]) == (strength, target)]
+        own = [r for r in at if r["method"] == method]
+        static = {r["seed"]: r["perplexity"] for r in at if r["method"] == "static, Fisher"}
+        over = [math.log(r["perplexity"] / static[r["seed"]]) for r in own]
+        rows.append(
+            (f"{strength:g}", _mean([r["saved"] for r in own], 3), method, f"{target:g}")
+            + (_mean([r["bits"] for r in own], 3), _mean([r["perplexity"] for r in own], 3), _mean(over, 4))
+        )
+    return Table("Where the choice begins to pay", columns, rows)
+
+
 def cost_table(found: list[dict[str, Any]]) -> Table:
     columns = {
         "model": "whose linears",

@@ -5,6 +5,7 @@ dp_llm         estimators and thresholds by layer (DP-LLM)
 static         the same widths for all tokens, by the same budget: what the choice is measured by
 widths         how many planes of each linear are held
 averages       how many bits each reads on average
+fitting        which estimator a linear gets, by the bits it saves
 estimators     what the next bit would change in a product, from its input
 measure        the bits that a text really reads
 policy         levels of precision by load, latency, or bits that were read

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from jaxllm.models.linears import block_of, linear_weights, replace_weights
 from jaxllm.models.stages import Batch, Stage, State
-from jaxllm.precision import estimators
 from jaxllm.precision.averages import Bounds, fit_averages
+from jaxllm.precision.fitting import KINDS, Kind, fit_estimator, planes_of
 from jaxllm.precision.widths import By, Costs
 from jaxllm.quant.methods.k_means import layer_key
 from jaxllm.quant.stages import linears_by_block
@@ -47,17 +47,16 @@ class DpLlm:
     """Options of DP-LLM.
 
     targets: average bits a weight that the model can be set to. memory_bits: planes that are held, a weight,
-    on average. estimator: "auto" takes a linear one where it explains `linear_r2` of the variance of errors
-    at every pair of widths that a target uses, else a projection of `projection_rows`; "exact" and "random"
-    are to measure the others by. asynchronous: q, k, v, gate and up are estimated from what the residual
-    stream was one addition before, so that the estimate need not be waited for (section 2.7; decoders of the
-    Llama line). steps, learning_rate: of the averages' training; without steps every layer has the target
-    itself. fitting_tokens: that estimators are fitted on.
+    on average. estimator: `precision/fitting.py` has the list; a projection has up to `projection_rows`, a
+    "published" one as many, where a line explains less than `linear_r2`. asynchronous: q, k, v, gate and up
+    are estimated from what the residual stream was one addition before, so that the estimate need not be
+    waited for (section 2.7; decoders of the Llama line). steps, learning_rate: of the averages' training;
+    without steps every layer has the target itself. fitting_tokens: that estimators are fitted on.
     """
 
     targets: tuple[float, ...] = (3.5, 4.0, 4.5)
     memory_bits: float = 5.0
-    estimator: Literal["auto", "linear", "projection", "exact", "random"] = "auto"
+    estimator: Kind = "auto"
     asynchronous: bool = False
     projection_rows: int = 64
     linear_r2: float = 0.9
@@ -73,6 +72,8 @@ class DpLlm:
 
     def __post_init__(self):
         check_targets("DpLlm", self.targets)
+        if self.estimator not in KINDS:
+            raise ValueError(f"DpLlm: estimator must be one of {', '.join(KINDS)}, got {self.estimator!r}")
         least = {"projection_rows": 1, "steps": 0, "fitting_tokens": 2}
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -190,18 +191,23 @@ def fit_estimators(
             inner = name.removeprefix(f"{stage.name}.")
             at = spread(sum(map(len, (one[inner] for one in inputs))), method.fitting_tokens)
             x, look = (np.concatenate([one[inner] for one in side])[at] for side in (inputs, seen))
-            widths = sorted(set(lower_width(averages[name], planes_of(w)).tolist()))
-            found[name] = _fit_estimator(method, name, w, jnp.asarray(x), jnp.asarray(look), widths)
+            parts: dict[int, list[float]] = {}  # of a bit that targets ask for beyond a width
+            for low, average in zip(lower_width(averages[name], planes_of(w)), averages[name], strict=True):
+                parts.setdefault(int(low), []).append(float(average - low))
+            found[name] = fit_estimator(
+                w,
+                jnp.asarray(x, jnp.float32),
+                jnp.asarray(look, jnp.float32),
+                parts,
+                method.estimator,
+                key=layer_key(method.seed, name),
+                rows=method.projection_rows,
+                r2=method.linear_r2,
+            )
         return after
 
     walk.blocks("estimators", visit)
     return {name: found[name] for name in weights}
-
-
-def planes_of(w: AdaptivePlanes) -> BitPlanes:
-    """The planes of a weight that is not in its fitting form."""
-    assert isinstance(w.held, BitPlanes)
-    return w.held
 
 
 def spread(n: int, most: int) -> np.ndarray:
@@ -254,37 +260,6 @@ def _watch(block, shared, state: State, batch: Batch, *, run) -> tuple[State, di
 
     new = run(block, shared, state, batch, tap)
     return new, {name: read[name] for name in looked}, looked
-
-
-def _fit_estimator(
-    method: DpLlm, name: str, w: AdaptivePlanes, x: jax.Array, seen: jax.Array, widths: Sequence[int]
-) -> AdaptivePlanes:
-    """The weight with an estimator fitted at each lower width in `widths`."""
-    held, kind = planes_of(w), method.estimator
-    if kind in ("exact", "random"):
-        return dataclasses.replace(w, estimator=kind)
-    pairs = [low - held.seed_bits for low in widths]
-    rows = {b: held.at(b).dequantize_rows(jnp.float32) for low in widths for b in (low, low + 1)}
-    steps = {pair: rows[pair + held.seed_bits + 1] - rows[pair + held.seed_bits] for pair in pairs}
-    x, seen = x.astype(jnp.float32), seen.astype(jnp.float32)
-    errors = {pair: estimators.errors(x, step) for pair, step in steps.items()}
-    lines = {pair: estimators.fit_line(estimators.norm(seen), e) for pair, e in errors.items()}
-    slope, offset = np.ones(len(w.slope), np.float32), np.zeros(len(w.slope), np.float32)
-    worst = min(line.r2 for line in lines.values())
-    if kind == "linear" or (kind == "auto" and worst >= method.linear_r2):
-        for pair, line in lines.items():
-            slope[pair], offset[pair] = line.slope, line.offset
-        return dataclasses.replace(w, slope=jnp.asarray(slope), offset=jnp.asarray(offset))
-    key = layer_key(method.seed, name)
-    projection = np.zeros((len(slope), method.projection_rows, held.shape[0]), np.float16)
-    for pair, step in steps.items():
-        drawn = estimators.random_projection(jax.random.fold_in(key, pair), step, method.projection_rows)
-        G = np.asarray(estimators.fit_projection(drawn, seen, errors[pair]))
-        slope[pair] = max(float(np.abs(G).max()), 1e-30)  # float16 holds numbers up to 1 best
-        projection[pair] = G / slope[pair]
-    return dataclasses.replace(
-        w, estimator="projection", slope=jnp.asarray(slope), projection=jnp.asarray(projection)
-    )
 
 
 def fit_thresholds(

@@ -58,6 +58,10 @@ def test_a_model_that_chooses_is_made_measured_and_run(jaxllm, tiny_checkpoint):
             "--target-bits and --memory-bits apply to",
         ),
         (["--method", "dp-llm", "--option", "estimators=linear"], "did you mean 'estimator'"),
+        (
+            ["--method", "dp-llm", "--option", "estimator=best"],
+            "must be one of 'auto', 'published'",
+        ),
         (["--method", "dp-llm", "--option", "base.parent=6"], "did you mean 'parent_bits'"),
         (["--method", "dp-llm", "--option", "targets=3"], "must be a list of numbers, got 3"),
         (["--method", "dp-llm", "--target-bits", "4", "--target-bits", "3.5"], "ascending order"),

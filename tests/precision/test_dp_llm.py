@@ -139,6 +139,17 @@ def test_a_model_that_chooses_comes_back_from_disk(chosen, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, set_target(chosen, 4.25), back)
 
 
+def test_a_model_that_chooses_can_be_given_away_and_mapped(chosen, text):
+    tokens = jnp.asarray(text[:3, :1])
+    want = set_target(chosen, TARGETS[1])(tokens)[0]
+    given = jax.tree.map(jnp.copy, chosen)
+    moved = jax.jit(lambda model: set_target(model, jnp.int32(1)), donate_argnums=0)(given)
+    assert all(x.is_deleted() for w in linear_weights(given).values() for x in jax.tree.leaves(w)[:1])
+    np.testing.assert_array_equal(moved(tokens)[0], want)
+    mapped = jax.vmap(lambda row: moved(row[None])[0][0])(tokens)
+    np.testing.assert_allclose(mapped, want, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["projection", "linear"])
 def test_on_eight_devices_every_token_chooses_as_on_one(text, estimator):

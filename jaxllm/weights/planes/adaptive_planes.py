@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxllm.pytree import pytree, static
 from jaxllm.weights.planes.bit_planes import BitPlanes
 from jaxllm.weights.planes.dense_widths import DenseWidths
-from pallas_kernels.any_precision_gemm import any_precision_gemm
+from pallas_kernels.any_precision_gemm import any_precision_gemm, few_rows
 from pallas_kernels.dot import dot
 
 MANY_ROWS = 16  # that do not agree
@@ -159,6 +159,12 @@ def matmul(x: Float[Array, "*B K"], w: AdaptivePlanes | ChosenPlanes) -> Float[A
     held, low, high = w.held, w.low, w.high
     if high.size == 1:
         return at_width(x, held, low + high.reshape(()).astype(jnp.int32))
+    if isinstance(held, BitPlanes) and row_by_row(x, held):
+        widths = low + high.ravel().astype(jnp.int32)
+        y = jax.lax.map(
+            lambda row: at_width(row[0][None], held, row[1])[0], (x.reshape(-1, x.shape[-1]), widths)
+        )
+        return y.reshape(*x.shape[:-1], held.shape[1])
     all_high = high.all()
     first = at_width(x, held, low + all_high.astype(jnp.int32))  # of rows that agree all there is to do
 
@@ -168,6 +174,15 @@ def matmul(x: Float[Array, "*B K"], w: AdaptivePlanes | ChosenPlanes) -> Float[A
     if high.size >= MANY_ROWS:
         return both()
     return jax.lax.cond(high.any() & ~all_high, both, lambda: first)
+
+
+def row_by_row(x: Float[Array, "*B K"], held: BitPlanes) -> bool:
+    """Whether each row is a product of its own: a CPU makes few rows of small tables one by one anyway.
+
+    Half the time of two products where rows differ, no more where they agree (`docs/results/precision.md`).
+    """
+    small = held.parent_bits <= few_rows.MOST_BITS
+    return small and few_rows.takes(x, held.tables)
 
 
 def above(x: Float[Array, "*B K"], held: BitPlanes | DenseWidths, low: jax.Array) -> Float32[Array, "*B N"]:

@@ -58,10 +58,11 @@ class NestedFloat:
             rows = jax.lax.bitcast_convert_type(join(self.upper, self.lower), jnp.float16)
         else:
             rows = _scaled(join_float32(self.upper, self.lower), self.shift).astype(dtype)
-        if self.exceptions is None:
+        of = self.exception_of_output
+        if self.exceptions is None or of is None:
             return rows
-        own = gather(self.exceptions, jnp.maximum(self.exception_of_output, 0)).astype(dtype)
-        return jnp.where(self.exception_of_output[:, None] >= 0, own, rows)
+        own = gather(self.exceptions, jnp.maximum(of, 0)).astype(dtype)
+        return jnp.where(of[:, None] >= 0, own, rows)
 
     can_gather_rows = True
 
@@ -157,19 +158,17 @@ def with_equal_exceptions(weights: Sequence[Any]) -> list[Any]:
 
     So that the weights of experts are stored alike.
     """
-    nested = [w for w in weights if isinstance(w, NestedFloat)]
-    R = max((0 if w.exceptions is None else len(w.exceptions) for w in nested), default=0)
+    own = [w.exceptions for w in weights if isinstance(w, NestedFloat)]
+    R = max((len(rows) for rows in own if rows is not None), default=0)
 
     def fill(w):
         if not isinstance(w, NestedFloat) or not R:
             return w
-        K, N = w.shape
-        if w.exceptions is None:
-            of, own = jnp.full(N, -1, jnp.int32), jnp.zeros((0, K), jnp.float16)
-        else:
-            of, own = w.exception_of_output, w.exceptions
-        exceptions = jnp.pad(own, ((0, R - len(own)), (0, 0)))
-        return dataclasses.replace(w, exceptions=exceptions, exception_of_output=of)
+        (K, N), rows, of = w.shape, w.exceptions, w.exception_of_output
+        if rows is None:
+            rows, of = jnp.zeros((0, K), jnp.float16), jnp.full(N, -1, jnp.int32)
+        rows = jnp.pad(rows, ((0, R - len(rows)), (0, 0)))
+        return dataclasses.replace(w, exceptions=rows, exception_of_output=of)
 
     return [fill(w) for w in weights]
 
@@ -218,8 +217,8 @@ def _checked_exceptions(w: NestedFloat) -> tuple[jax.Array, jax.Array]:
     """Both arrays; ValueError where they do not fit, as those of a file may."""
     (K, N), own, of = w.shape, w.exceptions, w.exception_of_output
     if own is None or of is None or own.shape[1:] != (K,) or not len(own) or of.shape != (N,):
-        own, of = (None if a is None else a.shape for a in (own, of))
-        raise ValueError(f"nested_fp: exceptions must be [R, {K}] and of outputs [{N}], got {own} and {of}")
+        got = " and ".join(str(None if a is None else a.shape) for a in (own, of))
+        raise ValueError(f"nested_fp: exceptions must be [R, {K}] and of outputs [{N}], R > 0, got {got}")
     if (own.dtype, of.dtype) != (jnp.float16, jnp.int32):
         raise ValueError(f"nested_fp: exceptions must be float16 and int32, got {own.dtype} and {of.dtype}")
     return own, of

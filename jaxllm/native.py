@@ -93,7 +93,7 @@ def load_native(path, *, dtype=None, mesh=None, verify: bool = True):
 
     in_file = _arrays(rebuild(name_in_file))
     restored = _restore(path, nnx.merge(graph, rebuild(_shape)), in_file, types, mesh)
-    _check_orders(restored)
+    _check_indices(restored)
     model = nnx.merge(graph, rebuild(lambda key, shape, dtype: restored.pop(key)))  # one at a time changes
     if dtype is not None:
         model = _cast(model, dtype)
@@ -194,11 +194,16 @@ def _restore(
         return checkpointer.restore(where, target)
 
 
-def _check_orders(arrays: dict[str, jax.Array]) -> None:
-    """Raises ValueError for an order of inputs that is no permutation, which products would clip."""
-    for key, order in arrays.items():
-        if key.endswith("/order") and not np.array_equal(np.sort(order), np.arange(order.size)):
-            raise ValueError(f"load: {key} must name each of {order.size} inputs once")
+def _check_indices(arrays: dict[str, jax.Array]) -> None:
+    """Raises ValueError for indices of nothing, which products would clip, and orders that are none."""
+    for key, index in arrays.items():
+        if key.endswith("/order") and not np.array_equal(np.sort(index), np.arange(index.size)):
+            raise ValueError(f"load: {key} must name each of {index.size} inputs once")
+        if key.endswith("/exception_of_output"):
+            R = arrays[key.removesuffix("_of_output") + "s"].shape[-2]
+            low, high = (int(index.min()), int(index.max())) if index.size else (0, 0)
+            if not -1 <= low <= high < R:
+                raise ValueError(f"load: {key} must be -1 to {R - 1}, got {low} to {high}")
 
 
 def _check_stored(stored: dict[str, Any], target: dict[str, jax.ShapeDtypeStruct]) -> None:

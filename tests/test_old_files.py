@@ -26,6 +26,7 @@ from jaxllm.quant.recipe import Budget, read_recipe
 from jaxllm.sharding import make_mesh
 from jaxllm.storage import former_names
 from jaxllm.storage.fingerprint import fingerprint, fingerprint_of_first_numbers
+from jaxllm.storage.manifest import describe
 from jaxllm.training.trainer import train
 from jaxllm.weights import nested_float
 from jaxllm.weights.affine import Affine
@@ -285,6 +286,15 @@ def test_upper_bytes_that_were_called_float8_are_bytes_bit_for_bit(mesh, decoder
     assert fingerprint_of_first_numbers(decoder) == fingerprint_of_first_numbers(former)
     jl.save(again, tmp_path / "now")
     assert "float8" not in (tmp_path / "now" / "manifest.json").read_text()
+
+
+def test_a_nested_weight_without_exceptions_is_described_as_it_was(decoder):
+    """Of those there is nothing in files written before, nor in those of models without any."""
+    was = json.loads((OLD / "decoder" / "manifest.json").read_text())["weights"]["layers.0.attention.o.w"]
+    w = linear_weights(decoder)["layers.0.attention.o"]
+    assert w.exceptions is None and w.exception_of_output is None and len(jax.tree.leaves(w)) == 2
+    was["fields"]["upper"]["dtype"] = "uint8"
+    assert json.dumps(describe(w, "w")) == json.dumps(was)
 
 
 def test_a_stopped_quantization_reads_upper_bytes_that_were_called_float8(gpt, tmp_path):

@@ -11,9 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 import jaxllm as jl
 from jaxllm.models.decoder import TINY, Config, Decoder
+from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.models.rope import Rope
 from jaxllm.pytree import path_name
 from jaxllm.sharding import make_mesh, shard, shardings
+from jaxllm.weights.dense import Dense
 
 CONFIG = dataclasses.replace(TINY, heads=8, kv_heads=4, qkv_bias=True, windows=(4, None))
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [9], [3, 4]]
@@ -37,6 +39,43 @@ def test_tensor_parallel_forward_and_generate_equal_one_device(single, data, par
     np.testing.assert_allclose(got, want, atol=1e-5)
     outs = jl.generate(split, None, PROMPTS, max_new_tokens=12)
     assert [o.token_ids for o in outs] == ids
+
+
+@pytest.fixture(scope="module")
+def with_exceptions(single):
+    """The model, of which one output in each of two linears, cut along outputs and inputs, is large."""
+    model, new = single[0], {}
+    for name in ("layers.0.mlp.up", "layers.1.mlp.down"):
+        rows = linear_weights(model)[name].rows
+        new[name] = Dense(rows.at[:, 0].set(2.0**-24).at[5, 3].set(3.0))
+    return replace_weights(model, new)
+
+
+@pytest.mark.parametrize("mode", ["fp16", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_nested_weights_with_exceptions_give_on_eight_devices_the_logits_of_one(
+    single, with_exceptions, mode
+):
+    model = jl.quantize(with_exceptions, jl.NestedFp(mode=mode), progress=False)
+    split = shard(model, make_mesh(data=2, model=4))
+    up, down = (linear_weights(split)[f"layers.{i}"] for i in ("0.mlp.up", "1.mlp.down"))
+    (K, N), (F, _) = up.shape, down.shape
+    shards = [x.addressable_shards[0].data.shape for x in (up.exceptions, up.exception_of_output)]
+    assert shards == [(1, K), (N // 4,)]
+    assert down.exceptions.addressable_shards[0].data.shape == (1, F // 4)
+    forward = jax.jit(lambda model, tokens: model(tokens)[0])
+    np.testing.assert_allclose(forward(split, single[1]), forward(model, single[1]), atol=1e-5)
+
+
+def test_which_outputs_are_exceptions_is_decided_on_the_whole_weight_wherever_its_parts_lie(with_exceptions):
+    """Of four devices' outputs only one's are not all eligible, and of each device's inputs others."""
+    split = shard(with_exceptions, make_mesh(data=2, model=4))
+    whole, parts = (
+        linear_weights(jl.quantize(m, jl.NestedFp(), progress=False)) for m in (with_exceptions, split)
+    )
+    for name, w in whole.items():
+        assert jax.tree.structure(parts[name]) == jax.tree.structure(w)
+        jax.tree.map(np.testing.assert_array_equal, parts[name], w)
+    assert whole["layers.0.mlp.up"].exceptions is not None
 
 
 def test_key_heads_are_replicated_when_there_are_fewer_than_shards(single):

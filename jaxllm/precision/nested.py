@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.quant.source import CalibrationStream
 from jaxllm.weights.nested_float import NestedFloat
-from pallas_kernels.nested_fp_gemm.reference import F8
+from pallas_kernels.nested_fp_gemm.reference import F8, join_float32
 
 
 def nested_weights(model) -> dict[str, NestedFloat]:
@@ -52,8 +52,9 @@ def fp8_costs(model, sequences: Any, *, batch: int = 8, progress: bool = True) -
 
 @jax.jit
 def _cost(w: NestedFloat, fisher: jax.Array) -> jax.Array:
-    upper = jax.lax.bitcast_convert_type(w.upper, F8).astype(jnp.float32) * 2.0 ** (w.shift - 8)
-    return jnp.sum(fisher * (upper - w.dequantize_rows(jnp.float32)) ** 2)
+    upper = jax.lax.bitcast_convert_type(w.upper, F8).astype(jnp.float32) / 256
+    error = (upper - join_float32(w.upper, w.lower)) * 2.0**w.shift  # none in exceptions: both are zeros
+    return jnp.sum(fisher * error**2)
 
 
 def with_levels(model, costs: Mapping[str, float], level: Int[Array, "..."]):

@@ -40,7 +40,14 @@ OPTIONS = {
 }
 
 # Options that one version has and another has not, at the value that means the same as none.
-IDLE = {"selection": "gain", "metadata": "4", "per_block": False, "narrow_steps": False, "outliers": None}
+IDLE = {
+    "selection": "gain",
+    "metadata": "4",
+    "per_block": False,
+    "narrow_steps": False,
+    "outliers": None,
+    "max_exceptions": 1 / 16,
+}
 
 
 def options(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

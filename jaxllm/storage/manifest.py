@@ -52,7 +52,7 @@ def describe(value: Any, name: str, classes: Classes | None = None) -> dict[str,
         part = getattr(value, field.name)
         if field.metadata.get("static"):
             described.setdefault("static", {})[field.name] = to_json(part)
-        else:
+        elif part is not None or field.name not in _optional(type(value)):
             described.setdefault("fields", {})[field.name] = describe(part, f"{name}/{field.name}", classes)
     return described
 
@@ -90,7 +90,8 @@ def build(described: Any, name: str, make: Make, classes: Classes | None = None)
         raise ValueError(f"load: {name} must be of a format of {', '.join(known)}, got format={kind!r}")
     described = {"fields": {}, "static": {}} | described
     fields, now = entry_of(described, "fields", dict, name), former_names.FIELDS.get(kind, {})
-    parts = {now.get(key, key): build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
+    parts: dict[str, Any] = dict.fromkeys(_optional(known[kind]))
+    parts |= {now.get(key, key): build(part, f"{name}/{key}", make, classes) for key, part in fields.items()}
     for key, former in former_names.BYTES.get(kind, {}).items():
         if getattr(parts.get(key), "dtype", None) == former:
             parts[key] = _as_bytes(parts[key])
@@ -110,6 +111,12 @@ def build(described: Any, name: str, make: Make, classes: Classes | None = None)
     for key, part in (parts | static).items():
         object.__setattr__(made, key, part)
     return made
+
+
+def _optional(kind: Any) -> list[str]:
+    """Parts that are None where a file does not say them: they came later than others of the class."""
+    fields = (f for f in dataclasses.fields(kind) if not f.metadata.get("static"))
+    return [f.name for f in fields if f.default is None]
 
 
 def _as_bytes(x: Any) -> Any:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.pytree import pytree
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.host_residual import HostResidual
+from jaxllm.weights.nested_float import with_equal_exceptions
 
 
 class MappedStack:
@@ -100,6 +101,7 @@ def stack(weights: Sequence[Any]) -> Experts:
 
     if any(isinstance(x, HostResidual) for x in _nodes(weights[0])):
         raise ValueError("experts.stack: experts cannot fetch residuals from host memory, got HostResidual")
+    weights = with_equal_exceptions(weights)
     first = kind(weights[0])
     other = next((i for i, w in enumerate(weights) if kind(w) != first), None)
     if other is not None:

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxllm as jl
 from jaxllm.models.decoder import TINY, Decoder
-from jaxllm.models.linears import linear_weights
+from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.precision import (
     Always,
     BitsObjective,
@@ -24,6 +24,7 @@ from jaxllm.precision import (
 )
 from jaxllm.precision.nested import levels
 from jaxllm.precision.policy import Held
+from jaxllm.weights.dense import Dense
 from jaxllm.weights.nested_float import with_mode
 
 
@@ -162,7 +163,10 @@ def test_what_cannot_be_asked_for_is_one_line(make, message):
 
 @pytest.fixture(scope="module")
 def nested():
-    return jl.quantize(Decoder(TINY, rngs=nnx.Rngs(0)), jl.NestedFp(), progress=False)
+    """Of one linear an output is an exception: one weight is too large, another forbids a shift."""
+    model, name = Decoder(TINY, rngs=nnx.Rngs(0)), "layers.1.mlp.up"
+    rows = linear_weights(model)[name].rows.at[3, 5].set(3.0).at[0, 0].set(2.0**-24)
+    return jl.quantize(replace_weights(model, {name: Dense(rows)}), jl.NestedFp(), progress=False)
 
 
 def test_the_most_tolerant_layers_read_eight_bits_first_in_one_program(nested, text):
@@ -187,8 +191,11 @@ def test_costs_are_those_of_what_the_upper_byte_says(nested, text):
     costs = fp8_costs(nested, stats, progress=False)
     name = "layers.1.mlp.up"
     w = linear_weights(nested)[name]
+    assert len(w.exceptions) == 1 and w.exception_of_output[3] == 0
     upper = np.asarray(jax.lax.bitcast_convert_type(w.upper, jnp.float8_e4m3fn)).astype(np.float64) / 256
     error = (upper * 2.0**w.shift - np.asarray(w.dequantize_rows(), np.float64)) ** 2
+    assert error[3, 5] == 9.0  # against the zero that stands for it, which no mode reads
+    error[3] = 0.0
     want = (np.asarray(stats[name].fisher, np.float64) * error).sum() / stats[name].tokens
     np.testing.assert_allclose(costs[name], want, rtol=1e-4)
 

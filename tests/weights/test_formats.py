@@ -83,6 +83,12 @@ def adaptive(planes, projection=False):
     return dataclasses.replace(w, estimator="projection", projection=rows)
 
 
+def with_exceptions(rows):
+    """Nested bytes with two outputs of 16 bits: each of these weights forbids a shift."""
+    rows = rows.at[:, 0].set(2.0**-24).at[5, 1].set(3.0).at[7, 1].set(-500.0)
+    return jl.NestedFp().quantize(rows, Stats(), name="w", dtype=jnp.float32)
+
+
 FORMS = {
     "affine4": lambda rows: affine.quantize(rows.T, bits=4, group_size=32),
     "affine3": lambda rows: affine.quantize(rows.T, bits=3, group_size=32, integer_zero_point=False),
@@ -106,6 +112,7 @@ FORMS = {
     "adaptive, projection": lambda rows: adaptive(FORMS["any_precision"](rows), projection=True),
     "nested_fp": lambda rows: jl.NestedFp().quantize(rows, Stats(), name="w", dtype=jnp.float32),
     "nested_fp8": lambda rows: jl.NestedFp(mode="fp8").quantize(rows, Stats(), name="w", dtype=jnp.float32),
+    "nested_fp, exceptions": with_exceptions,
     "mixed_two_bit": lambda rows: MixedTwoBit().quantize(rows, ones(rows), name="w", dtype=jnp.float32),
     "dec_dec": lambda rows: jl.DecDec(base=jl.Rtn(bits=3, group_size=32)).quantize(
         rows, ones(rows), name="w", dtype=jnp.float32
@@ -122,6 +129,7 @@ FORMS["permuted"] = lambda rows: Permuted(FORMS["affine3"](rows[:, ::-1]), jnp.a
 SLOW_TO_MAKE = {
     "affine2, coded scales",
     "nested_fp",
+    "nested_fp, exceptions",
     "permuted",
     "rotated, whole",
     "mixed_two_bit",
@@ -140,7 +148,7 @@ OWN_PRODUCT = {"nested_fp8", "dec_dec", "rotated", "rotated, whole"}
 # an embedding can be stored so
 WITH_ROWS = {
     "affine4", "affine3", "affine8", "offsets", "coded blocks", "codebook3", "any_precision", "nested_fp",
-    "nested_fp8",
+    "nested_fp8", "nested_fp, exceptions",
 }  # fmt: skip
 
 
@@ -296,6 +304,7 @@ def test_a_directory_with_a_missing_leaf_is_refused_in_one_line(models, tmp_path
         "affine4",
         "coded blocks",
         "nested_fp",
+        "nested_fp, exceptions",
         "any_precision",
         "mixed_two_bit",
         "dec_dec",

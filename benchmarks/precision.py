@@ -49,8 +49,7 @@ from tqdm import tqdm
 import jaxllm as jl
 from jaxllm.models.decoder import Config, Decoder
 from jaxllm.models.linears import linear_weights, replace_weights
-from jaxllm.models.taps import in_turn
-from jaxllm.models.width_tap import WidthTap
+from jaxllm.models.taps import WidthTap, in_turn
 from jaxllm.precision import DpLlm, StaticWidths, attach_precision, set_target
 from jaxllm.weights.planes import bit_planes
 from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes, always, every_token_chooses

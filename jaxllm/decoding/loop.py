@@ -21,7 +21,7 @@ from jaxllm.decoding.average_bits import AverageBits
 from jaxllm.decoding.prefill import forward
 from jaxllm.decoding.sampling import SamplingParams, sample
 from jaxllm.eviction.gates import Gate
-from jaxllm.models.width_tap import WidthTap
+from jaxllm.models.taps import WidthTap
 from jaxllm.pytree import pytree
 
 

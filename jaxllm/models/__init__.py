@@ -9,7 +9,6 @@ language_model  what all of them offer beside the forward pass: type, windows, c
 attention       self-attention of a chunk with what a cache holds before it
 layers          linear, embedding, norms
 taps            what a method sees of a forward pass, and may change
-width_tap       the bits at which tokens read linears in planes
 nonfinite       numbers that left their type's range: which layer was first, and what helps
 stages          the way of text through a model, stage by stage
 relative_bias   T5's positions: a number for each bucket of distances

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxllm.models.inputs import check_token_ids
 from jaxllm.models.linears import linear_weights
-from jaxllm.models.width_tap import WidthTap
+from jaxllm.models.taps import WidthTap
 from jaxllm.weights.planes.adaptive_planes import every_token_chooses
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import jaxllm as jl
 from jaxllm.decoding.loop import decode_until
-from jaxllm.models.width_tap import WidthTap
+from jaxllm.models.taps import WidthTap
 from jaxllm.precision import BitsObjective, DpLlm, Load, attach_precision, bits_read, set_target
 
 TARGETS = (3.5, 4.25)

@@ -7,8 +7,9 @@
     gain      how errors are spread over tokens, and what bits estimates could save, linear by linear
     outliers  some methods where a few channels are made larger without changing the function
     cost      what the estimators multiply and read, exact counts
-    time      a step of decoding at one request, of a random Llama of 200 M parameters: planes read at a known
-              width, and at the width that each token chooses
+    traffic   what the Triton kernel of a width that is known only when it runs asks memory for, counted in it
+    time      a step of decoding, of a random Llama of 200 M parameters: planes read at a known width, and at
+              the width that each token chooses, also where half of all tokens choose the wider one
 
 Every seed is another draw of the calibration text and of what is random. Bits are those of planes read, on
 the unseen text; what calibration text reads stands beside them. A window is 256 tokens, each of which chooses
@@ -43,7 +44,15 @@ from common import (
 )
 from flax import nnx
 from parts.precision_gain import by_kind, gains, with_outliers
-from parts.precision_tables import cost_table, curves, gain_table, outliers_table, quality_tables, time_table
+from parts.precision_tables import (
+    cost_table,
+    curves,
+    gain_table,
+    outliers_table,
+    quality_tables,
+    time_table,
+    traffic_table,
+)
 from tqdm import tqdm
 
 import jaxllm as jl
@@ -53,6 +62,8 @@ from jaxllm.models.taps import WidthTap, in_turn
 from jaxllm.precision import DpLlm, StaticWidths, attach_precision, set_target
 from jaxllm.weights.planes import bit_planes
 from jaxllm.weights.planes.adaptive_planes import AdaptivePlanes, always, every_token_chooses
+from pallas_kernels.any_precision_gemm import triton
+from pallas_kernels.case import bytes_loaded
 
 LLAMA = Config(
     layers=12, width=1024, heads=16, kv_heads=4, head_dim=64, ffn=2816, vocab=32000, tied=True, context=1024
@@ -71,6 +82,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 STATIC = {"static, Fisher": "fisher", "static, trace": "trace", "static, first order": "gradient"}
 SCHEDULE = "by position"
+BLOCKS = {  # inputs and outputs of a block's linears
+    "pico target": [(256, 256), (256, 64), (256, 64), (256, 256), (256, 384), (256, 384), (384, 256)],
+    "201 M Llama": [
+        (1024, 1024), (1024, 256), (1024, 256), (1024, 1024), (1024, 2816), (1024, 2816), (2816, 1024)
+    ],
+    "Llama-3-8B": [
+        (4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)
+    ],
+}  # fmt: skip
 WITH_OUTLIERS = ("DP-LLM, exact", "DP-LLM", "random choice", "static, Fisher")
 
 
@@ -232,21 +252,11 @@ def text_ids(args, tokenizer, file: Path | None) -> list[int]:
     return tokenizer.encode(Path(file).read_text("utf-8"))
 
 
-def cost(args) -> list[dict[str, Any]]:
+def cost() -> list[dict[str, Any]]:
     """Multiplications and bytes of a token's estimates, and of its products at 3.5 bits."""
-    shapes = {
-        "pico target": [(256, 256), (256, 64), (256, 64), (256, 256), (256, 384), (256, 384), (384, 256)],
-        "201 M Llama": [
-            (1024, 1024), (1024, 256), (1024, 256), (1024, 1024), (1024, 2816), (1024, 2816), (2816, 1024)
-        ],
-        "Llama-3-8B": [
-            (4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336),
-            (14336, 4096),
-        ],
-    }  # fmt: skip
     rows = DpLlm().projection_rows
     found = []
-    for name, block in shapes.items():
+    for name, block in BLOCKS.items():
         weights = sum(K * N for K, N in block)
         for kind, operations, held in (
             ("linear", sum(K for K, _ in block), 0),
@@ -261,6 +271,26 @@ def cost(args) -> list[dict[str, Any]]:
                     "bytes": held / read_bytes,
                 }
             )
+    return found
+
+
+def traffic() -> list[dict[str, Any]]:
+    """Bytes of a token's products at each width, of the linears of a block."""
+    array, widths = jax.ShapeDtypeStruct, range(SEED, PARENT + 1)
+    found = []
+    for name, block in BLOCKS.items():
+        total = {bits: {"words": 0, "levels": 0, "read": 0} for bits in widths}
+        for K, N in block:
+            planes = array((PARENT, N, K // 32), jnp.uint32)
+            tables = tuple(array((N, 2**bits), jnp.float16) for bits in widths)
+            tile = triton.default_tile(1, N, K // 32, bits=PARENT, capability=(9, 0))
+            run = partial(triton.any_precision_gemm, tile=dataclasses.replace(tile, splits=1))
+            for i, bits in enumerate(widths):
+                arrays = array((1, K), jnp.float16), planes, tables, array((), jnp.int32)
+                total[bits]["read"] += bytes_loaded(run, *arrays, branch=i)["uint32"]
+                total[bits]["words"] += K * N * bits // 8
+                total[bits]["levels"] += 2 * N * 2**bits
+        found += [{"model": name, "bits": bits, **one} for bits, one in total.items()]
     return found
 
 
@@ -287,26 +317,35 @@ def step_times(args) -> list[dict[str, Any]]:
         for name, w in lines.items()
     }
     below = {name: dataclasses.replace(w, threshold=jnp.full((1,), jnp.inf)) for name, w in lines.items()}
+    half = {
+        name: dataclasses.replace(w, estimator="random", threshold=jnp.full((1,), 0.5))
+        for name, w in lines.items()
+    }
     models = {
         "4 bits, known": planes_of,
         "3 bits, known": jl.read_at(planes_of, 3),
         "4 bits, chosen by lines": replace_weights(model, lines),
         "3 bits, chosen by lines": replace_weights(model, below),
         "4 bits, chosen by projections alone": replace_weights(model, projections),
+        "3 or 4 bits, half of all tokens each": replace_weights(model, half),
     }
-    found: dict[str, list[float]] = {name: [] for name in models}
-    for turn, name in rounds(models, args.rounds):
-        out = jl.generate(
-            models[name], None, [[5, 6, 7, 8]], max_new_tokens=args.new, stop_tokens=(), timings=True
-        )
-        if turn:
-            found[name].append(out[0].timings.decode_s / (args.new - 1))
-    return [{"what": name, "seconds": times} for name, times in found.items()]
+    found = []
+    for requests in args.requests:
+        prompts = [[5, 6, 7, 8 + i] for i in range(requests)]
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for turn, name in rounds(models, args.rounds):
+            out = jl.generate(
+                models[name], None, prompts, max_new_tokens=args.new, stop_tokens=(), timings=True
+            )
+            if turn:
+                times[name].append(out[0].timings.decode_s / (args.new - 1))
+        found += [{"requests": requests, "what": name, "seconds": some} for name, some in times.items()]
+    return found
 
 
 # -- the page
 
-PARTS = ("quality", "gain", "outliers", "cost", "time")
+PARTS = ("quality", "gain", "outliers", "cost", "traffic", "time")
 
 
 def measure(args: argparse.Namespace) -> Run:
@@ -316,7 +355,9 @@ def measure(args: argparse.Namespace) -> Run:
     settings |= {"targets": args.targets, "texts": [f and f.name for f in (args.text, args.unseen)]}
     run = resume(args, begin(args, settings))
     if "cost" in args.what:
-        run["cost"] = cost(args)
+        run["cost"] = cost()
+    if "traffic" in args.what:
+        run["traffic"] = traffic()
     if "time" in args.what:
         run["time"] = step_times(args)
         save(args, run)
@@ -350,6 +391,8 @@ def page(run: Run) -> Page:
         tables.append(outliers_table(run["outliers"]))
     if "cost" in run:
         tables.append(cost_table(run["cost"]))
+    if "traffic" in run:
+        tables.append(traffic_table(run["traffic"]))
     if "time" in run:
         tables.append(time_table(run["time"]))
     figures = {"curves": partial(curves, run["quality"])} if "quality" in run else {}
@@ -377,9 +420,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--restarts", type=int, default=4, help="of Any-Precision's seed")
     add("--rounds", type=int, default=7, help="of steps that are timed")
     add("--new", type=int, default=24, help="tokens of a round")
+    add("--requests", type=int, nargs="+", default=[1, 4], help="at once, of steps that are timed")
     tiny = {
         "rounds": 1,
         "new": 4,
+        "requests": [2],
         "targets": [3.5, 4.0],
         "strengths": [8.0],
         "context": 16,

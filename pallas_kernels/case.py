@@ -1,12 +1,15 @@
 """A kernel at one real shape: what ahead-of-time compilation, tests and benchmarks share."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 GPUS = ("h100", "a100", "l4", "b200")
 
@@ -56,3 +59,39 @@ def random_arrays(
         return jnp.asarray(rng.standard_normal(a.shape, np.float32)).astype(a.dtype)
 
     return tuple(map(one, arrays))
+
+
+def bytes_loaded(f: Callable[..., Any], *arrays: Any, branch: int = 0) -> dict[str, int]:
+    """Bytes that Triton kernels in `f(*arrays)` ask for, by the type of the numbers: `{"uint32": 4096}`.
+
+    Counted in the program, masked loads whole; a grid is as many programs, a loop its length times its body.
+    What caches give back counts each time: words of weights are asked for once, levels and activations again.
+
+    arrays: or their shapes. branch: which way a choice inside of a kernel goes, as of the widths of
+      `any_precision_gemm`, the narrowest first.
+    Raises NotImplementedError for loops of a length known only when they run (a tile of some `splits`).
+    """
+    total: collections.Counter[str] = collections.Counter()
+
+    def count(jaxpr: Any, times: int) -> None:  # 0: outside of kernels
+        for equation in jaxpr.eqns:
+            name, parameters = equation.primitive.name, equation.params
+            inner, again = jaxprs_in_params(parameters), times
+            if name == "pallas_call":
+                again = math.prod(parameters["grid_mapping"].grid)
+            elif times and name in ("masked_load", "get"):
+                array = equation.outvars[0].aval
+                total[array.dtype.name] += times * array.size * array.dtype.itemsize
+            elif times and name == "cond":
+                inner = [parameters["branches"][branch]]
+            elif times and name == "scan":
+                again = times * parameters["length"]
+            elif times and name == "while":
+                raise NotImplementedError(
+                    "bytes_loaded: a loop must have a length, got one that has a condition"
+                )
+            for program in inner:
+                count(getattr(program, "jaxpr", program), again)
+
+    count(jax.make_jaxpr(f)(*arrays).jaxpr, 0)
+    return dict(total)

@@ -126,15 +126,41 @@ def cost_table(found: list[dict[str, Any]]) -> Table:
     return Table("What estimating costs", columns, rows)
 
 
+def traffic_table(found: list[dict[str, Any]]) -> Table:
+    columns = {
+        "model": "whose blocks",
+        "bits": "that a token reads",
+        "asked for": "KiB of words in the loads of the kernel's program, the linears of a block; of the last loads of a "
+        "row some lie behind its end and fetch nothing",
+        "of planes": "KiB of words of so many planes",
+        "levels": "KiB of the tables of that width, as stored; looked up again they come from caches",
+        "over 6 bits": "words and levels",
+    }
+    whole = {r["model"]: r["words"] + r["levels"] for r in found if r["bits"] == 6}
+    rows = [
+        (r["model"], r["bits"])
+        + tuple(f"{r[key] / 1024:,.0f}" for key in ("read", "words", "levels"))
+        + (f"{(r['words'] + r['levels']) / whole[r['model']]:.3f}",)
+        for r in found
+    ]
+    return Table("What the kernel of a width chosen at run time reads", columns, rows)
+
+
 def time_table(found: list[dict[str, Any]]) -> Table:
     columns = {
+        "requests": "at once",
         "what": "at which width, and who says so",
-        "ms": "a token, medians (least to most) of interleaved rounds",
+        "ms": "a step, medians (least to most) of interleaved rounds",
         "over 4 bits, known": "within a round",
     }
-    base = found[0]["seconds"]
+    base = {r["requests"]: r["seconds"] for r in found if r["what"] == "4 bits, known"}
     rows = [
-        (r["what"], show([1e3 * s for s in r["seconds"]], 2), show(ratios(r["seconds"], base), 3))
+        (
+            r["requests"],
+            r["what"],
+            show([1e3 * s for s in r["seconds"]], 2),
+            show(ratios(r["seconds"], base[r["requests"]]), 3),
+        )
         for r in found
     ]
     return Table("A step of decoding", columns, rows)

@@ -24,6 +24,7 @@ from jaxllm.cli.output import note, print_json, to_json
 from jaxllm.measure.perplexity import score
 from jaxllm.measure.report import linear_bits
 from jaxllm.models.linears import linear_weights
+from jaxllm.precision import DpLlm, bits_read, set_target
 from jaxllm.storage.directory import new_directory
 from jaxllm.training.pico import exercises
 
@@ -149,11 +150,7 @@ def quantization(context: DemoContext) -> Section:
     """The same model in fewer bits: bytes and perplexity."""
     passage = context.tokenizer.encode(PASSAGE)
     given = jl.perplexity(context.model, passage).perplexity
-    sampler = jl.Sampler(temperature=1.0)
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(24)]
-    outs = jl.generate(context.model, context.tokenizer, prompts, max_new_tokens=96, sampler=sampler, seed=1)
-    own_text = [[*o.prompt_ids, *o.token_ids] for o in outs]
-    stats = jl.calibrate(context.model, own_text, want={"hessian", "hessian_diag"}, progress=False)
+    stats = jl.calibrate(context.model, own_text(context), want={"hessian", "hessian_diag"}, progress=False)
     rows = [Row("as it is", round(given, 3), f"perplexity, {linear_bits(context.model):.3f} bits a weight")]
     points: dict[str, list[tuple[float, float]]] = {}
     for name, label, method in compared(context.model):
@@ -173,6 +170,14 @@ def quantization(context: DemoContext) -> Section:
     return Section("quantization", "Quantization", text, tuple(rows), figure)
 
 
+def own_text(context: DemoContext) -> list[list[int]]:
+    """What the model writes itself, 24 times 96 tokens: text to calibrate on, wherever it runs."""
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(24)]
+    sampler = jl.Sampler(temperature=1.0)
+    outs = jl.generate(context.model, context.tokenizer, prompts, max_new_tokens=96, sampler=sampler, seed=1)
+    return [[*o.prompt_ids, *o.token_ids] for o in outs]
+
+
 def compared(model) -> Iterator[tuple[str, str, Any]]:
     """Name, label and method of what the quantization section shows."""
     group_size = min(32, *(w.shape[0] for w in linear_weights(model).values()))
@@ -185,6 +190,25 @@ def compared(model) -> Iterator[tuple[str, str, Any]]:
         )
         yield "GPTQ", f"GPTQ, {bits} bits", jl.Gptq(bits=bits, group_size=group_size)
     yield "NestedFP, fp8", "NestedFP, fp8 mode", jl.NestedFp(mode="fp8")
+
+
+def precision(context: DemoContext) -> Section:
+    """One model of 3 and 4 bits, each token's width chosen while it runs."""
+    passage, text = context.tokenizer.encode(PASSAGE), own_text(context)
+    planes = jl.quantize(context.model, jl.AnyPrecision(parent_bits=4, restarts=1), text, progress=False)
+    method = DpLlm(targets=(3.25, 3.5, 3.75), memory_bits=4.0, estimator="linear", steps=0)
+    chooses = jl.attach_precision(planes, method, text, progress=False)
+    models = {"3 bits": jl.read_at(planes, 3), "4 bits": planes}
+    models |= {f"target {bits:g}": set_target(chooses, bits) for bits in method.targets}
+    rows = []
+    for name, model in models.items():
+        found, read = jl.perplexity(model, passage).perplexity, bits_read(model, passage).mean
+        rows.append(Row(name, round(found, 3), f"perplexity, {read:.3f} bits a weight read"))
+    text_of = (
+        "Any-Precision planes that DP-LLM reads 3 or 4 of, token by token and linear by linear, the same for "
+        "all linears on average: targets are one number of the same program. Of the passage above."
+    )
+    return Section("precision", "Bits chosen while it runs", text_of, tuple(rows))
 
 
 def eviction(context: DemoContext) -> Section:
@@ -226,6 +250,7 @@ SECTIONS: tuple[Callable[[DemoContext], Section], ...] = (
     size,
     speed,
     quantization,
+    precision,
     eviction,
 )
 

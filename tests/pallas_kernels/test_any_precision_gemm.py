@@ -1,5 +1,6 @@
 """`any_precision_gemm`: reference against NumPy, kernels against the reference, widths known and traced."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from test_codebook_gemm import codes_of_cells
 
 from pallas_kernels import kernels
 from pallas_kernels.any_precision_gemm import any_precision_gemm, cases, cells, mosaic_gpu, reference, triton
+from pallas_kernels.case import bytes_loaded
 from pallas_kernels.codebook_gemm import lookup
 from pallas_kernels.codebook_gemm.cells import in_order
 
@@ -270,3 +272,28 @@ def test_kernels_on_a_gpu_are_the_reference(case):
     got, want = jax.jit(case.run)(*arrays), jax.jit(case.reference)(*arrays)
     size = float(jnp.sqrt((want**2).mean()))
     np.testing.assert_allclose(got, want, atol=0.05 * size)
+
+
+@pytest.mark.parametrize(("M", "widths"), [(1, (2, 3, 4)), (8, (3, 4, 5, 6))])
+def test_what_the_gpus_program_reads_falls_with_the_width_that_is_known_only_when_it_runs(M, widths):
+    N, K = 128, 1024
+    x, planes, tables, _ = example(M, N, K, widths[0], widths[-1], jnp.float16)
+    tile = dataclasses.replace(
+        triton.default_tile(M, N, K // 32, bits=widths[-1], capability=(9, 0)), splits=1, rows=8
+    )
+    run = functools.partial(triton.any_precision_gemm, tile=tile)
+    traced = [
+        bytes_loaded(run, x, planes, tables, jnp.int32(0), branch=branch) for branch in range(len(widths))
+    ]
+    assert [read["uint32"] for read in traced] == [bits * N * K // 8 for bits in widths]
+    levels = [read["float16"] for read in traced]
+    assert levels == sorted(levels) and levels[0] < levels[-1]
+    known = bytes_loaded(run, x, planes[: widths[0]], tables[:1])
+    assert known["uint32"] == traced[0]["uint32"] and known["float16"] == levels[0]
+
+
+def test_loops_of_unknown_length_are_not_counted():
+    x, planes, tables, _ = example(1, 32, 512, 3, 3, jnp.float16)
+    run = functools.partial(triton.any_precision_gemm, tile=SPLIT)
+    with pytest.raises(NotImplementedError, match="a loop must have a length"):
+        bytes_loaded(run, x, planes, tables)

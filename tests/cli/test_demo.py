@@ -24,7 +24,16 @@ def test_demo_writes_report_and_figure_and_no_second_time(jaxllm, monkeypatch, t
     report = json.loads(Path("report/report.json").read_text("utf-8"))
     assert done.json == report
     names = [section["name"] for section in report["sections"]]
-    wanted = ["generation", "perplexity", "repetition", "size", "speed", "quantization", "precision", "eviction"]
+    wanted = [
+        "generation",
+        "perplexity",
+        "repetition",
+        "size",
+        "speed",
+        "quantization",
+        "precision",
+        "eviction",
+    ]
     assert names == wanted
     for figure in ("repetition", "quantization"):
         assert Path(f"report/{figure}.png").read_bytes().startswith(b"\x89PNG")

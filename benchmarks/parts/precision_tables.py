@@ -130,7 +130,7 @@ def traffic_table(found: list[dict[str, Any]]) -> Table:
     columns = {
         "model": "whose blocks",
         "bits": "that a token reads",
-        "asked for": "KiB of words in loads of the kernel's program, the linears of a block; the last ones of a "
+        "asked for": "KiB of words in loads of the kernel's program, the linears of a block; the last of a "
         "row may reach behind its end, where nothing is fetched",
         "of planes": "KiB of words of so many planes",
         "levels": "KiB of the tables of that width, as stored; looked up again they come from caches",

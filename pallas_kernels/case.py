@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -76,7 +76,8 @@ def bytes_loaded(f: Callable[..., Any], *arrays: Any, branch: int = 0) -> dict[s
     def count(jaxpr: Any, times: int) -> None:  # 0: outside of kernels
         for equation in jaxpr.eqns:
             name, parameters = equation.primitive.name, equation.params
-            inner, again = jaxprs_in_params(parameters), times
+            again = times
+            inner: Iterable[Any] = jaxprs_in_params(parameters)
             if name == "pallas_call":
                 again = math.prod(parameters["grid_mapping"].grid)
             elif times and name in ("masked_load", "get"):

@@ -77,7 +77,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "DP-LLM, lines alone": {"estimator": "linear"},
     "DP-LLM, projections alone": {"estimator": "projection"},
     "DP-LLM, asynchronous": {"asynchronous": True},
-    "DP-LLM, the target everywhere": {"steps": 0},
+    "DP-LLM, from the target on": {"start": "target"},
+    "DP-LLM, the target everywhere": {"start": "target", "steps": 0},
     "random choice": {"estimator": "random"},
 }
 STATIC = {"static, Fisher": "fisher", "static, trace": "trace", "static, first order": "gradient"}
@@ -159,7 +160,7 @@ class Trained:
     def choose(self, model, held, costs, sizes, text, *, progress: bool) -> dict[str, AdaptivePlanes]:
         """The weights that choose."""
         if not self.averages:
-            self.averages.update(self.method.averages(model, held, sizes, text, progress=progress))
+            self.averages.update(self.method.averages(model, held, costs, sizes, text, progress=progress))
         return self.method.widths(model, held, self.averages, text, progress=progress)
 
 
@@ -230,7 +231,7 @@ def by_method(
         method = DpLlm(estimator="random", steps=0, **same)
     else:
         own = DpLlm(**{"steps": args.steps, "seed": seed} | same | METHODS[name])
-        method = Trained(own, trained if own.steps else {})
+        method = Trained(own, trained if own.start == "costs" else {})
     model = attach_precision(nested, method, rows, progress=False)
     kinds = [w.estimator for w in linear_weights(model).values() if isinstance(w, AdaptivePlanes)]
     found = []

@@ -98,23 +98,24 @@ def fit_averages(
     weights: Mapping[str, BitPlanes],
     text: Text,
     bounds: Bounds,
+    start: Float[np.ndarray, "L S"],
     *,
     steps: int,
     learning_rate: float,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Each linear's average bits [S], from the same share of bits everywhere on.
+    """Each linear's average bits [S], from `start` on, moved to the nearest that hold the target.
 
     model: the model whose linears `weights` are, in the order of `bounds`. text: its sequences are read in
     turn, a batch a step. steps: 0 leaves the start. Memory: 2 bytes a weight and width.
     """
-    seed = jnp.stack([jnp.float32(w.seed_bits) for w in weights.values()])[:, None]
-    start = bounds.nearest(jnp.zeros((len(weights), len(bounds.target))) + seed)
+    first = bounds.nearest(jnp.asarray(start, jnp.float32))
     if not steps:
-        return dict(zip(weights, np.asarray(start), strict=True))
+        return dict(zip(weights, np.asarray(first), strict=True))
+    seed = jnp.stack([jnp.float32(w.seed_bits) for w in weights.values()])[:, None]
     blended = {name: BlendedWidths(all_widths(w), jnp.float32(0)) for name, w in weights.items()}
     # where the weights are: what lies elsewhere first would have the step compiled twice
-    beside = jax.device_put(start - seed, everywhere(next(iter(weights.values())).planes.sharding))
+    beside = jax.device_put(first - seed, everywhere(next(iter(weights.values())).planes.sharding))
     averages = {name: beside[i] for i, name in enumerate(weights)}
     beyond = dataclasses.replace(
         bounds,

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jaxllm.models.linears import block_of, linear_weights, replace_weights
 from jaxllm.models.stages import Batch, Stage, State
 from jaxllm.precision.averages import Bounds, fit_averages
 from jaxllm.precision.fitting import KINDS, Kind, fit_estimator, planes_of
-from jaxllm.precision.widths import By, Costs
+from jaxllm.precision.widths import By, Costs, averages_within
 from jaxllm.quant.methods.k_means import layer_key
 from jaxllm.quant.stages import linears_by_block
 from jaxllm.quant.text import Text
@@ -50,8 +50,9 @@ class DpLlm:
     on average. estimator: `precision/fitting.py` has the list; a projection has up to `projection_rows`, a
     "published" one as many, where a line explains less than `linear_r2`. asynchronous: q, k, v, gate and up
     are estimated from what the residual stream was one addition before, so that the estimate need not be
-    waited for (section 2.7; decoders of the Llama line). steps, learning_rate: of the averages' training;
-    without steps every layer has the target itself. fitting_tokens: that estimators are fitted on.
+    waited for (section 2.7; decoders of the Llama line). start: averages are trained from those that are best
+    by what widths cost ("costs": static widths, but for averages between them), or from one everywhere
+    ("target"). steps, learning_rate: of the training. fitting_tokens: that estimators are fitted on.
     """
 
     targets: tuple[float, ...] = (3.5, 4.0, 4.5)
@@ -60,6 +61,7 @@ class DpLlm:
     asynchronous: bool = False
     projection_rows: int = 64
     linear_r2: float = 0.9
+    start: Literal["costs", "target"] = "costs"
     steps: int = 60
     learning_rate: float = 0.05
     fitting_tokens: int = 2048
@@ -93,11 +95,18 @@ class DpLlm:
 
         model: with `held` in it, all planes being read. costs: of each width. sizes: weights of each linear.
         """
-        averages = self.averages(model, held, sizes, text, progress=progress)
+        averages = self.averages(model, held, costs, sizes, text, progress=progress)
         return self.widths(model, held, averages, text, progress=progress)
 
     def averages(
-        self, model, held: Mapping[str, BitPlanes], sizes: Mapping[str, int], text: Text, *, progress: bool
+        self,
+        model,
+        held: Mapping[str, BitPlanes],
+        costs: Costs,
+        sizes: Mapping[str, int],
+        text: Text,
+        *,
+        progress: bool,
     ) -> dict[str, np.ndarray]:
         """The second phase: of each linear that has a choice, its average bits at each target."""
         total = sum(sizes.values())
@@ -109,11 +118,21 @@ class DpLlm:
             most=jnp.array([w.parent_bits for w in free.values()], jnp.float32),
             target=jnp.array(self.targets, jnp.float32) - fixed,
         )
+        start = np.array([[float(w.seed_bits)] * len(self.targets) for w in free.values()], np.float32)
+        if self.start == "costs":
+            own = {
+                name: {b: costs[name][b] for b in range(w.seed_bits, w.parent_bits + 1)}
+                for name, w in free.items()
+            }
+            part = total / sum(sizes[name] for name in free)  # of all weights to these
+            at = [averages_within(own, sizes, (t - fixed) * part) for t in self.targets]
+            start = np.array([[one[name] for one in at] for name in free], np.float32)
         return fit_averages(
             model,
             free,
             text,
             bounds,
+            start,
             steps=self.steps,
             learning_rate=self.learning_rate,
             progress=progress,

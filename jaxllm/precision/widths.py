@@ -86,6 +86,35 @@ def widths_within(costs: Costs, sizes: Mapping[str, int], bits: float) -> dict[s
     return {name: list(several)[i] for (name, several), i in zip(costs.items(), taken, strict=True)}
 
 
+def averages_within(costs: Costs, sizes: Mapping[str, int], bits: float) -> dict[str, float]:
+    """`widths_within` where averages between widths may be read as well: exactly `bits` a weight.
+
+    Costs lie on the lines between widths that save most (the convex hull), so taking what saves most a bit
+    first is optimal (Dantzig, 1957), and all averages but one are widths where no width is skipped.
+    Raises ValueError for bits below the narrowest widths or above the widest.
+    """
+    total = sum(sizes[name] for name in costs)
+    found = {name: float(min(several)) for name, several in costs.items()}
+    missing = bits - sum(found[name] * sizes[name] for name in found) / total
+    most = sum(max(several) * sizes[name] for name, several in costs.items()) / total
+    if not -1e-6 <= missing <= most - bits + missing + 1e-6:
+        raise ValueError(
+            f"precision: bits must be {bits - missing:g} to {most:g}, what the widths are, got {bits}"
+        )
+    steps = []  # what a bit of the whole saves, and which linear takes it up to which width
+    for name, several in costs.items():
+        at = min(several)
+        while at < max(several):
+            saved, to = max(((several[at] - several[b]) / (b - at), b) for b in several if b > at)
+            steps.append((saved / sizes[name], name, to))
+            at = to
+    for _, name, to in sorted(steps, key=lambda step: -step[0]):  # stable: a linear's own stay in order
+        taken = min(to - found[name], max(missing, 0.0) * total / sizes[name])
+        found[name] += taken
+        missing -= taken * sizes[name] / total
+    return found
+
+
 def keep_planes(w: BitPlanes, bits: int) -> BitPlanes:
     """The weight with its first `bits` planes alone, and the tables of these widths."""
     tables = w.tables[: bits - w.seed_bits + 1]

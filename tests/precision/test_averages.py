@@ -135,8 +135,9 @@ def test_fitting_lowers_the_loss_keeps_the_target_and_changes_no_weight(planes_m
     )
     read = Text.from_sequences(planes_model, text, 8)
     how = {"learning_rate": 0.1, "progress": False}
-    start = fit_averages(planes_model, weights, read, bounds, steps=0, **how)
-    found = fit_averages(planes_model, weights, read, bounds, steps=12, **how)
+    low = np.full((L, 2), 3.0, np.float32)
+    start = fit_averages(planes_model, weights, read, bounds, low, steps=0, **how)
+    found = fit_averages(planes_model, weights, read, bounds, low, steps=12, **how)
     for name in weights:
         np.testing.assert_allclose(start[name], [3.5, 4.25], atol=1e-5)
     total = sum(share * found[name] for share, name in zip(sizes / sizes.sum(), weights, strict=True))

@@ -5,8 +5,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
-from jaxllm.precision.widths import keep_planes, width_costs, widths_within
+from jaxllm.precision.widths import averages_within, keep_planes, width_costs, widths_within
 from tests.precision.conftest import nested
 
 
@@ -40,6 +41,44 @@ def test_no_other_widths_within_the_budget_cost_less():
             held = sum(b * sizes[name] for name, b in widths.items())
             assert held <= bits * sum(sizes.values()) * (1 + 1e-9)
             np.testing.assert_allclose(cost_of(costs, widths), brute_force(costs, sizes, bits), rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_averages_between_widths_are_the_optimum_of_the_relaxed_programme(seed):
+    """Against a linear programme over shares of each linear's widths; whole widths are never cheaper."""
+    costs, sizes = random_case(seed)
+    total, names = sum(sizes.values()), list(costs)
+    for bits in (3.0, 3.3, 4.0, 5.21, 6.0):
+        found = averages_within(costs, sizes, bits)
+        assert sum(found[name] * sizes[name] for name in names) / total == pytest.approx(bits, abs=1e-9)
+        cost = [[costs[name][b] for b in (3, 4, 5, 6)] for name in names]
+        held = [[b * sizes[name] / total for b in (3, 4, 5, 6)] for name in names]
+        one_each = np.kron(np.eye(len(names)), np.ones(4))
+        best = linprog(
+            np.ravel(cost), A_eq=np.vstack([one_each, np.ravel(held)]), b_eq=[*np.ones(len(names)), bits]
+        )
+        hull = [lower_hull(several) for several in costs.values()]
+        own = sum(
+            np.interp(found[name], *zip(*points, strict=True))
+            for name, points in zip(names, hull, strict=True)
+        )
+        assert own == pytest.approx(best.fun, rel=1e-7, abs=1e-12)
+    with pytest.raises(ValueError, match="precision: bits must be 3 to 6"):
+        averages_within(costs, sizes, 6.1)
+
+
+def lower_hull(several):
+    """Points of a linear's widths and costs that no line between two others lies below."""
+    return [
+        (b, cost)
+        for b, cost in several.items()
+        if not any(
+            several[low] + (several[high] - several[low]) * (b - low) / (high - low) < cost - 1e-15
+            for low in several
+            for high in several
+            if low < b < high
+        )
+    ]
 
 
 def test_a_larger_budget_never_costs_more():

@@ -1,5 +1,7 @@
 """How many bits each linear reads on average: the target holds at every step, gradients are right."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from scipy.optimize import minimize
 
 from jaxllm.models.linears import linear_weights, replace_weights
 from jaxllm.precision.averages import AVERAGES, Bounds, fit_averages, loss_by_target, projected_adam
+from jaxllm.precision.dp_llm import DpLlm
+from jaxllm.precision.widths import keep_planes
 from jaxllm.quant.text import Text
 from jaxllm.weights.dense import Dense
 from jaxllm.weights.matmul import matmul
@@ -170,3 +174,25 @@ def test_who_cannot_move_against_the_gradient_is_not_asked_to(at):
     g = jnp.array([[100.0 if at == 3 else -100.0], [-1.0], [-2.0]])
     found = bounds.along(g, p)
     assert found[0, 0] == 0 and found[1, 0] > 0 > found[2, 0]
+
+
+def test_averages_start_where_costs_say_or_alike_and_keep_the_target_beside_a_narrow_layer(
+    planes_model, text
+):
+    held = {name: w for name, w in linear_weights(planes_model).items() if "." in name}
+    narrow = next(iter(held))
+    held[narrow] = keep_planes(held[narrow], 3)
+    sizes = {name: math.prod(w.shape) for name, w in held.items()}
+    rng, total = np.random.default_rng(0), sum(sizes.values())
+    costs = {name: {b: float(rng.random() * 4.0**-b) for b in range(3, 7)} for name in held}
+    found = {}
+    for start in ("costs", "target"):
+        method = DpLlm(targets=(3.5, 4.25), memory_bits=6.0, start=start, steps=0)
+        read = Text.from_sequences(planes_model, text, 8)
+        found[start] = method.averages(planes_model, held, costs, sizes, read, progress=False)
+        assert narrow not in found[start]
+        held_bits = sum(sizes[name] * found[start].get(name, np.float32(3.0)) for name in sizes) / total
+        np.testing.assert_allclose(held_bits, [3.5, 4.25], atol=1e-5)
+    assert len({tuple(p) for p in found["target"].values()}) == 1
+    whole = np.array([np.isclose(p, p.round(), atol=1e-4) for p in found["costs"].values()])
+    assert (~whole).sum(axis=0).max() <= 1  # all but one linear are at a width

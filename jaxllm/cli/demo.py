@@ -205,8 +205,9 @@ def precision(context: DemoContext) -> Section:
         found, read = jl.perplexity(model, passage).perplexity, bits_read(model, passage).mean
         rows.append(Row(name, round(found, 3), f"perplexity, {read:.3f} bits a weight read"))
     text_of = (
-        "Any-Precision planes that DP-LLM reads 3 or 4 of, token by token and linear by linear, more of those "
-        "that need them by the gradients of a text. A target is one number of the same program. Of the passage."
+        "Any-Precision planes that DP-LLM reads 3 or 4 of, token by token and linear by linear, more of "
+        "those that need them by the gradients of a text. A target is one number of the same program. Of "
+        "the passage above."
     )
     return Section("precision", "Bits chosen while it runs", text_of, tuple(rows))
 

@@ -3,6 +3,8 @@
     state = first_tokens(model, requests, tokens, lengths, logits, cache, N=64, logprobs=False)
     state = decode_until(model, requests, state, 16)
 
+With a draft a step feeds what it proposes as well, and samples as many tokens as stand and one more.
+
 Letters: B requests (rounded up), T prompt tokens, N new tokens (rounded up), S stop tokens, V vocabulary, L
 layers without a window, K key heads.
 """
@@ -15,14 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.cache import DenseCache
+from jaxllm.cache import DenseCache, dense
 from jaxllm.cache.paged import Context
+from jaxllm.decoding.acceptance import residual, stands
 from jaxllm.decoding.average_bits import AverageBits
+from jaxllm.decoding.drafts import Draft, Proposal
 from jaxllm.decoding.prefill import forward
-from jaxllm.decoding.sampling import SamplingParams, sample
+from jaxllm.decoding.sampling import SamplingParams, draw, process_logits, sample
 from jaxllm.eviction.gates import Gate
 from jaxllm.models.taps import WidthTap
-from jaxllm.pytree import pytree
+from jaxllm.pytree import pytree, static
 
 
 @pytree
@@ -36,6 +40,17 @@ class Requests:
     memory: Any = None  # what an encoder left
     context: Context | None = None  # of a cache that was evicted: shared, so never given away
     gates: Gate | None = None  # where the cache has a budget
+    draft: Draft | None = None  # who proposes tokens
+    shared_noise: bool = static(default=False)  # a draft stands where the target draws the same
+
+
+@pytree
+class Drafted:
+    """What came of proposals, a request each."""
+
+    proposed: jax.Array  # [B] tokens that were looked at
+    stood: jax.Array  # [B] of them, those that stand
+    steps: jax.Array  # [B] in which the target was asked
 
 
 @pytree
@@ -46,13 +61,15 @@ class GenerationState:
     token: jax.Array  # [B] sampled, not yet fed
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array | None  # [B, N]
-    step: jax.Array  # [] how many tokens each request has been given
+    step: jax.Array  # [] how many steps were made: of tokens, where none is drafted
     counts: jax.Array  # [B] how many of them are its own: it stops counting when it ends
     stopped: jax.Array  # [B] ended by a stop token or a stop string
     nonfinite: jax.Array  # [B] ended by logits that are no numbers, of which no token was drawn
     seen: jax.Array | None  # [B, V] tokens a request already holds, for the repetition penalty
     scores: jax.Array | None  # [L, B, K, buffer] what gates say of the tail's rows, where there is a budget
     bits: AverageBits | None = None  # where the weights' bits are held to an average
+    draft: Any = None  # what the draft remembers
+    drafted: Drafted | None = None  # what came of its proposals
 
 
 @partial(jax.jit, static_argnames=("N", "logprobs", "buffer"), donate_argnames="cache")
@@ -68,11 +85,12 @@ def first_tokens(
     logprobs: bool,
     buffer: int | None = None,
     bits: AverageBits | None = None,
+    draft: Any = None,
 ) -> GenerationState:
     """The state after the prompts `tokens`, whose last logits are given: one token a request.
 
     N: room for new tokens. buffer: rows that gates score before a budget is enforced, None without one.
-    bits: where the weights' bits are held to an average.
+    bits: where the weights' bits are held to an average. draft: what a draft has read of the prompts.
     """
     B, V = logits.shape
     seen = scores = None
@@ -96,13 +114,15 @@ def first_tokens(
         seen=seen,
         scores=scores,
         bits=bits,
+        draft=draft,
+        drafted=None if draft is None else Drafted(*(jnp.zeros((B,), jnp.int32) for _ in range(3))),
     )
-    return sample_step(requests, state, logits)
+    return dataclasses.replace(sample_step(requests, state, logits), step=state.step + 1)
 
 
 @partial(jax.jit, donate_argnames="state")
 def decode_until(model, requests: Requests, state: GenerationState, until) -> GenerationState:
-    """Goes on until every request has ended or `until` tokens have been made."""
+    """Goes on until every request has ended or step `until`: so many tokens at least."""
 
     def goes_on(state: GenerationState):
         return (state.step < until) & active(requests, state).any()
@@ -110,13 +130,25 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
     def body(state: GenerationState) -> GenerationState:
         # 1. The last token of each request is fed; one that has ended feeds nothing.
         on = active(requests, state)
-        token, lengths = state.token[:, None], on.astype(jnp.int32)
+        fed, lengths, proposal, draft = state.token[:, None], on.astype(jnp.int32), None, state.draft
+        if requests.draft is not None:
+            proposal, draft = requests.draft.propose(draft, requests, state, on)
+            fed = jnp.concatenate([fed, proposal.tokens], axis=1)
+            lengths = lengths + jnp.where(on, proposal.lengths, 0)
         aimed, bits, read = model, state.bits, None
         if bits is not None:
             aimed = bits.aim(model)
             read = WidthTap(aimed)
         logits, cache, new = forward(
-            aimed, requests.gates, requests.memory, requests.context, token, state.cache, lengths, read
+            aimed,
+            requests.gates,
+            requests.memory,
+            requests.context,
+            fed,
+            state.cache,
+            lengths,
+            read,
+            logits="last" if proposal is None else "all",
         )
         if bits is not None and read is not None:
             bits = bits.after(read.mean()[:, 0], on)
@@ -126,12 +158,14 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
             assert state.cache.start is not None and new is not None  # it stands behind a context
             outside = scores.shape[-1]  # dropped
             at = jnp.where(on, state.cache.lengths - state.cache.start, outside)
-            rows = jnp.arange(token.shape[0])
+            rows = jnp.arange(fed.shape[0])
             scores = scores.at[:, rows, :, at].set(new[..., 0].swapaxes(0, 1), mode="drop")
-        # 3. The next token.
-        return sample_step(
-            requests, dataclasses.replace(state, cache=cache, scores=scores, bits=bits), logits
-        )
+        # 3. The next token, or as many as stand and one.
+        step = state.step + 1
+        state = dataclasses.replace(state, cache=cache, scores=scores, bits=bits, step=step)
+        if proposal is None:
+            return sample_step(requests, state, logits)
+        return verify(requests, dataclasses.replace(state, draft=draft), proposal, logits, on)
 
     return jax.lax.while_loop(goes_on, body, state)
 
@@ -141,13 +175,91 @@ def active(requests: Requests, state: GenerationState) -> Bool[Array, " B"]:
     return ~state.stopped & ~state.nonfinite & (state.counts < requests.limits)
 
 
-def sample_step(requests: Requests, state: GenerationState, logits: Float[Array, "B V"]) -> GenerationState:
-    """The state with one more token for every request that has not ended."""
+def verify(
+    requests: Requests,
+    state: GenerationState,
+    proposal: Proposal,
+    logits: Float[Array, "B T V"],
+    on: Bool[Array, " B"],
+) -> GenerationState:
+    """The state with the proposed tokens that stand and one more for every request that goes on.
+
+    logits: behind the last token and behind each that was proposed. on: which requests were fed.
+    """
+    draft = requests.draft
+    assert draft is not None and state.drafted is not None
+    G, before = draft.count, state.counts
+    small = dataclasses.replace(state, cache=None, draft=None)
+
+    def one(carry, of_position):
+        small, alive = carry
+        i, logits, token, law = of_position
+        has = i < proposal.lengths
+        chosen, stands = choose(requests, small, logits, token, law, has)
+        small = sample_step(requests, small, logits, alive, chosen)
+        return (small, alive & has & stands), None
+
+    laws = proposal.logits
+    if laws is not None:
+        laws = jnp.pad(laws, ((0, 1), (0, 0), (0, 0)))  # behind the last draft there is none
+    tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1))).T
+    positions = (jnp.arange(G + 1), logits.swapaxes(0, 1), tokens, laws)
+    (small, _), _ = jax.lax.scan(one, (small, on), positions)
+    # What the target has read of tokens that do not stand is forgotten, and so by the draft.
+    made = small.counts - before
+    lengths = jnp.where(on, state.cache.lengths - proposal.lengths - 1 + made, state.cache.lengths)
+    seen = Drafted(
+        proposed=small.drafted.proposed + jnp.where(on, proposal.lengths, 0),
+        stood=small.drafted.stood + jnp.maximum(made - 1, 0),
+        steps=small.drafted.steps + on.astype(jnp.int32),
+    )
+    cache = dense.truncate(state.cache, lengths)
+    return dataclasses.replace(small, cache=cache, draft=draft.keep(state.draft, lengths), drafted=seen)
+
+
+def choose(
+    requests: Requests,
+    state: GenerationState,
+    logits: Float[Array, "B V"],
+    token: Int[Array, " B"],
+    law: Float[Array, "B V"] | None,
+    has: Bool[Array, " B"],
+) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """The next token of each request, and whether it is the draft's and stands; `has`: where there is one."""
+    params = requests.sampling
+    processed = process_logits(logits, params, state.seen)
+    if params.temperature is None or requests.shared_noise:
+        chosen = draw(processed, params, requests.keys, state.counts)
+        return chosen, chosen == token
+    p, q = jax.nn.softmax(processed, axis=-1), None if law is None else jax.nn.softmax(law, axis=-1)
+
+    def uniform(key, count):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 2), count))
+
+    ok = stands(p, q, token, jax.vmap(uniform)(requests.keys, state.counts))
+    instead = jnp.where(has[:, None], jnp.log(residual(p, q, token)), processed)
+    chosen = draw(instead, params, requests.keys, state.counts)
+    return jnp.where(has & ok, token, chosen), ok
+
+
+def sample_step(
+    requests: Requests,
+    state: GenerationState,
+    logits: Float[Array, "B V"],
+    on: Bool[Array, " B"] | None = None,
+    token: Int[Array, " B"] | None = None,
+) -> GenerationState:
+    """The state with one more token for every request that has not ended.
+
+    on: those that get one, None for all. token: what has been chosen for each; None samples it.
+    """
     # 1. A request whose logits are not finite ends without another token: a sum of V numbers shows it.
-    finite, on = jnp.isfinite(logits.sum(axis=-1)), active(requests, state)
+    finite, going = jnp.isfinite(logits.sum(axis=-1)), active(requests, state)
+    on = going if on is None else on & going
     nonfinite, on = state.nonfinite | (on & ~finite), on & finite
     # 2. Sample a token each.
-    token = sample(logits, requests.sampling, requests.keys, state.counts, state.seen)
+    if token is None:
+        token = sample(logits, requests.sampling, requests.keys, state.counts, state.seen)
     # 3. Write it to the buffers.
     rows = jnp.arange(token.shape[0])
     at = jnp.where(on, state.counts, state.tokens.shape[1])  # outside: dropped
@@ -156,15 +268,14 @@ def sample_step(requests: Requests, state: GenerationState, logits: Float[Array,
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)
         logprobs = logprobs.at[rows, at].set(chosen[:, 0], mode="drop")
     if seen is not None:
-        seen = seen.at[rows, token].set(True)
+        seen = seen.at[rows, jnp.where(on, token, seen.shape[1])].set(True, mode="drop")
     # 4. End the requests that were given a stop token.
     ends = (token[:, None] == requests.stop_tokens[None, :]).any(axis=1)
     return dataclasses.replace(
         state,
-        token=token,
+        token=jnp.where(on, token, state.token),
         tokens=state.tokens.at[rows, at].set(token, mode="drop"),
         logprobs=logprobs,
-        step=state.step + 1,
         counts=state.counts + on.astype(jnp.int32),
         stopped=state.stopped | (on & ends),
         nonfinite=nonfinite,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from jaxllm.cache import Cache
 from jaxllm.decoding.sampling import Sampler
+from jaxllm.decoding.speculation import Speculation
 from jaxllm.eviction.running_budget import CacheBudget
 
 
@@ -49,6 +50,7 @@ class GenerationOptions:
     stop_tokens: ids that end a request; None takes the model's own, or else the tokenizer's end token.
     cache: a cache that every prompt continues, or what an own one is.
     logprobs: also give each token's log-probability.
+    speculation: who drafts tokens, and how they are looked at.
     average_bits: of a model that chooses its widths (`attach_precision`), between its targets: what decoded
       tokens read on average, whatever the text; the prompt takes all planes.
     """
@@ -60,6 +62,7 @@ class GenerationOptions:
     stop_tokens: Sequence[int] | None = None
     cache: Cache | CacheOptions | None = None
     logprobs: bool = False
+    speculation: Speculation | None = None
     average_bits: float | None = None
 
     def cache_options(self) -> CacheOptions:

@@ -7,7 +7,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -158,18 +158,19 @@ def forward(
     tail: DenseCache,
     lengths: Int[Array, " B"],
     also: Tap | None = None,
-) -> tuple[Float[Array, "B V"], DenseCache, Float[Array, "L B K T"] | None]:
-    """Logits of the last tokens, the tail with all of them in it, and the gates' scores of them if any.
+    logits: Literal["all", "last"] = "last",
+) -> tuple[Float[Array, "B *T V"], DenseCache, Float[Array, "L B K T"] | None]:
+    """Logits of the last tokens or of all, the tail with all of them in it, and the gates' scores if any.
 
     also: a tap that sees what there is beside what gates read.
     """
     tap, inputs = (None, []) if gates is None else gates.capture_inputs(model)
     tap = in_turn(tap, also)
     more = {} if memory is None else {"memory": memory}
-    logits, cache = model(
-        tokens, kv.with_context(context, tail), lengths=lengths, logits="last", tap=tap, **more
+    found, cache = model(
+        tokens, kv.with_context(context, tail), lengths=lengths, logits=logits, tap=tap, **more
     )
-    return logits, kv.split_context(cache)[1], None if gates is None else gates.scores(inputs)
+    return found, kv.split_context(cache)[1], None if gates is None else gates.scores(inputs)
 
 
 read = partial(jax.jit, donate_argnames="tail")(forward)

@@ -21,11 +21,13 @@ from jaxllm.decoding.loop import Requests, active, decode_until, first_tokens
 from jaxllm.decoding.options import CacheOptions, GenerationOptions
 from jaxllm.decoding.prefill import CHUNK, read_in_pieces
 from jaxllm.decoding.sampling import request_keys
+from jaxllm.decoding.speculation import Speculated, make_draft, of_request
 from jaxllm.decoding.text import NewText
 from jaxllm.eviction.running_budget import CacheBudget
 from jaxllm.models.inputs import bucket
 from jaxllm.models.nonfinite import first_nonfinite, nonfinite_message
 from jaxllm.models.rope import ropes
+from jaxllm.weights.planes.adaptive_planes import every_token_chooses
 
 Prompt = str | Sequence[int]
 
@@ -50,6 +52,7 @@ class Completion:
     error: str | None = None  # of "nonfinite": which layer was first, and what helps
     timings: Timings | None = dataclasses.field(default=None, compare=False)  # where asked for
     bits: float | None = None  # a weight, read on average by the tokens fed back, where an average is held
+    speculation: Speculated | None = None  # where tokens were drafted
 
 
 class GenerationRun:
@@ -86,13 +89,21 @@ class GenerationRun:
             for i, (ids, most) in enumerate(zip(fed, wanted, strict=True))
         ]
         self.longest = max(limits)
+        draft = None
+        if options.speculation is not None:
+            if bits is not None:
+                raise ValueError("generate: speculation and average_bits exclude each other, got both")
+            draft = make_draft(options.speculation, model, tokenizer, given)
+            self.model = model = every_token_chooses(model)  # each row of a chunk is a token of its own
         self.fed = [*fed, *[[0]] * (B - n)]
         ends = [b + len(ids) + most - 1 for b, ids, most in zip(before, fed, limits, strict=True)]
         self.switch = _switch(model, given, ends)
         # 4. The prompts are read into a cache of their own with room for all that comes.
         tokens, lengths = _pad(fed, B)
         extents = lengths if given.budget is None else lengths + self.longest
-        cache = _own_cache(model, given, before, tokens.shape[1], bucket(self.longest), extents)
+        drafted = 0 if draft is None else draft.count
+        room = bucket(self.longest) + drafted
+        cache = _own_cache(model, given, before, tokens.shape[1], room, extents, drafted)
         chunk = CHUNK if self.budget is None else self.budget.buffer
         logits, cache, _ = read_in_pieces(
             model, tokens, lengths, cache, chunk, memory=memory, budget=self.budget
@@ -107,6 +118,8 @@ class GenerationRun:
             memory=memory,
             context=context,
             gates=None if self.budget is None else self.budget.gates,
+            draft=draft,
+            shared_noise=options.speculation is not None and options.speculation.shared_noise,
         )
         buffer = None if self.budget is None else self.budget.buffer
         self.until_enforced = buffer or 0  # tokens until the budget is kept again
@@ -121,6 +134,7 @@ class GenerationRun:
             logprobs=options.logprobs,
             buffer=buffer,
             bits=bits,
+            draft=None if draft is None else draft.start(tokens, lengths, room),
         )
 
     def _until_enforced(self) -> int:
@@ -158,7 +172,7 @@ class GenerationRun:
         return self.switch + 1 - int(ends[short].max()) if short.any() else self.longest
 
     def advance(self, steps: int) -> None:
-        """Makes up to `steps` more tokens for every request that has not ended."""
+        """Makes `steps` more tokens for every request that has not ended; more where drafts stand."""
         while steps > 0 and (self.budget is None or not self.ended()):
             some = steps
             if self.budget is not None:
@@ -203,7 +217,7 @@ class GenerationRun:
         counts, stopped, nonfinite, tokens, logprobs = jax.device_get(
             (state.counts, state.stopped, state.nonfinite, state.tokens, state.logprobs)
         )
-        read = None if state.bits is None else jax.device_get(state.bits.read)
+        read, drafted = jax.device_get((None if state.bits is None else state.bits.read, state.drafted))
         outs = []
         for i, prompt in enumerate(self.prompts):
             count = int(counts[i])
@@ -219,6 +233,7 @@ class GenerationRun:
                     error=self._why_nonfinite(i, ids) if nonfinite[i] else None,
                     timings=timings,
                     bits=None if read is None or count < 2 else float(read[i]) / (count - 1),
+                    speculation=None if drafted is None else of_request(drafted, i),
                 )
             )
         return outs
@@ -373,9 +388,18 @@ def _slack(T: int) -> int:
 
 
 def _own_cache(
-    model, given: CacheOptions, before: list[int], T: int, new: int, extents: Int[np.ndarray, " B"]
+    model,
+    given: CacheOptions,
+    before: list[int],
+    T: int,
+    new: int,
+    extents: Int[np.ndarray, " B"],
+    slack: int,
 ) -> Cache:
-    """A cache with room for T tokens of prompts and `new` ones: empty, or a copy of the one given."""
+    """A cache with room for T tokens of prompts and `new` ones: empty, or a copy of the one given.
+
+    slack: tokens that may be forgotten at once.
+    """
     B, new = len(extents), T + new
     cache = given.start
     if cache is not None:
@@ -387,7 +411,7 @@ def _own_cache(
             cache = model.make_cache(B, 1, **made)
         return given.budget.enforce(cache, None)
     if cache is None:
-        return model.make_cache(B, new, slack=_slack(T), bits=given.bits, extents=extents)
+        return model.make_cache(B, new, slack=max(_slack(T), slack), bits=given.bits, extents=extents)
     longest = max(before)
     if isinstance(cache, kv.PagedCache):
         assert cache.tail.start is not None  # it stands behind a context

@@ -112,14 +112,20 @@ def sample(
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
     """The next token of each request: drawn with its own key and step, so that its batch does not matter."""
-    logits = process_logits(logits, params, seen)
+    return draw(process_logits(logits, params, seen), params, keys, steps)
+
+
+def draw(
+    logits: Float[Array, "B V"], params: SamplingParams, keys, steps: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """The next token of each request of logits that the filters have left: `sample` behind its filters."""
     if params.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw(key, step, row):
+    def one(key, step, row):
         return jax.random.categorical(jax.random.fold_in(key, step), row)
 
-    return jax.vmap(draw)(keys, steps, logits).astype(jnp.int32)
+    return jax.vmap(one)(keys, steps, logits).astype(jnp.int32)
 
 
 def request_keys(seed: int | Sequence[int], B: int) -> Key[Array, " B"]:

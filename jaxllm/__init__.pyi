@@ -3,11 +3,13 @@
 import contextlib
 
 from . import cache, eviction, precision
+from .decoding.drafts import LookupDraft, first_layers
 from .decoding.generate import Token, chat, generate, stream
 from .decoding.options import CacheOptions, GenerationOptions
 from .decoding.prefill import prefill, prefill_with_scores, prefill_within_budget
 from .decoding.run import Completion, Timings
 from .decoding.sampling import Sampler
+from .decoding.speculation import Speculated, Speculation
 from .files import load, save
 from .measure import perplexity, report_bytes, score_choices
 from .precision.attach import attach_precision
@@ -47,11 +49,14 @@ __all__ = [
     "GenerationOptions",
     "Gptq",
     "Lnq",
+    "LookupDraft",
     "MixedTwoBit",
     "NestedFp",
     "Rotate",
     "Rtn",
     "Sampler",
+    "Speculated",
+    "Speculation",
     "SqueezeLlm",
     "Timings",
     "Token",
@@ -61,6 +66,7 @@ __all__ = [
     "calibrate",
     "chat",
     "eviction",
+    "first_layers",
     "generate",
     "kernels",
     "load",

@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 import jaxllm as jl
-from jaxllm.cli.options import AVERAGE_BITS, JSON, SEED, TARGET_BITS, OpenModel, loads_a_model
+from jaxllm.cli.options import AVERAGE_BITS, COUNT, JSON, SEED, TARGET_BITS, OpenModel, loads_a_model
 from jaxllm.cli.output import note, print_json, read_text
 from jaxllm.eviction import METHODS
+from jaxllm.models.linears import linear_weights
+from jaxllm.weights.planes.bit_planes import BitPlanes
 
 GATES = [name for name, method in METHODS.items() if method.needs == "gates"]
 KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in METHODS.items()) + "."
@@ -39,6 +41,14 @@ KV_METHOD_HELP = "What is kept: " + "; ".join(f"{name}, {m.help}" for name, m in
     "--kv-budget", type=int, help="Keep the keys and values of about so many tokens, however long the text."
 )
 @click.option("--kv-gates", type=click.Path(path_type=Path), help="Gates of the model. [default: pico's]")
+@click.option(
+    "--draft",
+    metavar="DIR|lookup|self",
+    help="Who drafts tokens that the model then only looks at, so that what it writes stays the same: a "
+    "smaller model of its tokenizer, its own text, or itself in fewer bits (of several widths) or half its "
+    "layers.",
+)
+@click.option("--draft-tokens", type=COUNT, default=4, help="Tokens drafted between two looks, at most.")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log probability.")
 @click.option("--chat", is_flag=True, help="Treat each prompt as a message to a chat model.")
 @click.option("--stream", is_flag=True, help="Print text as it comes (one prompt, no --chat).")
@@ -53,6 +63,8 @@ def generate(
     seed: int,
     stop: tuple[str, ...],
     context: Path | None,
+    draft: str | None,
+    draft_tokens: int,
     logprobs: bool,
     chat: bool,
     stream: bool,
@@ -86,6 +98,7 @@ def generate(
         "stop": stop,
         "cache": kept.options(model, tokenizer, text),
         "average_bits": average_bits,
+        "speculation": None if draft is None else speculation(draft, draft_tokens, model),
     }
     asked: list[Any] = list(prompts)
     if text is not None:
@@ -116,6 +129,11 @@ def generate(
         if out.logprobs is not None:
             click.echo(" ".join(f"{value:.4f}" for value in out.logprobs))
     note(f"{made} tokens in {seconds:.1f} s, compilation included")
+    if of := [out.speculation for out in outs if out.speculation is not None]:
+        stood, proposed, steps = (
+            sum(getattr(one, name) for one in of) for name in ("stood", "proposed", "steps")
+        )
+        note(f"{stood} of {proposed} drafted tokens stand; the model was asked {steps} times")
     raise_for_errors(outs)
 
 
@@ -192,6 +210,19 @@ class KvOptions:
         return small
 
 
+def speculation(draft: str, tokens: int, model) -> jl.Speculation:
+    """What `--draft` asks for."""
+    if draft == "lookup":
+        return jl.Speculation(draft=jl.LookupDraft(), tokens=tokens)
+    if draft != "self":
+        small, tokenizer = jl.load(draft)
+        return jl.Speculation(draft=small, tokenizer=tokenizer, tokens=tokens)
+    widths = [w for w in linear_weights(model).values() if isinstance(w, BitPlanes) and w.bits > w.seed_bits]
+    if widths:
+        return jl.Speculation(draft=jl.read_at(model, widths[0].seed_bits), tokens=tokens)
+    return jl.Speculation(draft=jl.first_layers(model, model.config.layers // 2), tokens=tokens)
+
+
 def raise_for_errors(outs: list[jl.Completion]) -> None:
     """Raises FloatingPointError where logits ceased to be finite; what was made is printed by then."""
     for out in outs:
@@ -200,11 +231,13 @@ def raise_for_errors(outs: list[jl.Completion]) -> None:
 
 
 def completion_json(prompt: str, out: Any) -> dict[str, Any]:
-    """One entry of `prompts`; `logprobs` and `realised_bits` only where they were asked for."""
+    """One entry of `prompts`; `logprobs`, `realised_bits`, `speculation` only where they were asked for."""
     fields = {"prompt": prompt, "text": out.text, "prompt_ids": out.prompt_ids}
     fields["token_ids"] = out.token_ids
     if out.logprobs is not None:
         fields["logprobs"] = out.logprobs
     if out.bits is not None:
         fields["realised_bits"] = out.bits
+    if out.speculation is not None:
+        fields["speculation"] = dataclasses.asdict(out.speculation)
     return fields | {"finish_reason": out.finish_reason}

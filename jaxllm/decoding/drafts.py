@@ -3,7 +3,7 @@
 A draft is a frozen pytree that lives in the compiled loop:
 
     state = draft.start(tokens, lengths, room)                      on the host: the prompts are read
-    proposed, state = draft.propose(state, requests, generation)    up to `count` tokens behind each request
+    proposed, state = draft.propose(state, requests, written, lengths, on)      up to `count` tokens each
     state = draft.keep(state, lengths)                              what does not stand is forgotten
 
     ModelDraft     a model's own continuation, from its own cache
@@ -13,7 +13,7 @@ Letters: B requests, T prompt tokens, G drafted tokens at most, N new tokens (ro
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +36,27 @@ class Proposal(NamedTuple):
     logits: jax.Array | None  # float32 [G, B, V] after the sampler's filters, of which they were drawn
 
 
+@runtime_checkable
 class Draft(Protocol):
     """What drafts."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """Tokens proposed at most."""
+        ...
 
     def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int) -> Any:
         """The state once the prompts [B, T] are read, with room for so many more tokens."""
         ...
 
-    def propose(self, state: Any, requests: Any, generation: Any, on: jax.Array) -> tuple[Proposal, Any]:
-        """Tokens behind the last of each request that goes on."""
+    def propose(
+        self, state: Any, requests: Any, written: Any, lengths: jax.Array, on: jax.Array
+    ) -> tuple[Proposal, Any]:
+        """Tokens behind the last of each request that goes on (`on`).
+
+        requests, written: as the loop has them. lengths: tokens [B] that the target has
+          read, all but the last.
+        """
         ...
 
     def keep(self, state: Any, lengths: jax.Array) -> Any:
@@ -79,9 +89,11 @@ class ModelDraft:
         """The rows of what stands."""
         return kv.truncate(state, lengths)
 
-    def propose(self, state, requests, generation, on: Bool[Array, " B"]) -> tuple[Proposal, kv.DenseCache]:
+    def propose(
+        self, state, requests, written, lengths: Int[Array, " B"], on: Bool[Array, " B"]
+    ) -> tuple[Proposal, kv.DenseCache]:
         """Up to `count` tokens, one after another; all requests together."""
-        B, G = generation.token.shape[0], self.count
+        B, G = written.token.shape[0], self.count
         keys = requests.keys
         if not self.shared_noise:  # noise of its own: what is drawn must not know how it will be judged
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
@@ -90,10 +102,11 @@ class ModelDraft:
 
         def one(cache, fed, lengths, i, seen, tokens, count, laws, on):
             logits, cache = self.model(fed, cache, lengths=lengths, logits="last")
+            on = on & jnp.isfinite(logits.sum(axis=-1))
             logits = process_logits(fit(logits, self.vocab), requests.sampling, seen)
             if self.doubt is not None:
                 on = on & (jnp.sqrt(entropy(logits)) <= self.doubt)
-            token = draw(logits, requests.sampling, keys, generation.counts + i)
+            token = draw(logits, requests.sampling, keys, written.counts + i)
             tokens = tokens.at[:, i].set(token)
             if laws is not None:
                 laws = laws.at[i].set(logits)
@@ -102,16 +115,16 @@ class ModelDraft:
             return cache, token, seen, tokens, count + on.astype(jnp.int32), laws, on
 
         # 1. What its cache lacks: the last token, and the one before where all drafts stood.
-        before = jnp.take_along_axis(
-            generation.tokens, jnp.maximum(generation.counts - 2, 0)[:, None], axis=1
-        )[:, 0]
-        two = generation.cache.lengths > state.lengths  # the target has read one more
-        last = generation.token
+        before = jnp.take_along_axis(written.tokens, jnp.maximum(written.counts - 2, 0)[:, None], axis=1)[
+            :, 0
+        ]
+        two = lengths > state.lengths  # the target has read one more
+        last = written.token
         fed = jnp.stack([jnp.where(two, before, last), last], axis=1)  # the second is read where both are
         sizes = jnp.where(on, 1 + two.astype(jnp.int32), 0)
         tokens, count = jnp.zeros((B, G), jnp.int32), jnp.zeros((B,), jnp.int32)
         cache, token, seen, tokens, count, laws, going = one(
-            state, fed, sizes, 0, generation.seen, tokens, count, laws, on
+            state, fed, sizes, 0, written.seen, tokens, count, laws, on
         )
 
         # 2. A token after another.
@@ -162,13 +175,13 @@ class LookupDraft:
         """The text is the request's own: nothing to forget."""
         return state
 
-    def propose(self, state, requests, generation, on: Bool[Array, " B"]):
+    def propose(self, state, requests, written, lengths: Int[Array, " B"], on: Bool[Array, " B"]):
         """Up to `count` tokens of the text so far."""
-        (prompts, sizes), (B, N) = state, generation.tokens.shape
+        (prompts, sizes), (B, N) = state, written.tokens.shape
         rows = jnp.arange(B)[:, None]
-        text = prompts.at[rows, sizes[:, None] + jnp.arange(N)[None]].set(generation.tokens, mode="drop")
-        tokens, lengths = look_up(text, sizes + generation.counts, self.ngram, self.count)
-        return Proposal(tokens, jnp.where(on, lengths, 0), None), state
+        text = prompts.at[rows, sizes[:, None] + jnp.arange(N)[None]].set(written.tokens, mode="drop")
+        tokens, found = look_up(text, sizes + written.counts, self.ngram, self.count)
+        return Proposal(tokens, jnp.where(on, found, 0), None), state
 
 
 def look_up(

@@ -73,22 +73,26 @@ def stream(model, tokenizer, prompt: Prompt, **options: Any) -> Iterator[Token]:
 
 
 def _tokens(run: GenerationRun) -> Iterator[Token]:
-    emitted = 0  # characters given out
+    given = emitted = 0  # tokens and characters given out
     while True:
-        made = run.completions()[0]
         run.end_at_stop_strings()
-        last = run.ended()
+        made, last = run.completions()[0], run.ended()
+        ids = made.token_ids
+        for count in range(given + 1, len(ids) + 1):
+            text = made.text
+            if not last or count < len(
+                ids
+            ):  # a stop string may have begun: what could be its beginning waits
+                whole = run.text(0, ids[:count])
+                text = whole.shown(stable_prefix(whole.all(), run.stop))
+            text, emitted = text[emitted:], max(emitted, len(text))
+            logprob = made.logprobs[count - 1] if made.logprobs else None
+            yield Token(text=text, token_id=ids[count - 1], logprob=logprob)
         if made.error is not None:
             raise FloatingPointError(made.error)
-        text = made.text
-        if not last:  # a stop string may have begun: what could be its beginning waits
-            whole = run.text(0, made.token_ids)
-            text = whole.shown(stable_prefix(whole.all(), run.stop))
-        text, emitted = text[emitted:], max(emitted, len(text))
-        logprob = made.logprobs[-1] if made.logprobs else None
-        yield Token(text=text, token_id=made.token_ids[-1], logprob=logprob)
         if last:
             return
+        given = len(ids)
         run.advance(1)
 
 

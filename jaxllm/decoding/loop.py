@@ -54,18 +54,25 @@ class Drafted:
 
 
 @pytree
-class GenerationState:
-    """Everything the loop carries."""
+class Written:
+    """What requests hold so far."""
 
-    cache: DenseCache  # without the context, if there is one
     token: jax.Array  # [B] sampled, not yet fed
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array | None  # [B, N]
-    step: jax.Array  # [] how many steps were made: of tokens, where none is drafted
     counts: jax.Array  # [B] how many of them are its own: it stops counting when it ends
     stopped: jax.Array  # [B] ended by a stop token or a stop string
     nonfinite: jax.Array  # [B] ended by logits that are no numbers, of which no token was drawn
     seen: jax.Array | None  # [B, V] tokens a request already holds, for the repetition penalty
+
+
+@pytree
+class GenerationState:
+    """Everything the loop carries."""
+
+    cache: DenseCache  # without the context, if there is one
+    written: Written
+    step: jax.Array  # [] how many steps were made: of tokens, where none is drafted
     scores: jax.Array | None  # [L, B, K, buffer] what gates say of the tail's rows, where there is a budget
     bits: AverageBits | None = None  # where the weights' bits are held to an average
     draft: Any = None  # what the draft remembers
@@ -102,22 +109,24 @@ def first_tokens(
         assert requests.gates is not None
         L, _, K = requests.gates.sizes()
         scores = jnp.zeros((L, B, K, buffer), jnp.float32)
-    state = GenerationState(
-        cache=cache,
+    written = Written(
         token=jnp.zeros((B,), jnp.int32),
         tokens=jnp.zeros((B, N), jnp.int32),
         logprobs=jnp.zeros((B, N), jnp.float32) if logprobs else None,
-        step=jnp.zeros((), jnp.int32),
         counts=jnp.zeros((B,), jnp.int32),
         stopped=jnp.zeros((B,), bool),
         nonfinite=jnp.zeros((B,), bool),
         seen=seen,
+    )
+    return GenerationState(
+        cache=cache,
+        written=sample_step(requests, written, logits),
+        step=jnp.ones((), jnp.int32),
         scores=scores,
         bits=bits,
         draft=draft,
         drafted=None if draft is None else Drafted(*(jnp.zeros((B,), jnp.int32) for _ in range(3))),
     )
-    return dataclasses.replace(sample_step(requests, state, logits), step=state.step + 1)
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -125,16 +134,16 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
     """Goes on until every request has ended or step `until`: so many tokens at least."""
 
     def goes_on(state: GenerationState):
-        return (state.step < until) & active(requests, state).any()
+        return (state.step < until) & active(requests, state.written).any()
 
     def body(state: GenerationState) -> GenerationState:
         # 1. The last token of each request is fed; one that has ended feeds nothing.
-        on = active(requests, state)
-        fed, lengths, proposal, draft = state.token[:, None], on.astype(jnp.int32), None, state.draft
+        on = active(requests, state.written)
+        fed, lengths, proposal, draft = state.written.token[:, None], on.astype(jnp.int32), None, state.draft
         if requests.draft is not None:
-            proposal, draft = requests.draft.propose(draft, requests, state, on)
+            proposal, draft = requests.draft.propose(draft, requests, state.written, state.cache.lengths, on)
             fed = jnp.concatenate([fed, proposal.tokens], axis=1)
-            lengths = lengths + jnp.where(on, proposal.lengths, 0)
+            lengths = lengths + proposal.lengths
         aimed, bits, read = model, state.bits, None
         if bits is not None:
             aimed = bits.aim(model)
@@ -162,17 +171,17 @@ def decode_until(model, requests: Requests, state: GenerationState, until) -> Ge
             scores = scores.at[:, rows, :, at].set(new[..., 0].swapaxes(0, 1), mode="drop")
         # 3. The next token, or as many as stand and one.
         step = state.step + 1
-        state = dataclasses.replace(state, cache=cache, scores=scores, bits=bits, step=step)
+        state = dataclasses.replace(state, cache=cache, step=step, scores=scores, bits=bits, draft=draft)
         if proposal is None:
-            return sample_step(requests, state, logits)
-        return verify(requests, dataclasses.replace(state, draft=draft), proposal, logits, on)
+            return dataclasses.replace(state, written=sample_step(requests, state.written, logits))
+        return verify(requests, state, proposal, logits, on)
 
     return jax.lax.while_loop(goes_on, body, state)
 
 
-def active(requests: Requests, state: GenerationState) -> Bool[Array, " B"]:
+def active(requests: Requests, written: Written) -> Bool[Array, " B"]:
     """Which requests go on."""
-    return ~state.stopped & ~state.nonfinite & (state.counts < requests.limits)
+    return ~written.stopped & ~written.nonfinite & (written.counts < requests.limits)
 
 
 def verify(
@@ -186,40 +195,42 @@ def verify(
 
     logits: behind the last token and behind each that was proposed. on: which requests were fed.
     """
-    draft = requests.draft
-    assert draft is not None and state.drafted is not None
-    G, before = draft.count, state.counts
-    small = dataclasses.replace(state, cache=None, draft=None)
+    draft, drafted, before = requests.draft, state.drafted, state.written.counts
+    assert draft is not None and drafted is not None
 
     def one(carry, of_position):
-        small, alive = carry
+        written, alive = carry
         i, logits, token, law = of_position
         has = i < proposal.lengths
-        chosen, stands = choose(requests, small, logits, token, law, has)
-        small = sample_step(requests, small, logits, alive, chosen)
-        return (small, alive & has & stands), None
+        chosen, stands = choose(requests, written, logits, token, law, has)
+        written = sample_step(requests, written, logits, alive, chosen)
+        return (written, alive & has & stands), None
 
-    laws = proposal.logits
+    tokens, laws = jnp.pad(proposal.tokens, ((0, 0), (0, 1))).T, proposal.logits
     if laws is not None:
         laws = jnp.pad(laws, ((0, 1), (0, 0), (0, 0)))  # behind the last draft there is none
-    tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1))).T
-    positions = (jnp.arange(G + 1), logits.swapaxes(0, 1), tokens, laws)
-    (small, _), _ = jax.lax.scan(one, (small, on), positions)
+    positions = (jnp.arange(len(tokens)), logits.swapaxes(0, 1), tokens, laws)
+    (written, _), _ = jax.lax.scan(one, (state.written, on), positions)
     # What the target has read of tokens that do not stand is forgotten, and so by the draft.
-    made = small.counts - before
-    lengths = jnp.where(on, state.cache.lengths - proposal.lengths - 1 + made, state.cache.lengths)
-    seen = Drafted(
-        proposed=small.drafted.proposed + jnp.where(on, proposal.lengths, 0),
-        stood=small.drafted.stood + jnp.maximum(made - 1, 0),
-        steps=small.drafted.steps + on.astype(jnp.int32),
+    made = written.counts - before
+    fed = proposal.lengths + on.astype(jnp.int32)
+    lengths = state.cache.lengths - jnp.maximum(fed - made, 0)
+    return dataclasses.replace(
+        state,
+        cache=dense.truncate(state.cache, lengths),
+        written=written,
+        draft=draft.keep(state.draft, lengths),
+        drafted=Drafted(
+            proposed=drafted.proposed + proposal.lengths,
+            stood=drafted.stood + jnp.maximum(made - 1, 0),
+            steps=drafted.steps + on.astype(jnp.int32),
+        ),
     )
-    cache = dense.truncate(state.cache, lengths)
-    return dataclasses.replace(small, cache=cache, draft=draft.keep(state.draft, lengths), drafted=seen)
 
 
 def choose(
     requests: Requests,
-    state: GenerationState,
+    written: Written,
     logits: Float[Array, "B V"],
     token: Int[Array, " B"],
     law: Float[Array, "B V"] | None,
@@ -227,43 +238,43 @@ def choose(
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
     """The next token of each request, and whether it is the draft's and stands; `has`: where there is one."""
     params = requests.sampling
-    processed = process_logits(logits, params, state.seen)
+    processed = process_logits(logits, params, written.seen)
     if params.temperature is None or requests.shared_noise:
-        chosen = draw(processed, params, requests.keys, state.counts)
+        chosen = draw(processed, params, requests.keys, written.counts)
         return chosen, chosen == token
     p, q = jax.nn.softmax(processed, axis=-1), None if law is None else jax.nn.softmax(law, axis=-1)
 
     def uniform(key, count):
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 2), count))
 
-    ok = stands(p, q, token, jax.vmap(uniform)(requests.keys, state.counts))
+    ok = stands(p, q, token, jax.vmap(uniform)(requests.keys, written.counts))
     instead = jnp.where(has[:, None], jnp.log(residual(p, q, token)), processed)
-    chosen = draw(instead, params, requests.keys, state.counts)
+    chosen = draw(instead, params, requests.keys, written.counts)
     return jnp.where(has & ok, token, chosen), ok
 
 
 def sample_step(
     requests: Requests,
-    state: GenerationState,
+    written: Written,
     logits: Float[Array, "B V"],
     on: Bool[Array, " B"] | None = None,
     token: Int[Array, " B"] | None = None,
-) -> GenerationState:
-    """The state with one more token for every request that has not ended.
+) -> Written:
+    """The texts with one more token for every request that has not ended.
 
     on: those that get one, None for all. token: what has been chosen for each; None samples it.
     """
     # 1. A request whose logits are not finite ends without another token: a sum of V numbers shows it.
-    finite, going = jnp.isfinite(logits.sum(axis=-1)), active(requests, state)
+    finite, going = jnp.isfinite(logits.sum(axis=-1)), active(requests, written)
     on = going if on is None else on & going
-    nonfinite, on = state.nonfinite | (on & ~finite), on & finite
+    nonfinite, on = written.nonfinite | (on & ~finite), on & finite
     # 2. Sample a token each.
     if token is None:
-        token = sample(logits, requests.sampling, requests.keys, state.counts, state.seen)
+        token = sample(logits, requests.sampling, requests.keys, written.counts, written.seen)
     # 3. Write it to the buffers.
     rows = jnp.arange(token.shape[0])
-    at = jnp.where(on, state.counts, state.tokens.shape[1])  # outside: dropped
-    logprobs, seen = state.logprobs, state.seen
+    at = jnp.where(on, written.counts, written.tokens.shape[1])  # outside: dropped
+    logprobs, seen = written.logprobs, written.seen
     if logprobs is not None:
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)
         logprobs = logprobs.at[rows, at].set(chosen[:, 0], mode="drop")
@@ -272,12 +283,12 @@ def sample_step(
     # 4. End the requests that were given a stop token.
     ends = (token[:, None] == requests.stop_tokens[None, :]).any(axis=1)
     return dataclasses.replace(
-        state,
-        token=jnp.where(on, token, state.token),
-        tokens=state.tokens.at[rows, at].set(token, mode="drop"),
+        written,
+        token=jnp.where(on, token, written.token),
+        tokens=written.tokens.at[rows, at].set(token, mode="drop"),
         logprobs=logprobs,
-        counts=state.counts + on.astype(jnp.int32),
-        stopped=state.stopped | (on & ends),
+        counts=written.counts + on.astype(jnp.int32),
+        stopped=written.stopped | (on & ends),
         nonfinite=nonfinite,
         seen=seen,
     )

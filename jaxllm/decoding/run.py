@@ -98,6 +98,11 @@ class GenerationRun:
         self.fed = [*fed, *[[0]] * (B - n)]
         ends = [b + len(ids) + most - 1 for b, ids, most in zip(before, fed, limits, strict=True)]
         self.switch = _switch(model, given, ends)
+        if draft is not None and self.switch is not None and max(ends) > self.switch:
+            raise ValueError(
+                f"generate: speculation needs texts of at most {self.switch} tokens, behind which this "
+                f"model's rotation changes, got up to {max(ends)}"
+            )
         # 4. The prompts are read into a cache of their own with room for all that comes.
         tokens, lengths = _pad(fed, B)
         extents = lengths if given.budget is None else lengths + self.longest
@@ -153,12 +158,12 @@ class GenerationRun:
         assert self.switch is not None
         state = self.state
         on, counts, extents = jax.device_get(
-            (active(self.requests, state), state.counts, state.cache.extents)
+            (active(self.requests, state.written), state.written.counts, state.cache.extents)
         )
         ends = np.asarray([len(ids) for ids in self.fed]) + counts  # with the token that is fed next
         short = on & (extents <= self.switch)
         if short.any() and ends[short].max() > self.switch:
-            made = np.asarray(state.tokens)
+            made = np.asarray(state.written.tokens)
             texts = [ids + made[i, : max(counts[i] - 1, 0)].tolist() for i, ids in enumerate(self.fed)]
             tokens, lengths = _pad(texts, len(texts))
             T, more = tokens.shape[1], bucket(self.longest)
@@ -184,19 +189,19 @@ class GenerationRun:
 
     def wait(self) -> float:
         """Waits for the tokens made so far; the time on `perf_counter` then."""
-        jax.block_until_ready(self.state.token)
+        jax.block_until_ready(self.state.written.token)
         return time.perf_counter()
 
     def ended(self) -> bool:
         """Whether no request can go on."""
-        return not bool(active(self.requests, self.state).any())
+        return not bool(active(self.requests, self.state.written).any())
 
     def end_at_stop_strings(self) -> None:
         """Ends the requests whose text has a stop string in it, after the token that completed it."""
         if not self.stop:
             return
-        counts, stopped = np.array(self.state.counts), np.array(self.state.stopped)
-        tokens = np.asarray(self.state.tokens)
+        written = self.state.written
+        counts, stopped, tokens = map(np.array, (written.counts, written.stopped, written.tokens))
         for i in range(len(self.prompts)):
             ids = tokens[i, : counts[i]].tolist()
             if self.text(i, ids).first_stop(self.stop) is None:
@@ -209,13 +214,14 @@ class GenerationRun:
                 else:
                     least = middle + 1
             counts[i], stopped[i] = least, True
-        self.state = dataclasses.replace(self.state, counts=jnp.asarray(counts), stopped=jnp.asarray(stopped))
+        written = dataclasses.replace(written, counts=jnp.asarray(counts), stopped=jnp.asarray(stopped))
+        self.state = dataclasses.replace(self.state, written=written)
 
     def completions(self, timings: Timings | None = None) -> list[Completion]:
         """What has been made so far."""
-        state = self.state
+        state, made = self.state, self.state.written
         counts, stopped, nonfinite, tokens, logprobs = jax.device_get(
-            (state.counts, state.stopped, state.nonfinite, state.tokens, state.logprobs)
+            (made.counts, made.stopped, made.nonfinite, made.tokens, made.logprobs)
         )
         read, drafted = jax.device_get((None if state.bits is None else state.bits.read, state.drafted))
         outs = []

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxllm import cache as kv
 from jaxllm.decoding.prefill import CHUNK, read_in_pieces
-from jaxllm.decoding.sampling import draw, process_logits
+from jaxllm.decoding.sampling import DRAFTS, draw, keys_of, process_logits
 from jaxllm.models.decoder import Decoder
 from jaxllm.pytree import pytree, static
 
@@ -94,9 +94,8 @@ class ModelDraft:
     ) -> tuple[Proposal, kv.DenseCache]:
         """Up to `count` tokens, one after another; all requests together."""
         B, G = written.token.shape[0], self.count
-        keys = requests.keys
-        if not self.shared_noise:  # noise of its own: what is drawn must not know how it will be judged
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        # Either the target's own noise, or such as says nothing of how the token will be judged.
+        keys = requests.keys if self.shared_noise else keys_of(DRAFTS, requests.keys)
         greedy = requests.sampling.temperature is None
         laws = None if greedy else jnp.zeros((G, B, self.vocab), jnp.float32)
 

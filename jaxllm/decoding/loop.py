@@ -23,7 +23,7 @@ from jaxllm.decoding.acceptance import residual, stands
 from jaxllm.decoding.average_bits import AverageBits
 from jaxllm.decoding.drafts import Draft, Proposal
 from jaxllm.decoding.prefill import forward
-from jaxllm.decoding.sampling import SamplingParams, draw, process_logits, sample
+from jaxllm.decoding.sampling import CHANCES, SamplingParams, draw, keys_of, process_logits, sample
 from jaxllm.eviction.gates import Gate
 from jaxllm.models.taps import WidthTap
 from jaxllm.pytree import pytree, static
@@ -199,18 +199,19 @@ def verify(
     assert draft is not None and drafted is not None
 
     def one(carry, of_position):
-        written, alive = carry
+        written, alive, stood = carry
         i, logits, token, law = of_position
         has = i < proposal.lengths
         chosen, stands = choose(requests, written, logits, token, law, has)
-        written = sample_step(requests, written, logits, alive, chosen)
-        return (written, alive & has & stands), None
+        new = sample_step(requests, written, logits, alive, chosen)
+        alive = (new.counts > written.counts) & has & stands
+        return (new, alive, stood + alive.astype(jnp.int32)), None
 
     tokens, laws = jnp.pad(proposal.tokens, ((0, 0), (0, 1))).T, proposal.logits
     if laws is not None:
         laws = jnp.pad(laws, ((0, 1), (0, 0), (0, 0)))  # behind the last draft there is none
     positions = (jnp.arange(len(tokens)), logits.swapaxes(0, 1), tokens, laws)
-    (written, _), _ = jax.lax.scan(one, (state.written, on), positions)
+    (written, _, stood), _ = jax.lax.scan(one, (state.written, on, drafted.stood), positions)
     # What the target has read of tokens that do not stand is forgotten, and so by the draft.
     made = written.counts - before
     fed = proposal.lengths + on.astype(jnp.int32)
@@ -222,7 +223,7 @@ def verify(
         draft=draft.keep(state.draft, lengths),
         drafted=Drafted(
             proposed=drafted.proposed + proposal.lengths,
-            stood=drafted.stood + jnp.maximum(made - 1, 0),
+            stood=stood,
             steps=drafted.steps + on.astype(jnp.int32),
         ),
     )
@@ -245,9 +246,9 @@ def choose(
     p, q = jax.nn.softmax(processed, axis=-1), None if law is None else jax.nn.softmax(law, axis=-1)
 
     def uniform(key, count):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 2), count))
+        return jax.random.uniform(jax.random.fold_in(key, count))
 
-    ok = stands(p, q, token, jax.vmap(uniform)(requests.keys, written.counts))
+    ok = stands(p, q, token, jax.vmap(uniform)(keys_of(CHANCES, requests.keys), written.counts))
     instead = jnp.where(has[:, None], jnp.log(residual(p, q, token)), processed)
     chosen = draw(instead, params, requests.keys, written.counts)
     return jnp.where(has & ok, token, chosen), ok

@@ -94,7 +94,7 @@ class GenerationRun:
             if bits is not None:
                 raise ValueError("generate: speculation and average_bits exclude each other, got both")
             draft = make_draft(options.speculation, model, tokenizer, given)
-            self.model = model = every_token_chooses(model)  # each row of a chunk is a token of its own
+            self.model = every_token_chooses(model)  # what is drafted is read as what is decoded
         self.fed = [*fed, *[[0]] * (B - n)]
         ends = [b + len(ids) + most - 1 for b, ids, most in zip(before, fed, limits, strict=True)]
         self.switch = _switch(model, given, ends)

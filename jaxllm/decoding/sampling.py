@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxllm.pytree import pytree
 
+DRAFTS, CHANCES = 2**32 - 1, 2**32 - 2  # noise beside that of a request's steps, which never get there
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -126,6 +128,11 @@ def draw(
         return jax.random.categorical(jax.random.fold_in(key, step), row)
 
     return jax.vmap(one)(keys, steps, logits).astype(jnp.int32)
+
+
+def keys_of(purpose: int, keys: Key[Array, " B"]) -> Key[Array, " B"]:
+    """Each request's key for noise that its steps do not have: `DRAFTS` or `CHANCES`."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
 
 
 def request_keys(seed: int | Sequence[int], B: int) -> Key[Array, " B"]:

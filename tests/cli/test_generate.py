@@ -169,3 +169,18 @@ def test_a_context_is_read_once_and_most_of_it_forgotten(generate, tiny_checkpoi
         generate(*asked, *own, "--kv-budget", "40", "--kv-method", "h2o"), "goes with kvzip and gates"
     )
     assert_refused(generate(*asked, "--kv-ratio", "2"), "ratio must lie above 0 and be at most 1, got 2.0")
+
+
+@pytest.mark.parametrize("draft", ["lookup", "self", "itself"])
+def test_drafts_change_no_token_and_are_counted(generate, tiny_checkpoint, draft):
+    asked = str(tiny_checkpoint) if draft == "itself" else draft
+    (plain,) = generate("--prompt", "the man", "--json").json["prompts"]
+    done = generate("--prompt", "the man", "--json", "--draft", asked, "--draft-tokens", "2")
+    assert done.status == 0, done.err
+    (said,) = done.json["prompts"]
+    assert said.pop("speculation").keys() == {"proposed", "stood", "steps"} and said == plain
+    assert "drafted tokens stand" in generate("--prompt", "the man", "--draft", asked).err
+
+
+def test_a_draft_that_is_not_there_is_one_line(generate):
+    assert_refused(generate("--prompt", "the man", "--draft", "nowhere", "--json"), "nowhere")

@@ -113,6 +113,15 @@ def test_generating_at_other_targets_compiles_nothing_new(chosen):
     assert decode_until._cache_size() == before and len(low) == len(high) == 6
 
 
+@pytest.mark.slow
+def test_tokens_that_were_drafted_choose_as_those_decoded_one_by_one(chosen):
+    def run(**more):
+        return jl.generate(chosen, None, [[5, 6, 7, 5, 6, 7, 5]], max_new_tokens=12, **more)[0]
+
+    plain, out = run(), run(speculation=jl.Speculation(draft=jl.LookupDraft(), tokens=3))
+    assert out.token_ids == plain.token_ids and out.speculation.proposed > 0
+
+
 def test_perplexity_is_measured_with_the_bits_that_decoding_reads(chosen, planes_model, text):
     ids = text.ravel()
     found = [jl.perplexity(set_target(chosen, t), ids, context=24).nll_per_token for t in TARGETS]

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import jax
 import numpy as np
-from common import Page, Run, Table, begin, parse, parser, save
+from parts import common
+from parts.common import Page, Run, Table, begin, parse, parser, save
 from tqdm import tqdm
 
 import jaxllm as jl

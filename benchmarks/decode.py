@@ -31,9 +31,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
-from common import Page, Run, Table, begin, parse, parser, ratios, rounds, save, show, timed
+from parts import common
+from parts.common import Page, Run, Table, begin, parse, parser, ratios, rounds, save, show, timed
 from tqdm import tqdm
 
 LIBRARIES = ("transformers", "jaxllm")

@@ -17,12 +17,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
-from common import Page, Run, Table, begin, parse, parser, save
 from flax import nnx
 from jax.experimental import topologies
+from parts import common
+from parts.common import Page, Run, Table, begin, parse, parser, save
 from tqdm import tqdm
 
 import jaxllm as jl

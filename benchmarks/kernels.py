@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import jax
-from common import Page, Run, Table, begin, parse, parser, save, show
+from parts import common
+from parts.common import Page, Run, Table, begin, parse, parser, save, show
 from tqdm import tqdm
 
 from pallas_kernels import measure

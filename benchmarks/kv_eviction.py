@@ -20,11 +20,24 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Page, Run, Table, add_data, begin, load, model_name, parse, parser, resume, save, texts
+from parts import common
+from parts.common import (
+    Page,
+    Run,
+    Table,
+    add_data,
+    begin,
+    load,
+    model_name,
+    parse,
+    parser,
+    resume,
+    save,
+    texts,
+)
 from parts.kv_methods import Methods, compressed, filled, listed, methods
 from tqdm import tqdm
 

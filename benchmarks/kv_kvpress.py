@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Page, Run, Table, begin, load, model_name, parse, parser, texts, timed
+from parts import common
+from parts.common import Page, Run, Table, begin, load, model_name, parse, parser, texts, timed
 
 import jaxllm as jl
 from jaxllm import cache as kv

@@ -19,12 +19,26 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Page, Run, Table, begin, load, parse, parser, ratios, resume, rounds, save, show, timed
 from flax import nnx
+from parts import common
+from parts.common import (
+    Page,
+    Run,
+    Table,
+    begin,
+    load,
+    parse,
+    parser,
+    ratios,
+    resume,
+    rounds,
+    save,
+    show,
+    timed,
+)
 from tqdm import tqdm
 
 import jaxllm as jl

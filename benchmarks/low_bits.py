@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Page, Run, Table, begin, parse, parser, ratios, rounds, save, show, timed
 from decode import SHAPE, TINY, Remote
+from parts import common
+from parts.common import Page, Run, Table, begin, parse, parser, ratios, rounds, save, show, timed
 from tqdm import tqdm
 
 import jaxllm as jl

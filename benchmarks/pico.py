@@ -31,11 +31,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Page, Run, Table, add_data, begin, load, parse, parser, texts
+from parts import common
+from parts.common import Page, Run, Table, add_data, begin, load, parse, parser, texts
 from tqdm import tqdm
 from witten_bell import probabilities
 

@@ -25,11 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import (
+from flax import nnx
+from parts import common
+from parts.common import (
     Page,
     Run,
     add_data,
@@ -42,7 +43,6 @@ from common import (
     rounds,
     save,
 )
-from flax import nnx
 from parts.precision_gain import by_kind, gains, with_outliers
 from parts.precision_tables import (
     cost_table,

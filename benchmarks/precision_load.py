@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
-from common import Page, Run, Table, begin, parse, parser, resume, save
+from parts import common
+from parts.common import Page, Run, Table, begin, parse, parser, resume, save
 from tqdm import tqdm
 
 from jaxllm.precision import Always, LatencyObjective, Load, Request, TokenThreshold, replay

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Page, Run, Table, begin, parse, parser, save, show
+from parts import common
+from parts.common import Page, Run, Table, begin, parse, parser, save, show
 from tqdm import tqdm
 
 import jaxllm as jl

@@ -24,11 +24,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Page, Run, Table, begin, measured, parse, parser, ratios, resume, rounds, save, show
+from parts import common
+from parts.common import Page, Run, Table, begin, measured, parse, parser, ratios, resume, rounds, save, show
 from quantization_error import statistics_of, tokens, weights
 from tqdm import tqdm
 

@@ -15,9 +15,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import common
 import numpy as np
-from common import Page, Run, Table, add_data, begin, parse, parser, save, texts
+from parts import common
+from parts.common import Page, Run, Table, add_data, begin, parse, parser, save, texts
 from tqdm import tqdm
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from common import Table, ratios, show
+from parts.common import Table, ratios, show
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from common import Page, Run, Table
+from parts.common import Page, Run, Table
 
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 MARKS = "osv^Dx+*<>ph"

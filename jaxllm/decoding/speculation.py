@@ -15,7 +15,7 @@ class Speculation:
     """Tokens that are drafted cheaply and looked at by the model many at a time: exact (`acceptance.py`).
 
     draft: another model of the same tokenizer, the model in fewer layers (`first_layers`) or bits
-      (`read_at`), or `LookupDraft`, which needs no model.
+      (`read_at`), or `LookupDraft`, which needs no model; or anything that has the methods of `drafts.Draft`.
     tokens: drafted at most between two looks.
     shared_noise: where tokens are drawn, give token for token what the model alone does with the same seed;
       otherwise in distribution, and more drafts stand. Greedy is the same tokens either way.
@@ -59,9 +59,11 @@ def make_draft(asked: Speculation, model, tokenizer, cache) -> Draft:
         raise ValueError("generate: speculation needs a cache that is not evicted as it grows, got a budget")
     if isinstance(draft, LookupDraft):
         return dataclasses.replace(draft, count=asked.tokens)
+    if isinstance(draft, Draft):
+        return draft
     if not hasattr(draft, "make_cache") or hasattr(draft, "encode"):
         got = type(draft).__name__
-        raise ValueError(f"generate: a draft must be a decoder or a LookupDraft, got {got}")
+        raise ValueError(f"generate: a draft must be a decoder, a LookupDraft or a drafts.Draft, got {got}")
     if cache.start is not None:
         raise ValueError(
             "generate: a model that drafts must have read the whole text, got a cache to start from"

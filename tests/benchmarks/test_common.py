@@ -4,8 +4,8 @@ import ast
 import json
 from pathlib import Path
 
-import common
 import pytest
+from parts import common
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -3,13 +3,13 @@
 import json
 import re
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pico
 import pytest
 from made_texts import write_texts
+from parts import common
 
 import jaxllm as jl
 from jaxllm.training.pico import exercises

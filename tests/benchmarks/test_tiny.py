@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
-LEFT_OUT = {"common", "decode"}  # what all share, and what needs torch (test_decode.py)
+LEFT_OUT = {"decode"}  # needs torch (test_decode.py)
 NAMES = sorted({path.stem for path in SCRIPTS.glob("*.py")} - LEFT_OUT)
 QUICK = "gpu_decode_memory"  # each of the others takes longer
 

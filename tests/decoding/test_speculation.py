@@ -341,7 +341,11 @@ def test_what_does_not_go_together_is_one_line(model, draft, tokenizer):
         jl.first_layers(model, 0)
     other = Decoder(dataclasses.replace(CONFIG, vocab=300), rngs=nnx.Rngs(1))
     refused(model, "a draft must have the model's 264 tokens", jl.Speculation(draft=other))
-    refused(model, "a draft must be a decoder or a LookupDraft, got str", jl.Speculation(draft="pico"))
+    refused(
+        model,
+        "a draft must be a decoder, a LookupDraft or a drafts.Draft, got str",
+        jl.Speculation(draft="pico"),
+    )
     start = jl.prefill(model, [[1, 2]], slack=16)
     refused(model, "must have read the whole text", jl.Speculation(draft=draft), cache=start)
     changed = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), bos_token="<t>", eos_token="</s>")

@@ -54,9 +54,10 @@ LLAMA = Config(
 SMALL = dataclasses.replace(LLAMA, layers=4, width=320, heads=5, kv_heads=1, ffn=880, vocab=32000)
 PLAIN = "no draft"
 SAMPLERS = {
-    "greedy": (jl.Sampler(), False),
-    "drawn": (jl.Sampler(temperature=0.8), False),
-    "drawn, shared noise": (jl.Sampler(temperature=0.8), True),
+    "greedy": (jl.Sampler(), "token"),
+    "drawn, token": (jl.Sampler(temperature=0.8), "token"),
+    "drawn, block": (jl.Sampler(temperature=0.8), "block"),
+    "drawn, noise": (jl.Sampler(temperature=0.8), "noise"),
 }
 
 
@@ -106,14 +107,14 @@ def with_drafts(args, run: Run) -> None:
     run["drafts"] = []
     cases = [(s, b, n) for s in sets for b in args.batch for n in args.samplers]
     for name, batch, sampler in tqdm(cases, file=sys.stderr):
-        how, shared = SAMPLERS[sampler]
+        how, verification = SAMPLERS[sampler]
         options = {"max_new_tokens": args.new, "sampler": how, "stop_tokens": (), "seed": 1}
         seconds: dict[str, list[float]] = {method: [] for method in methods}
         outs: dict[str, list[jl.Completion]] = {}
         for turn, method in rounds(methods, args.rounds):
             asked = methods[method]
             if asked is not None:
-                asked = dataclasses.replace(asked, shared_noise=shared)
+                asked = dataclasses.replace(asked, verification=verification)
             outs[method] = jl.generate(
                 target, None, sets[name][:batch], speculation=asked, timings=True, **options
             )
@@ -275,7 +276,7 @@ def drafts_table(found: list[dict[str, Any]]) -> Table:
     columns = {
         "prompts": "of people (prompts), or passages to be written again (repeating)",
         "batch": "requests at once",
-        "sampler": "at temperature 0.8, or the likeliest",
+        "sampler": "the likeliest, or at temperature 0.8; how drafts are looked at",
         "draft": "who drafts",
         "same": "share of texts that are those without a draft",
     } | DRAFTED

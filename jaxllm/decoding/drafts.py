@@ -94,8 +94,9 @@ class ModelDraft:
     ) -> tuple[Proposal, kv.DenseCache]:
         """Up to `count` tokens, one after another; all requests together."""
         B, G = written.token.shape[0], self.count
-        # Either the target's own noise, or such as says nothing of how the token will be judged.
-        keys = requests.keys if self.shared_noise else keys_of(DRAFTS, requests.keys)
+        keys, first = requests.keys, written.counts
+        if not self.shared_noise:  # noise that nothing has been judged by: of this step alone
+            keys, first = jax.vmap(jax.random.fold_in)(keys_of(DRAFTS, keys), first), jnp.zeros_like(first)
         greedy = requests.sampling.temperature is None
         laws = None if greedy else jnp.zeros((G, B, self.vocab), jnp.float32)
 
@@ -105,7 +106,7 @@ class ModelDraft:
             logits = process_logits(fit(logits, self.vocab), requests.sampling, seen)
             if self.doubt is not None:
                 on = on & (jnp.sqrt(entropy(logits)) <= self.doubt)
-            token = draw(logits, requests.sampling, keys, written.counts + i)
+            token = draw(logits, requests.sampling, keys, first + i)
             tokens = tokens.at[:, i].set(token)
             if laws is not None:
                 laws = laws.at[i].set(logits)

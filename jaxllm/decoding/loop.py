@@ -11,7 +11,7 @@ layers without a window, K key heads.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.cache import DenseCache, dense
 from jaxllm.cache.paged import Context
-from jaxllm.decoding.acceptance import residual, stands
+from jaxllm.decoding.acceptance import (
+    Verification,
+    chance_of_beginning,
+    joint_after,
+    residual,
+    stands,
+)
 from jaxllm.decoding.average_bits import AverageBits
 from jaxllm.decoding.drafts import Draft, Proposal
 from jaxllm.decoding.prefill import forward
@@ -41,7 +47,7 @@ class Requests:
     context: Context | None = None  # of a cache that was evicted: shared, so never given away
     gates: Gate | None = None  # where the cache has a budget
     draft: Draft | None = None  # who proposes tokens
-    shared_noise: bool = static(default=False)  # a draft stands where the target draws the same
+    verification: Verification = static(default="token")  # which drafts stand (`acceptance.py`)
 
 
 @pytree
@@ -198,19 +204,23 @@ def verify(
     draft, drafted, before = requests.draft, state.drafted, state.written.counts
     assert draft is not None and drafted is not None
 
-    def one(carry, of_position):
-        written, alive, stood = carry
-        i, logits, token, law = of_position
-        has = i < proposal.lengths
-        chosen, stands = choose(requests, written, logits, token, law, has)
-        new = sample_step(requests, written, logits, alive, chosen)
-        alive = (new.counts > written.counts) & has & stands
-        return (new, alive, stood + alive.astype(jnp.int32)), None
-
     tokens, laws = jnp.pad(proposal.tokens, ((0, 0), (0, 1))).T, proposal.logits
     if laws is not None:
         laws = jnp.pad(laws, ((0, 1), (0, 0), (0, 0)))  # behind the last draft there is none
     positions = (jnp.arange(len(tokens)), logits.swapaxes(0, 1), tokens, laws)
+    block = None
+    if requests.verification == "block" and requests.sampling.temperature is not None:
+        block = beginning(requests, state.written, proposal.lengths, positions)
+
+    def one(carry, of_position):
+        written, alive, stood = carry
+        i, logits, token, law = of_position
+        has = i < proposal.lengths
+        chosen, stands = choose(requests, written, logits, token, law, has, i, block)
+        new = sample_step(requests, written, logits, alive, chosen)
+        alive = (new.counts > written.counts) & has & stands
+        return (new, alive, stood + alive.astype(jnp.int32)), None
+
     (written, _, stood), _ = jax.lax.scan(one, (state.written, on, drafted.stood), positions)
     # What the target has read of tokens that do not stand is forgotten, and so by the draft.
     made = written.counts - before
@@ -229,6 +239,53 @@ def verify(
     )
 
 
+class Beginning(NamedTuple):
+    """What stands of a block of drafts."""
+
+    length: jax.Array  # int32 [B]
+    joint: jax.Array  # float32 [B]: J behind it
+
+
+def beginning(
+    requests: Requests, written: Written, lengths: Int[Array, " B"], positions: tuple[Any, ...]
+) -> Beginning:
+    """The longest beginning of each request's drafts that stands.
+
+    lengths: of the drafts. positions: number, logits [B, V], draft [B] and law [B, V] of each place.
+    """
+    rows, keys = jnp.arange(lengths.shape[0]), keys_of(CHANCES, requests.keys)
+
+    def uniform(key, count, i):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, count), i))
+
+    def one(carry, of_position):
+        joint, found, seen = carry
+        i, logits, token, law = of_position
+        p, q = laws_of(requests.sampling, logits, law, seen)
+        h = jnp.where(i < lengths, chance_of_beginning(joint, p, q, token), joint)
+        u = jax.vmap(partial(uniform, i=i))(keys, written.counts)
+        stands = (i <= lengths) & (u < h) | (i == 0)
+        found = Beginning(jnp.where(stands, i, found.length), jnp.where(stands, joint, found.joint))
+        if seen is not None:
+            seen = seen.at[rows, token].set(True)
+        return (joint_after(joint, p, q, token), found, seen), None
+
+    joint = jnp.ones(lengths.shape, jnp.float32)
+    carry = (joint, Beginning(jnp.zeros_like(lengths), joint), written.seen)
+    return jax.lax.scan(one, carry, positions)[0][1]
+
+
+def laws_of(
+    params: SamplingParams,
+    logits: Float[Array, "B V"],
+    law: Float[Array, "B V"] | None,
+    seen: Bool[Array, "B V"] | None,
+) -> tuple[Float[Array, "B V"], Float[Array, "B V"] | None]:
+    """The target's law and the draft's. law: logits of the draft's, None where it has none."""
+    p = jax.nn.softmax(process_logits(logits, params, seen), axis=-1)
+    return p, None if law is None else jax.nn.softmax(law, axis=-1)
+
+
 def choose(
     requests: Requests,
     written: Written,
@@ -236,22 +293,29 @@ def choose(
     token: Int[Array, " B"],
     law: Float[Array, "B V"] | None,
     has: Bool[Array, " B"],
+    i: Int[Array, ""],
+    block: Beginning | None,
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """The next token of each request, and whether it is the draft's and stands; `has`: where there is one."""
+    """The next token of each request, and whether it is the draft's and stands.
+
+    token, law: of the draft at place i; has: where there is one. block: what stands, where blocks are asked.
+    """
     params = requests.sampling
-    processed = process_logits(logits, params, written.seen)
-    if params.temperature is None or requests.shared_noise:
-        chosen = draw(processed, params, requests.keys, written.counts)
+    if params.temperature is None or requests.verification == "noise":
+        chosen = sample(logits, params, requests.keys, written.counts, written.seen)
         return chosen, chosen == token
-    p, q = jax.nn.softmax(processed, axis=-1), None if law is None else jax.nn.softmax(law, axis=-1)
+    p, q = laws_of(params, logits, law, written.seen)
+    if block is None:
 
-    def uniform(key, count):
-        return jax.random.uniform(jax.random.fold_in(key, count))
+        def uniform(key, count):
+            return jax.random.uniform(jax.random.fold_in(key, count))
 
-    ok = stands(p, q, token, jax.vmap(uniform)(keys_of(CHANCES, requests.keys), written.counts))
-    instead = jnp.where(has[:, None], jnp.log(residual(p, q, token)), processed)
-    chosen = draw(instead, params, requests.keys, written.counts)
-    return jnp.where(has & ok, token, chosen), ok
+        u = jax.vmap(uniform)(keys_of(CHANCES, requests.keys), written.counts)
+        joint, ok = None, has & stands(p, q, token, u)
+    else:
+        joint, ok = block.joint, i < block.length
+    left = jnp.where(has[:, None], residual(p, q, token, joint), p)
+    return jnp.where(ok, token, draw(jnp.log(left), params, requests.keys, written.counts)), ok
 
 
 def sample_step(

@@ -124,7 +124,7 @@ class GenerationRun:
             context=context,
             gates=None if self.budget is None else self.budget.gates,
             draft=draft,
-            shared_noise=options.speculation is not None and options.speculation.shared_noise,
+            verification="token" if options.speculation is None else options.speculation.verification,
         )
         buffer = None if self.budget is None else self.budget.buffer
         self.until_enforced = buffer or 0  # tokens until the budget is kept again

@@ -7,6 +7,7 @@ generate(model, tokenizer, prompts, speculation=Speculation(draft=LookupDraft(),
 import dataclasses
 from typing import Any
 
+from jaxllm.decoding.acceptance import Verification
 from jaxllm.decoding.drafts import Draft, LookupDraft, ModelDraft
 
 
@@ -17,8 +18,9 @@ class Speculation:
     draft: another model of the same tokenizer, the model in fewer layers (`first_layers`) or bits
       (`read_at`), or `LookupDraft`, which needs no model; or anything that has the methods of `drafts.Draft`.
     tokens: drafted at most between two looks.
-    shared_noise: where tokens are drawn, give token for token what the model alone does with the same seed;
-      otherwise in distribution, and more drafts stand. Greedy is the same tokens either way.
+    verification: where tokens are drawn, "token" looks at one draft after another and "block" at all
+      together, of which more stand: both give the model's law. "noise" gives token for token what the model
+      does alone with the same seed, and fewer stand. Greedy is the same tokens by each.
     doubt: drafting ends before a token whose law at the draft has sqrt(entropy) above this, in nats.
     tokenizer: the draft's, to be compared with the model's; needed where their vocabularies differ in size.
 
@@ -27,7 +29,7 @@ class Speculation:
 
     draft: Any
     tokens: int = 4
-    shared_noise: bool = False
+    verification: Verification = "token"
     doubt: float | None = None
     tokenizer: Any = None
 
@@ -76,7 +78,7 @@ def make_draft(asked: Speculation, model, tokenizer, cache) -> Draft:
             f"generate: a draft must have the model's {model.config.vocab} tokens, or its tokenizer must be "
             f"given to be compared (Speculation(tokenizer=...)), got {draft.config.vocab}"
         )
-    return ModelDraft(draft, asked.tokens, model.config.vocab, asked.shared_noise, asked.doubt)
+    return ModelDraft(draft, asked.tokens, model.config.vocab, asked.verification == "noise", asked.doubt)
 
 
 def of_request(drafted, i: int) -> Speculated:

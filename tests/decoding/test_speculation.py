@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxllm as jl
 from jaxllm.decoding import loop
-from jaxllm.decoding.acceptance import residual, stands
+from jaxllm.decoding.acceptance import chance_of_beginning, joint_after, residual, stands
 from jaxllm.decoding.drafts import entropy, look_up
 from jaxllm.decoding.loop import decode_until
 from jaxllm.decoding.options import GenerationOptions
@@ -96,6 +96,64 @@ def test_a_draft_that_stands_or_what_replaces_it_has_the_targets_law(has_law):
                 assert law.sum() == pytest.approx(np.minimum(p, q).sum(), abs=1e-12)  # no rule keeps more
 
 
+@pytest.mark.parametrize("has_law", [True, False])
+def test_a_block_of_drafts_that_stands_and_what_follows_has_the_targets_law(has_law):
+    """All texts of four tokens out of three, laws that depend on all before: 27 blocks, 81 texts."""
+    V, G = 3, 3
+    with jax.enable_x64(True):
+        for seed in range(6):
+            rng = np.random.default_rng(seed)
+            p = [rng.dirichlet(np.full(V, 0.6), V**i) for i in range(G + 1)]  # by the i tokens before
+            q = [rng.dirichlet(np.full(V, 0.6), V**i) for i in range(G)]
+            paths = np.array(list(np.ndindex(*[V] * G)))
+            before = [
+                sum(paths[:, j] * V ** (i - 1 - j) for j in range(i)) + 0 * paths[:, 0] for i in range(G + 1)
+            ]
+            if not has_law:  # one text is named
+                named = (2, 0, 1)
+                paths, before = np.array([named]), [np.array([b[19]]) for b in before]
+            joint, joints, chances = jnp.ones(len(paths)), [], []
+            drawn = np.ones(len(paths))
+            for i in range(G + 1):
+                joints.append(joint)
+                if i == G:
+                    chances.append(np.asarray(joint))
+                    break
+                law = jnp.asarray(q[i][before[i]]) if has_law else None
+                args = (joint, jnp.asarray(p[i][before[i]]), law, jnp.asarray(paths[:, i]))
+                chances.append(np.asarray(chance_of_beginning(*args)))
+                joint = joint_after(*args)
+                drawn *= q[i][before[i], paths[:, i]] if has_law else 1.0
+            found, kept, alone = np.zeros([V] * (G + 1)), 0.0, 0.0
+            for length in range(G + 1):
+                chance = drawn * (chances[length] if length else 1.0)
+                for later in range(length + 1, G + 1):
+                    chance = chance * (1 - chances[later])
+                kept += length * chance.sum()
+                law = p[length][before[length]]
+                if length < G:
+                    of_draft = jnp.asarray(q[length][before[length]]) if has_law else None
+                    token = jnp.asarray(paths[:, length])
+                    law = np.asarray(residual(jnp.asarray(law), of_draft, token, joints[length]))
+                for path, weight, follows in zip(paths, chance, law, strict=True):
+                    for rest in np.ndindex(*[V] * (G + 1 - length)):
+                        text, odds = (*path[:length], *rest), weight * follows[rest[0]]
+                        for i in range(length + 1, G + 1):
+                            odds *= p[i][sum(t * V ** (i - 1 - j) for j, t in enumerate(text[:i])), text[i]]
+                        found[text] += odds
+            wanted = np.ones([V] * (G + 1))
+            for text in np.ndindex(wanted.shape):
+                for i in range(G + 1):
+                    wanted[text] *= p[i][sum(t * V ** (i - 1 - j) for j, t in enumerate(text[:i])), text[i]]
+            assert np.abs(found - wanted).sum() / 2 < 1e-12
+            reached = drawn.copy()  # one after another: each stands with min(1, p / q)
+            for i in range(G):
+                of_draft = q[i][before[i], paths[:, i]] if has_law else 1.0
+                reached = reached * np.minimum(1, p[i][before[i], paths[:, i]] / of_draft)
+                alone += reached.sum()
+            assert kept >= alone - 1e-12
+
+
 def test_what_replaces_a_draft_is_a_law_also_where_both_laws_are_the_same():
     p = jnp.array([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
     found = residual(p, p, jnp.array([0, 1]))
@@ -131,7 +189,7 @@ def test_greedy_tokens_are_the_models_whatever_drafts(model, draft, greedy, kind
 
 @pytest.mark.parametrize("kind", ["noisy", "another", "lookup"])
 def test_by_shared_noise_drawn_tokens_are_the_models_too(model, draft, drawn, kind):
-    asked = jl.Speculation(draft=kinds(model, draft)[kind], tokens=3, shared_noise=True)
+    asked = jl.Speculation(draft=kinds(model, draft)[kind], tokens=3, verification="noise")
     options = {"max_new_tokens": NEW, "sampler": DRAWN, "seed": [3, 4, 5]}
     outs = jl.generate(model, None, PROMPTS, speculation=asked, **options)
     assert ids(outs) == ids(drawn)
@@ -181,14 +239,16 @@ def statistic(found: np.ndarray, want: np.ndarray) -> float:
     return float(((found - want) ** 2 / np.maximum(want, 1e-9)).sum() / (len(want) - 1))
 
 
-def test_drawn_texts_have_the_models_law(monkeypatch):
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_drawn_texts_have_the_models_law(monkeypatch, verification):
     model = Decoder(dataclasses.replace(TINY, vocab=16), rngs=nnx.Rngs(0))
     draft = near(model, 0.5)
     small = [5, 6, 7]
-    assert statistic(*counted(model, small, 4096, jl.Speculation(draft=draft, tokens=2))) < 1.6
+    spec = jl.Speculation(draft=draft, tokens=2, verification=verification)
+    assert statistic(*counted(model, small, 4096, spec)) < 1.6
     # The test sees what is wrong: where what does not stand is replaced by a draw of the model's own law.
-    monkeypatch.setattr(loop, "residual", lambda p, q, token: p)
-    wrong = jl.Speculation(draft=draft, tokens=1)  # another program
+    monkeypatch.setattr(loop, "residual", lambda p, q, token, joint: p)
+    wrong = jl.Speculation(draft=draft, tokens=1, verification=verification)  # another program
     assert statistic(*counted(model, small, 4096, wrong)) > 2.5
 
 
@@ -205,7 +265,7 @@ def test_stop_strings_and_streams_are_as_without_drafts(model, draft, tokenizer)
     plain = jl.generate(model, tokenizer, ["the end"], **options)[0]
     options["stop"] = [plain.text[20:22], "never there"]
     plain = jl.generate(model, tokenizer, ["the end"], **options)[0]
-    options["speculation"] = jl.Speculation(draft=draft, tokens=3, shared_noise=True)
+    options["speculation"] = jl.Speculation(draft=draft, tokens=3, verification="noise")
     out = jl.generate(model, tokenizer, ["the end"], **options)[0]
     assert (out.text, out.token_ids, out.finish_reason) == (plain.text, plain.token_ids, "stop")
     streamed = list(jl.stream(model, tokenizer, "the end", logprobs=True, **options))

@@ -178,8 +178,8 @@ def curves(found: list[dict[str, Any]]) -> Any:
             tuple(statistics.mean(o[key] for o in own if o["target"] == t) for key in ("bits", "perplexity"))
             for t in {one["target"] for one in own}
         )
-        style = "k--" if method == "whole widths" else "-"
-        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=method, linewidth=1)
+        style = "k--" if method == "whole widths" else "-" if method.startswith("DP-LLM") else ":"
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=method, linewidth=1.2)
     axes.set(xlabel="bits a weight that unseen text reads", ylabel="perplexity", xlim=(2.95, 5.05))
     axes.legend(fontsize=7)
     return figure

@@ -179,7 +179,7 @@ def matmul(x: Float[Array, "*B K"], w: AdaptivePlanes | ChosenPlanes) -> Float[A
 def row_by_row(x: Float[Array, "*B K"], held: BitPlanes) -> bool:
     """Whether each row is a product of its own: a CPU makes few rows of small tables one by one anyway.
 
-    Half the time of two products where rows differ, no more where they agree (`docs/results/precision.md`).
+    So rows that differ cost what their widths do (four requests in `docs/results/precision.md`).
     """
     small = held.parent_bits <= few_rows.MOST_BITS
     return small and few_rows.takes(x, held.tables)

@@ -86,7 +86,7 @@ def test_layers_of_which_the_narrowest_width_is_held_stay_at_it(planes_model, te
 
 @pytest.mark.slow
 def test_whole_targets_are_the_width_that_is_stored_bit_for_bit(planes_model, text):
-    model = attach(planes_model, text[:4], memory_bits=6.0, targets=(4.0, 6.0), steps=0, estimator="linear")
+    model = attach(planes_model, text[:4], memory_bits=6.0, targets=(4.0, 6.0), start="target", steps=0)
     tokens = jnp.asarray(text[:2, :1])
     for target in (4.0, 6.0):
         logits, _ = set_target(model, target)(tokens)

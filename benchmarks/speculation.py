@@ -197,7 +197,7 @@ def synthetic(args, target: Decoder, draft: Decoder) -> list[dict[str, Any]]:
     plain = jl.generate(target, None, prompt, **options)[0]
     methods: dict[str, jl.Speculation | None] = {PLAIN: None}
     for probability in args.probabilities:
-        real = ModelDraft(draft, args.tokens, target.config.vocab, False)
+        real = ModelDraft(draft, args.tokens, target.config.vocab)
         text = jnp.asarray([plain.token_ids], jnp.int32)
         made = Synthetic(real, text, jnp.float32(probability), args.tokens)
         methods[f"{probability:g}"] = jl.Speculation(draft=made, tokens=args.tokens)

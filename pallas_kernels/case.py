@@ -64,35 +64,36 @@ def random_arrays(
 def bytes_loaded(f: Callable[..., Any], *arrays: Any, branch: int = 0) -> dict[str, int]:
     """Bytes that Triton kernels in `f(*arrays)` ask for, by the type of the numbers: `{"uint32": 4096}`.
 
-    Counted in the program, masked loads whole; a grid is as many programs, a loop its length times its body.
+    Counted in the program, masked loads whole; a grid is as many programs, a loop its length times its body,
+    also around a kernel.
     What caches give back counts each time: words of weights are asked for once, levels and activations again.
 
-    arrays: or their shapes. branch: which way a choice inside of a kernel goes, as of the widths of
+    arrays: or their shapes. branch: which way each choice goes, as between the widths of
       `any_precision_gemm`, the narrowest first.
     Raises NotImplementedError for loops of a length known only when they run (a tile of some `splits`).
     """
     total: collections.Counter[str] = collections.Counter()
 
-    def count(jaxpr: Any, times: int) -> None:  # 0: outside of kernels
+    def count(jaxpr: Any, times: int) -> None:
         for equation in jaxpr.eqns:
             name, parameters = equation.primitive.name, equation.params
             again = times
             inner: Iterable[Any] = jaxprs_in_params(parameters)
             if name == "pallas_call":
-                again = math.prod(parameters["grid_mapping"].grid)
-            elif times and name in ("masked_load", "get"):
+                again = times * math.prod(parameters["grid_mapping"].grid)
+            elif name in ("masked_load", "get"):
                 array = equation.outvars[0].aval
                 total[array.dtype.name] += times * array.size * array.dtype.itemsize
-            elif times and name == "cond":
+            elif name == "cond":
                 inner = [parameters["branches"][branch]]
-            elif times and name == "scan":
+            elif name == "scan":
                 again = times * parameters["length"]
-            elif times and name == "while":
+            elif name == "while":
                 raise NotImplementedError(
                     "bytes_loaded: a loop must have a length, got one that has a condition"
                 )
             for program in inner:
                 count(getattr(program, "jaxpr", program), again)
 
-    count(jax.make_jaxpr(f)(*arrays).jaxpr, 0)
+    count(jax.make_jaxpr(f)(*arrays).jaxpr, 1)
     return dict(total)

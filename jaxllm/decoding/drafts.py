@@ -75,7 +75,6 @@ class ModelDraft:
     model: Any
     count: int = static()
     vocab: int = static()  # the target's: logits beyond are left out, missing ones are never drafted
-    shared_noise: bool = static()
     doubt: float | None = static(default=None)
 
     def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int) -> kv.DenseCache:
@@ -95,7 +94,7 @@ class ModelDraft:
         """Up to `count` tokens, one after another; all requests together."""
         B, G = written.token.shape[0], self.count
         keys, first = requests.keys, written.counts
-        if not self.shared_noise:  # noise that nothing has been judged by: of this step alone
+        if requests.verification != "noise":  # noise that nothing has been judged by: of this step alone
             keys, first = jax.vmap(jax.random.fold_in)(keys_of(DRAFTS, keys), first), jnp.zeros_like(first)
         greedy = requests.sampling.temperature is None
         laws = None if greedy else jnp.zeros((G, B, self.vocab), jnp.float32)
@@ -204,7 +203,12 @@ def look_up(
 
 
 def first_layers(model: Decoder, layers: int) -> Decoder:
-    """The model with its first layers alone, which share its arrays: a draft that costs no memory."""
+    """The model with its first layers alone, which share its arrays: a draft that costs no memory.
+
+    Raises ValueError for another model than a `Decoder`, and for no layers or all of them.
+    """
+    if not isinstance(model, Decoder):
+        raise ValueError(f"first_layers: the model must be a Decoder, got {type(model).__name__}")
     if not 1 <= layers < model.config.layers:
         raise ValueError(f"first_layers: layers must lie in [1, {model.config.layers}), got {layers}")
     graph, state = nnx.split(model)

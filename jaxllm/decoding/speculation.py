@@ -5,7 +5,7 @@ generate(model, tokenizer, prompts, speculation=Speculation(draft=LookupDraft(),
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from jaxllm.decoding.acceptance import Verification
 from jaxllm.decoding.drafts import Draft, LookupDraft, ModelDraft
@@ -16,12 +16,13 @@ class Speculation:
     """Tokens that are drafted cheaply and looked at by the model many at a time: exact (`acceptance.py`).
 
     draft: another model of the same tokenizer, the model in fewer layers (`first_layers`) or bits
-      (`read_at`), or `LookupDraft`, which needs no model; or anything that has the methods of `drafts.Draft`.
+      (`read_at`), or `LookupDraft`, which needs no model; or anything that has the methods of `drafts.Draft`,
+      whose `count` holds in place of `tokens`.
     tokens: drafted at most between two looks.
     verification: where tokens are drawn, "token" looks at one draft after another and "block" at all
       together, of which more stand: both give the model's law. "noise" gives token for token what the model
       does alone with the same seed, and fewer stand. Greedy is the same tokens by each.
-    doubt: drafting ends before a token whose law at the draft has sqrt(entropy) above this, in nats.
+    doubt: drafting ends before a token whose law at the draft has sqrt(entropy) above this, in nats: models.
     tokenizer: the draft's, to be compared with the model's; needed where their vocabularies differ in size.
 
     Same tokens up to near-ties: a row of a chunk and a row alone are sums in another order.
@@ -36,6 +37,10 @@ class Speculation:
     def __post_init__(self):
         if self.tokens < 1:
             raise ValueError(f"Speculation: tokens must be at least 1, got {self.tokens}")
+        if self.verification not in (known := get_args(Verification)):
+            raise ValueError(
+                f"Speculation: verification must be one of {', '.join(known)}, got {self.verification!r}"
+            )
         if self.doubt is not None and not self.doubt > 0:
             raise ValueError(f"Speculation: doubt must be positive, got {self.doubt}")
 
@@ -59,6 +64,8 @@ def make_draft(asked: Speculation, model, tokenizer, cache) -> Draft:
         raise ValueError("generate: speculation needs a decoder alone, got a model that reads a source")
     if cache.budget is not None:
         raise ValueError("generate: speculation needs a cache that is not evicted as it grows, got a budget")
+    if asked.doubt is not None and isinstance(draft, Draft):
+        raise ValueError(f"generate: doubt is of a model that drafts, got a {type(draft).__name__}")
     if isinstance(draft, LookupDraft):
         return dataclasses.replace(draft, count=asked.tokens)
     if isinstance(draft, Draft):
@@ -78,7 +85,7 @@ def make_draft(asked: Speculation, model, tokenizer, cache) -> Draft:
             f"generate: a draft must have the model's {model.config.vocab} tokens, or its tokenizer must be "
             f"given to be compared (Speculation(tokenizer=...)), got {draft.config.vocab}"
         )
-    return ModelDraft(draft, asked.tokens, model.config.vocab, asked.verification == "noise", asked.doubt)
+    return ModelDraft(draft, asked.tokens, model.config.vocab, asked.doubt)
 
 
 def of_request(drafted, i: int) -> Speculated:

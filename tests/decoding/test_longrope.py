@@ -105,3 +105,12 @@ def test_a_cache_for_short_texts_is_not_continued_past_the_boundary(model):
         jl.generate(model, None, [[9]], max_new_tokens=8, cache=cache)
     with pytest.raises(ValueError, match=r"prefill: extent must lie in 9 \(the longest row\) to 64, got 65"):
         jl.prefill(model, [IDS[:9]], extent=65)
+
+
+def test_drafts_stay_before_the_boundary(model):
+    spec = jl.Speculation(draft=jl.LookupDraft(), tokens=3)
+    with pytest.raises(ValueError, match="speculation needs texts of at most 16 tokens, .* got up to 19"):
+        jl.generate(model, None, [IDS[:10]], max_new_tokens=10, speculation=spec)
+    before = {"max_new_tokens": 6, "stop_tokens": ()}
+    (plain,), (out,) = (jl.generate(model, None, [IDS[:10]], speculation=s, **before) for s in (None, spec))
+    assert out.token_ids == plain.token_ids

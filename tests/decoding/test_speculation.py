@@ -14,11 +14,15 @@ from transformers import PreTrainedTokenizerFast
 import jaxllm as jl
 from jaxllm.decoding import loop
 from jaxllm.decoding.acceptance import chance_of_beginning, joint_after, residual, stands
-from jaxllm.decoding.drafts import entropy, look_up
+from jaxllm.decoding.drafts import ModelDraft, entropy, look_up
 from jaxllm.decoding.loop import decode_until
 from jaxllm.decoding.options import GenerationOptions
 from jaxllm.decoding.run import GenerationRun
+from jaxllm.decoding.sampling import draw, request_keys
 from jaxllm.models.decoder import TINY, Decoder
+from jaxllm.models.t5 import T5
+from jaxllm.models.t5 import TINY as T5_TINY
+from jaxllm.training.gates import new_gates
 
 CONFIG = dataclasses.replace(TINY, vocab=264, windows=(4, None))  # the window is shorter than a rollback
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [9, 3, 9, 3, 9]]
@@ -153,6 +157,50 @@ def test_a_block_of_drafts_that_stands_and_what_follows_has_the_targets_law(has_
                 wanted[text] = math.prod(p[text[:i]][text[i]] for i in range(G + 1))
             assert np.abs(found - wanted).sum() / 2 < 1e-12
             assert kept >= alone - 1e-12
+
+
+def test_noise_of_a_step_that_was_judged_comes_not_again(model):
+    """What a step draws and judges by for a place of the text says nothing of what the next does there."""
+    N, V = 4096, 2
+    requests = loop.Requests(
+        limits=jnp.full((N,), 9),
+        keys=request_keys(0, N),
+        stop_tokens=jnp.zeros((0,), jnp.int32),
+        sampling=jl.Sampler(temperature=1.0).params(),
+        verification="block",
+    )
+    none, no = jnp.zeros((N,), jnp.int32), jnp.zeros((N,), bool)
+
+    def after(count: int) -> loop.Written:
+        return loop.Written(none, jnp.zeros((N, 8), jnp.int32), None, none + count, no, no, None)
+
+    def coin(tokens, cache, **_):
+        return jnp.zeros((N, V)), cache
+
+    coins, nothing = ModelDraft(coin, 2, V), model.make_cache(N, 1)
+    earlier, later = (coins.propose(nothing, requests, after(c), none, ~no)[0].tokens for c in (3, 4))
+    assert abs(float(np.mean(np.asarray(earlier[:, 1] == later[:, 0]))) - 0.5) < 0.04
+    # Token 0 is half as likely as drafted, then laws are alike: the whole block stands with 1 / 2.
+    even = jnp.zeros((N, V))
+    p = jnp.stack([jnp.tile(jnp.log(jnp.array([0.25, 0.75])), (N, 1)), even, even])
+    places = (jnp.arange(3), p, jnp.zeros((3, N), jnp.int32), jnp.zeros((3, N, V)))
+    stand = [
+        np.asarray(loop.beginning(requests, after(c), none + G, places).length) == G
+        for c, G in ((3, 2), (4, 1))
+    ]
+    for share in (stand[0].mean(), stand[1].mean(), (stand[0] == stand[1]).mean()):
+        assert abs(share - 0.5) < 0.04
+
+
+def test_by_shared_noise_drafts_stand_as_often_as_is_proved_and_less_often_than_is_possible():
+    rng, N = np.random.default_rng(3), 8192
+    params, keys, steps = jl.Sampler(temperature=1.0).params(), request_keys(0, N), jnp.zeros(N, jnp.int32)
+    for p, q in zip(laws(rng, 4), laws(rng, 4), strict=True):
+        drawn = [
+            draw(jnp.log(jnp.tile(jnp.asarray(x, jnp.float32), (N, 1))), params, keys, steps) for x in (p, q)
+        ]
+        alike, possible = float(np.mean(np.asarray(drawn[0]) == np.asarray(drawn[1]))), np.minimum(p, q).sum()
+        assert possible / (2 - possible) - 0.025 <= alike <= possible + 0.025  # four deviations at least
 
 
 def test_what_replaces_a_draft_is_a_law_also_where_both_laws_are_the_same():
@@ -334,19 +382,21 @@ def test_a_draft_whose_logits_are_no_numbers_costs_tokens_none(model, greedy):
     assert ids(outs) == ids(greedy)
 
 
-def test_caches_of_codes_and_evicted_ones_take_drafts(model, draft):
+def test_caches_of_codes_given_ones_and_evicted_ones_take_drafts(model, draft):
     spec = jl.Speculation(draft=draft, tokens=3)
     coded = {"cache": jl.CacheOptions(bits=8), "max_new_tokens": 16}
     assert ids(jl.generate(model, None, PROMPTS, speculation=spec, **coded)) == ids(
         jl.generate(model, None, PROMPTS, **coded)
     )
     start = jl.prefill(model, [PROMPTS[1]], slack=32)
-    behind = {"cache": start, "max_new_tokens": 16}
+    scores = jl.eviction.METHODS["random"].score(model, start, [PROMPTS[1]])
     looked = jl.Speculation(draft=jl.LookupDraft(), tokens=3)
     given = [[9, 9, 4, 9, 9], [5]]
-    assert ids(jl.generate(model, None, given, speculation=looked, **behind)) == ids(
-        jl.generate(model, None, given, **behind)
-    )
+    for cache in (start, jl.eviction.evict(start, scores, ratio=0.5)):
+        behind = {"cache": cache, "max_new_tokens": 16}
+        outs = jl.generate(model, None, given, speculation=looked, **behind)
+        assert ids(outs) == ids(jl.generate(model, None, given, **behind))
+        assert sum(out.speculation.proposed for out in outs) > 0
 
 
 def test_other_prompts_and_seeds_are_the_same_program(model, draft):
@@ -409,6 +459,18 @@ def test_what_does_not_go_together_is_one_line(model, draft, tokenizer):
     )
     start = jl.prefill(model, [[1, 2]], slack=16)
     refused(model, "must have read the whole text", jl.Speculation(draft=draft), cache=start)
+    refused(model, "doubt is of a model that drafts", jl.Speculation(draft=jl.LookupDraft(), doubt=1.0))
+    budget = jl.eviction.CacheBudget(gates=new_gates(model, "fast"), tokens=20, recent=3)
+    held = jl.CacheOptions(budget=budget)
+    refused(model, "a cache that is not evicted as it grows", jl.Speculation(draft=draft), cache=held)
+    reader = T5(T5_TINY, rngs=nnx.Rngs(0))
+    refused(
+        reader, "a decoder alone, got a model that reads a source", jl.Speculation(draft=jl.LookupDraft())
+    )
+    misspelt = jl.Speculation(draft=draft)
+    object.__setattr__(misspelt, "verification", "blocks")  # the tests' type checks would come first
+    with pytest.raises(ValueError, match="Speculation: verification must be one of token, block, noise"):
+        misspelt.__post_init__()
     changed = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), bos_token="<t>", eos_token="</s>")
     spec = jl.Speculation(draft=draft, tokenizer=changed)
     refused(model, "the draft's tokenizer must have the model's tokens", spec, tokenizer=tokenizer)

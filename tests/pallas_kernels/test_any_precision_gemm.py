@@ -290,6 +290,10 @@ def test_what_the_gpus_program_reads_falls_with_the_width_that_is_known_only_whe
     assert levels == sorted(levels) and levels[0] < levels[-1]
     known = bytes_loaded(run, x, planes[: widths[0]], tables[:1])
     assert known["uint32"] == traced[0]["uint32"] and known["float16"] == levels[0]
+    looped = bytes_loaded(
+        lambda xs: jax.lax.map(lambda x: run(x, planes, tables, jnp.int32(0)), xs), jnp.stack([x, x])
+    )
+    assert looped["uint32"] == 2 * traced[0]["uint32"]
 
 
 def test_loops_of_unknown_length_are_not_counted():

@@ -104,3 +104,9 @@ def test_bad_averages_are_refused(chosen, planes_model):
         run(planes_model, [PROMPT], 4, 3.5)
     with pytest.raises(ValueError, match="the model must have any-precision weights, got none"):
         WidthTap(chosen).mean()
+
+
+def test_an_average_and_drafts_exclude_each_other(chosen):
+    spec = jl.Speculation(draft=jl.LookupDraft())
+    with pytest.raises(ValueError, match="speculation and average_bits exclude each other"):
+        jl.generate(chosen, None, [PROMPT], max_new_tokens=4, average_bits=3.9, speculation=spec)
